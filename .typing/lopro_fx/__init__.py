@@ -1,0 +1,1 @@
+../../lopro_fx/__init__.py

@@ -1,0 +1,9 @@
+"""Registers every `lopro::` operator; imported by `lopro_fx`, never by this folder's `__init__`."""
+
+from __future__ import annotations
+
+from lopro_fx.kernels.packed_linear import op as packed_linear
+from lopro_fx.kernels.project import op as project
+from lopro_fx.kernels.rotate import op as rotate
+
+__all__ = ["packed_linear", "project", "rotate"]

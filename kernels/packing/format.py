@@ -1,0 +1,92 @@
+"""Bit-packed integer codes.
+
+A tensor of `bits`-wide codes is stored as bit planes whose widths are powers of two: 2, 4 and 8 bits are one plane,
+3 bits are a plane of the low two bits followed by a plane of the high bit. Within a plane, code `i` of the last
+dimension sits in 32-bit word `i * width // 32`, lowest field first. The last dimension is padded with zero codes to a
+multiple of 32, so a row of `n` codes takes `ceil(n / 32) * bits` words: nothing is wasted when 32 divides `n`.
+
+    codes   int32 (out_features, words)          one row per output feature
+    scales  fp16  (out_features, groups)
+    zeros   int32 (words,)                       the (out_features, groups) zero codes, flattened, then packed
+
+A weight is `scale * (code - zero)` with `zero = zero_code + 1/2`. The half step makes a symmetric grid possible, which
+at 2 bits is the difference between four useful levels and three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+ZERO_OFFSET = 0.5
+WORD = 32
+
+
+def packed_words(count: int, bits: int) -> int:
+    """Number of int32 words that hold `count` codes of `bits` bits."""
+    return -(-count // WORD) * bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes along the last dimension.
+
+    Args:
+        codes: integer tensor (..., n), every value in [0, 2**bits).
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 tensor (..., packed_words(n, bits)).
+    """
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[-1] % WORD))
+    words, shift = [], 0
+    for width in PLANES[bits]:
+        field = (padded >> shift) & ((1 << width) - 1)
+        field = field.unflatten(-1, (-1, WORD // width))
+        offsets = torch.arange(0, WORD, width, device=codes.device)
+        words.append((field << offsets).sum(-1))
+        shift += width
+    packed = torch.cat(words, -1)
+    # int64 -> int32 keeps the low 32 bits: the top bit becomes the sign, as the unpacker's mask expects.
+    return packed.to(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack`: int32 (..., words) to int32 codes (..., count)."""
+    blocks = packed.shape[-1] // bits
+    codes, start, shift = None, 0, 0
+    for width in PLANES[bits]:
+        plane = packed[..., start : start + blocks * width].unsqueeze(-1)
+        offsets = torch.arange(0, WORD, width, dtype=torch.int32, device=packed.device)
+        field = ((plane >> offsets) & ((1 << width) - 1)).flatten(-2)
+        codes = field if codes is None else codes | (field << shift)
+        start += blocks * width
+        shift += width
+    assert codes is not None
+    return codes[..., :count]
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of groups of input columns; the last one may be short. `group_size` -1 is the whole row."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed weight to a dense (out_features, in_features) tensor of `dtype`; the arithmetic is fp32."""
+    out_features, groups = scales.shape
+    q = unpack(codes, bits, in_features).to(torch.float32)
+    zero = unpack(zeros, bits, out_features * groups).view(out_features, groups).to(torch.float32) + ZERO_OFFSET
+    scale = scales.to(torch.float32)
+    if groups > 1:
+        padding = groups * group_size - in_features
+        if padding:
+            q = torch.nn.functional.pad(q, (0, padding))
+        q = q.unflatten(-1, (groups, group_size))
+        dense = ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
+        if padding:
+            dense = dense[:, :in_features]
+    else:
+        dense = (q - zero) * scale
+    return dense.to(dtype)

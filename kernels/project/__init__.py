@@ -1,0 +1,1 @@
+"""The low-rank branch's down-projection."""

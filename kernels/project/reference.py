@@ -1,0 +1,26 @@
+"""The definition of `lopro::project`, plain ATen: the low-rank branch's down-projection t = σ ∘ (A x')."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_factor(values: Tensor, scale: Tensor | None, dim: int) -> Tensor:
+    """fp32 factor from int8 or fp16 `values` and a scale per row (`dim` 0) or per column (`dim` 1), if any."""
+    dense = values.to(torch.float32)
+    return dense if scale is None else dense * scale.to(torch.float32).unsqueeze(1 - dim)
+
+
+def project(x: Tensor, down: Tensor, scale: Tensor | None) -> Tensor:
+    """Down-projection shared by all Linears of a group.
+
+    Args:
+        x: (..., in_features) rotated activation.
+        down: int8 or fp16 (rank, in_features).
+        scale: fp16 (rank,), or None for fp16 factors.
+
+    Returns:
+        (..., rank) of x's dtype.
+    """
+    return torch.nn.functional.linear(x, dense_factor(down, scale, 0).to(x.dtype))

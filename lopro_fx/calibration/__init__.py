@@ -1,0 +1,1 @@
+"""Calibration by running the exported graph itself; no model-specific code."""

@@ -1,0 +1,88 @@
+"""Calibration batches: whatever the user hands over, checked against the program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from lopro_fx.errors import CalibrationError
+
+
+def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[list[Any]]:
+    """Flatten each batch to the program's user inputs, in placeholder order.
+
+    Args:
+        program: the program to calibrate.
+        batches: each item a tensor, a tuple or list of positional inputs, a dict of keyword inputs, or a pair
+            `(args, kwargs)`.
+
+    Raises:
+        CalibrationError: no batch, or one whose structure, dtype or shape the program does not take.
+    """
+    placeholders = _user_placeholders(program)
+    spec = program.call_spec.in_spec
+    flat = []
+    for index, batch in enumerate(batches):
+        args, kwargs = _normalise(batch)
+        if spec is not None and len(spec.children()) == 2:
+            kwargs = _reordered(spec.children()[1], kwargs, index)
+        values, actual = pytree.tree_flatten((args, kwargs))
+        if spec is not None and actual != spec:
+            raise CalibrationError(
+                f"calibration batch {index} has the structure {actual}; the program was exported with {spec}"
+            )
+        for node, value in zip(placeholders, values, strict=True):
+            _check(node, value, index)
+        flat.append(values)
+    if not flat:
+        raise CalibrationError("calibration holds no batch; pass at least one, or calibration=None for a data-free run")
+    return flat
+
+
+def _user_placeholders(program: ExportedProgram) -> list[Node]:
+    nodes = program.graph.find_nodes(op="placeholder")
+    kinds = [spec.kind for spec in program.graph_signature.input_specs]
+    return [node for node, kind in zip(nodes, kinds, strict=True) if kind == InputKind.USER_INPUT]
+
+
+def _normalise(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, dict):
+        return (), batch
+    batch = tuple(batch)
+    if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], dict):
+        return tuple(batch[0]), batch[1]
+    return batch, {}
+
+
+def _reordered(spec: pytree.TreeSpec, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+    """Keyword inputs in the order of the export; a dict's order is part of its pytree structure."""
+    names = list(spec.context or [])
+    if set(names) != set(kwargs):
+        raise CalibrationError(
+            f"calibration batch {index} has the keyword inputs {sorted(kwargs)}; the program takes {sorted(names)}"
+        )
+    return {name: kwargs[name] for name in names}
+
+
+def _check(node: Node, value: Any, index: int) -> None:
+    expected = node.meta.get("val")
+    where = f"calibration batch {index}, input '{node.name}'"
+    if not isinstance(expected, torch.Tensor):
+        return
+    if not isinstance(value, torch.Tensor):
+        raise CalibrationError(f"{where}: got {type(value).__name__}, expected a tensor of {tuple(expected.shape)}")
+    if value.dtype != expected.dtype:
+        raise CalibrationError(f"{where}: dtype {value.dtype}, expected {expected.dtype}")
+    fits = value.dim() == expected.dim() and all(
+        not isinstance(want, int) or have == want for have, want in zip(value.shape, expected.shape, strict=True)
+    )
+    if not fits:
+        raise CalibrationError(f"{where}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}")

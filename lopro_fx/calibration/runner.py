@@ -1,0 +1,140 @@
+"""Run an exported graph node by node on all batches in lockstep.
+
+Every value is dropped after its last use, so memory holds the live activations of all batches and no more. The runner
+stops at chosen nodes and hands out what they read; weights can be replaced there, so what follows sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from lopro_fx.errors import CalibrationError
+from lopro_fx.passes.compat import is_mutable
+
+_EMBEDDING = torch.ops.aten.embedding.default
+
+
+class LockstepRunner:
+    """One pass of `program` over `batches` (flattened user inputs).
+
+    `weights` maps a placeholder's name to the tensor to use in its place; the caller may change it at every stop.
+    """
+
+    def __init__(self, program: ExportedProgram, batches: Sequence[Sequence[Any]]) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self._program = program
+        self._nodes = list(program.graph.nodes)
+        self._mutates = any(is_mutable(node.target) for node in self._nodes)
+        self._shared: dict[Node, Any] = {}
+        self._values: list[dict[Node, Any]] = [{} for _ in batches]
+        self._bind(batches)
+
+    def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Tensor]]]:
+        """Yield (node, its first operand for every batch) before each node in `at` runs; stop at the last of them."""
+        remaining = len(at)
+        last_use = _last_uses(self._nodes)
+        for node in self._nodes:
+            if node in at:
+                source = node.args[0]
+                assert isinstance(source, Node)
+                yield node, [values.get(source, self._shared.get(source)) for values in self._values]
+                remaining -= 1
+                if not remaining:
+                    return
+            self._run(node)
+            for dead in last_use.get(node, ()):
+                self._shared.pop(dead, None)
+                self.weights.pop(dead.name, None)
+                for values in self._values:
+                    values.pop(dead, None)
+
+    def _bind(self, batches: Sequence[Sequence[Any]]) -> None:
+        program = self._program
+        user = 0
+        specs = program.graph_signature.input_specs
+        for node, spec in zip(program.graph.find_nodes(op="placeholder"), specs, strict=True):
+            if spec.kind == InputKind.USER_INPUT:
+                for values, batch in zip(self._values, batches, strict=True):
+                    values[node] = batch[user]
+                user += 1
+                continue
+            assert spec.target is not None
+            table = program.state_dict if spec.target in program.state_dict else program.constants
+            tensor = table[spec.target]
+            if not isinstance(tensor, Tensor):
+                self._shared[node] = tensor
+                continue
+            tensor = tensor.detach()
+            if self._mutates and spec.kind == InputKind.BUFFER:
+                # A cache that the graph writes is private to each batch, and the program's own copy stays clean.
+                for values in self._values:
+                    values[node] = tensor.clone()
+            else:
+                self._shared[node] = tensor
+
+    def _run(self, node: Node) -> None:
+        if node.op == "placeholder":
+            return
+        if node.op == "get_attr":
+            self._shared[node] = _attribute(self._program.graph_module, str(node.target))
+            return
+        assert node.op == "call_function", node.format_node()
+        if not self._mutates and all(operand in self._shared for operand in node.all_input_nodes):
+            # What no input reaches is the same for every batch.
+            self._shared[node] = self._call(node, {})
+            return
+        for index, values in enumerate(self._values):
+            if node.target is _EMBEDDING:
+                self._check_indices(node, values, index)
+            values[node] = self._call(node, values)
+
+    def _call(self, node: Node, values: dict[Node, Any]) -> Any:
+        def load(operand: Node) -> Any:
+            if operand.name in self.weights:
+                return self.weights[operand.name]
+            return values[operand] if operand in values else self._shared[operand]
+
+        args = torch.fx.map_arg(node.args, load)
+        kwargs = torch.fx.map_arg(node.kwargs, load)
+        target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
+        try:
+            return target(*args, **kwargs)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise CalibrationError(f"node '{node.name}' ({node.target}) failed during calibration: {line}") from error
+
+    def _check_indices(self, node: Node, values: dict[Node, Any], index: int) -> None:
+        table, ids = torch.fx.map_arg(node.args[:2], lambda operand: values.get(operand, self._shared.get(operand)))
+        rows = table.shape[0]
+        if ids.numel() and (ids.min() < 0 or ids.max() >= rows):
+            raise CalibrationError(
+                f"calibration batch {index}: node '{node.name}' looks up ids {int(ids.min())}..{int(ids.max())} in a "
+                f"table of {rows} rows; was the text encoded with another model's tokenizer?"
+            )
+
+
+def _last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
+    """Node to the values that nothing after it reads."""
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        last[node] = node
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    result: dict[Node, list[Node]] = {}
+    for value, reader in last.items():
+        result.setdefault(reader, []).append(value)
+    return result
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

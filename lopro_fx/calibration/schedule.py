@@ -1,0 +1,55 @@
+"""Walk the graph once: measure each group where it is first read, have it solved, and feed the result forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from lopro_fx.calibration.runner import LockstepRunner
+from lopro_fx.calibration.statistics import Statistics, data_free, measure
+from lopro_fx.passes.sites import Group, Site
+
+# Given a group, its statistics and its weights, returns the weights that the quantised sites compute with.
+Solve = Callable[[Group, Statistics, list[Tensor]], list[Tensor]]
+
+
+def weight_of(program: ExportedProgram, site: Site) -> Tensor:
+    """The site's original weight (out_features, in_features)."""
+    return program.state_dict[site.weight].detach()
+
+
+def run_data_free(program: ExportedProgram, groups: Sequence[Group], solve: Solve) -> None:
+    """Solve every group on an identity Gram; nothing of the graph runs."""
+    for group in groups:
+        solve(group, data_free(group.in_features), [weight_of(program, site) for site in group.sites])
+
+
+@torch.no_grad()
+def run_calibrated(
+    program: ExportedProgram, groups: Sequence[Group], batches: Sequence[Sequence[Any]], solve: Solve, sequential: bool
+) -> None:
+    """Solve every group in graph order on the activations of `batches`.
+
+    Args:
+        program: what to run; not changed.
+        groups: sites to solve, each group reading one tensor.
+        batches: flattened user inputs.
+        solve: called once a group.
+        sequential: quantised results replace the weights before the graph goes on; otherwise every group is measured
+            on the unquantised model.
+    """
+    runner = LockstepRunner(program, batches)
+    first = {group.sites[0].nodes[0]: group for group in groups}
+    placeholders = {site.weight: str(site.nodes[0].args[1]) for group in groups for site in group.sites}
+    for node, inputs in runner.stops(set(first)):
+        group = first[node]
+        stats = measure(inputs, group.name, group.source.name)
+        weights = [weight_of(program, site) for site in group.sites]
+        solved = solve(group, stats, weights)
+        if sequential:
+            for site, original, weight in zip(group.sites, weights, solved, strict=True):
+                runner.weights[placeholders[site.weight]] = weight.to(original.dtype)

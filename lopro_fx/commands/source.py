@@ -1,0 +1,75 @@
+"""What a command works on: a model by name, or a folder that lopro_fx wrote."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.deploy.checkpoint import load
+from lopro_fx.deploy.manifest import MANIFEST, first_line
+from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.models import export_causal_lm, load_model
+from lopro_fx.models.quiet import quiet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from."""
+
+    program: ExportedProgram
+    tokenizer: Any
+    name: str
+    origin: str
+
+
+def add_model(parser: ArgumentParser, **options: Any) -> None:
+    """The arguments that `open_model` reads."""
+    parser.add_argument("model", metavar="MODEL", help="smollm2-135m, a Hugging Face folder or a hub name", **options)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def open_model(name: str, dtype: str) -> Source:
+    """Load and export a model; the model object is dropped, so that its weights are held once.
+
+    Raises:
+        ModelError: it can't be loaded or exported.
+    """
+    loaded = load_model(name, DTYPES[dtype])
+    return Source(export_causal_lm(loaded.model), loaded.tokenizer, name, loaded.source)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether `name` is a folder that lopro_fx wrote."""
+    return (Path(name) / MANIFEST).is_file()
+
+
+def open_checkpoint(name: str) -> Source:
+    """Load a folder that `lopro-fx quantize --out` wrote.
+
+    Raises:
+        CheckpointError: it is missing, foreign or damaged, or has no tokenizer.
+        ModelError: transformers is not installed.
+    """
+    program = load(name)
+    try:
+        with quiet():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except ImportError as error:
+        raise ModelError(f"{name}: its tokenizer needs transformers: pip install 'lopro_fx[hf]'") from error
+    except Exception as error:  # transformers raises anything on a folder without a tokenizer
+        raise CheckpointError(f"{name} has no tokenizer that can be read ({first_line(error)})") from error
+    return Source(program, tokenizer, name, f"folder {Path(name).resolve()}")
+
+
+def open_either(name: str, dtype: str) -> Source:
+    """A folder that lopro_fx wrote, or else a model."""
+    return open_checkpoint(name) if is_checkpoint(name) else open_model(name, dtype)

@@ -1,0 +1,177 @@
+"""One frozen dataclass a method. A bad value is refused on construction, with the value and the allowed range."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from lopro_fx.errors import ConfigError
+
+GROUP_SIZES = (32, 64, 128, -1)
+BITS = (2, 3, 4, 8)
+FACTOR_BITS = (8, 16)
+TRANSFORMS = ("identity", "act_order", "partial", "full")
+LOW_RANK = ("block_svd", "r1_sketch")
+
+
+def _choice(config: object, name: str, allowed: tuple[Any, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): allowed are {', '.join(map(str, allowed))}")
+
+
+def _at_least(config: object, name: str, low: float, high: float = float("inf")) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be a number in [{low:g}, {high:g}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What every method shares.
+
+    Args:
+        bits: width of a weight's code: 2, 3, 4 or 8.
+        group_size: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row.
+        include: fnmatch patterns on a Linear's fully qualified name; naming one exactly overrides the default that
+            keeps embeddings and the output projection.
+        exclude: patterns of Linears to leave alone; they win over `include`.
+        clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
+        sequential: solve each group on inputs that come from the layers quantised before it; False uses the
+            unquantised model's inputs throughout.
+        seed: of every random choice (signs, sketches).
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    clip_steps: int = 24
+    sequential: bool = True
+    seed: int = 0
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        _choice(self, "bits", BITS)
+        _choice(self, "group_size", GROUP_SIZES)
+        _at_least(self, "clip_steps", 0, 1000)
+        _at_least(self, "seed", 0, 2**63 - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and the method's name, ready for JSON."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"method": self.method, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Method):
+    """Rounding to nearest. Needs no calibration; with one, it is only used to report errors."""
+
+    method: ClassVar[str] = "rtn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Method):
+    """Rounding with error feedback (Frantar et al., 2210.17323).
+
+    Args:
+        damp: part of the Gram's mean diagonal added to its diagonal; raised tenfold until a factorisation exists.
+        act_order: round columns in order of falling activation energy. "group" ranks whole groups, which costs nothing
+            at run time; "column" stores a permutation that gathers the activation; "none" keeps storage order.
+    """
+
+    damp: float = 0.01
+    act_order: str = "group"
+    method: ClassVar[str] = "gptq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, "damp", 0, 10)
+        _choice(self, "act_order", ("none", "group", "column"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoPRo(Method):
+    """Permuted block-wise rotation with a low-rank branch (arXiv 2601.19675).
+
+    Args:
+        rank: components of the low-rank branch; 0 leaves it out.
+        factor_bits: 8 (int8, one fp16 scale a component) or 16 (fp16).
+        transforms: candidates among "identity" (no permutation, no rotation), "act_order" (columns by energy, not
+            rotated), "partial" (permuted by importance, the salient block not rotated) and "full" (random signs, every
+            column rotated). With several, each group keeps the one of least proxy loss.
+        block_size: largest Hadamard block; the block used is the largest power of two that divides the width.
+        salient: columns that "partial" leaves alone (the paper's b_I).
+        signs: random signs before the Hadamard blocks of "partial".
+        low_rank: "block_svd" (randomised subspace iteration) or "r1_sketch" (the paper's rank-one deflation).
+        power_iterations: of the sketch, each two passes over the matrix.
+        refits: times the factors are solved again for the rounding error and the weights rounded again around them;
+            the best iterate is kept. 0 is the paper: factors once, from the weights alone.
+        damp: as in GPTQ.
+    """
+
+    rank: int = 16
+    factor_bits: int = 8
+    transforms: tuple[str, ...] = ("act_order", "partial", "full")
+    block_size: int = 256
+    salient: int = 64
+    signs: bool = True
+    low_rank: str = "block_svd"
+    power_iterations: int = 2
+    refits: int = 2
+    damp: float = 0.01
+    method: ClassVar[str] = "lopro"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.transforms
+        object.__setattr__(self, "transforms", (value,) if isinstance(value, str) else tuple(value))
+        if not self.transforms:
+            raise ConfigError(f"LoPRo(transforms=()): name at least one of {', '.join(TRANSFORMS)}")
+        for name in self.transforms:
+            if name not in TRANSFORMS:
+                raise ConfigError(
+                    f"LoPRo(transforms={self.transforms!r}): {name!r} is not one of {', '.join(TRANSFORMS)}"
+                )
+        _at_least(self, "rank", 0, 4096)
+        _choice(self, "factor_bits", FACTOR_BITS)
+        _choice(self, "block_size", tuple(1 << i for i in range(11)))
+        _at_least(self, "salient", 0)
+        _choice(self, "low_rank", LOW_RANK)
+        _at_least(self, "power_iterations", 0, 64)
+        _at_least(self, "refits", 0, 32)
+        _at_least(self, "damp", 0, 10)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> LoPRo:
+        """The paper's choices: partial rotation of 256-wide blocks after 256 salient columns without signs, R1-sketch
+        factors from the scaled weights, no refit, groups of 128."""
+        choices: dict[str, Any] = {
+            "group_size": 128,
+            "transforms": ("partial",),
+            "salient": 256,
+            "signs": False,
+            "low_rank": "r1_sketch",
+            "power_iterations": 8,
+            "refits": 0,
+            "clip_steps": 90,
+        }
+        return cls(**{**choices, **changes})
+
+
+METHODS: dict[str, type[Method]] = {cls.method: cls for cls in (RTN, GPTQ, LoPRo)}
+
+
+def from_dict(values: dict[str, Any]) -> Method:
+    """Inverse of `Method.to_dict`."""
+    values = dict(values)
+    name = values.pop("method", None)
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r}: known are {', '.join(METHODS)}")
+    try:
+        return METHODS[name](**values)
+    except TypeError as error:
+        raise ConfigError(f"{METHODS[name].__name__}: {error}") from error

@@ -1,0 +1,97 @@
+"""AOTInductor package: one file that runs in a process which has torch, or libtorch, and nothing of lopro_fx."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.deploy.tensors import unique
+from lopro_fx.errors import CheckpointError, GraphError
+from lopro_fx.files import replacing
+from lopro_fx.passes import compat
+from lopro_fx.passes.mutation import clean_constants
+from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.passes.rewrite import META
+from lopro_fx.report.report import report
+
+# Given to the one compilation, never set globally.
+_OPTIONS = {
+    "aot_inductor.package": True,
+    # Small tensors would be written into the kernels as literals, and layers that differ in them could share none.
+    "always_keep_tensor_constants": True,
+    # Debug tables weigh as much as the code.
+    "aot_inductor.enable_line_tables": False,
+}
+# What a package may weigh beside its tensors, as a part of the packed bytes: code, alignment, the archive.
+_OVERHEAD = 0.05
+
+
+@dataclass(frozen=True)
+class AotiResult:
+    """Where the package is, its size, the size that it should not exceed (see `size_bound`), and the time it took."""
+
+    path: Path
+    bytes: int
+    bound: int
+    seconds: float
+
+
+def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
+    """Compile a program for the device that its tensors are on and write it as a `.pt2` package.
+
+    The machine code is for the processor that this runs on. Load it with `torch._inductor.aoti_load_package(path)`.
+
+    Args:
+        program: quantised or not; its example inputs are what the compiler looks at.
+        path: the file to write, ending in `.pt2`; one that exists is replaced when all went well.
+
+    Raises:
+        CheckpointError: the name doesn't end in `.pt2`, or the file can't be written (nothing is left half-written).
+        GraphError: the program has no example inputs, or AOTInductor can't compile it.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise CheckpointError(f"{path}: the name of an AOTInductor package ends in .pt2")
+    if program.example_inputs is None:
+        raise GraphError("the program has no example inputs, which AOTInductor needs; export it again")
+    started = time.monotonic()
+    with replacing(path) as temporary:
+        # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
+        files = _compile(program, temporary.parent / "build")
+        try:
+            compat.write_package(str(temporary), files)
+        except RuntimeError as error:
+            raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
+    return AotiResult(path, path.stat().st_size, size_bound(program), time.monotonic() - started)
+
+
+def size_bound(program: ExportedProgram) -> int:
+    """Bytes that a package should not exceed: 1.05 * packed bytes + every other tensor, tied ones once.
+
+    Code is a fixed cost of some megabytes, so a model of a few million weights is above it.
+    """
+    tensors = {**program.state_dict, **program.constants}
+    total = stored_bytes(tensor for _, tensor in unique(tensors) if isinstance(tensor, torch.Tensor))
+    packed = report(program).packed_bytes if META in program.graph_module.meta else 0
+    return total + int(_OVERHEAD * packed)
+
+
+def _compile(program: ExportedProgram, folder: Path) -> list[str]:
+    """Files of the package; the generated C++ is not among them, since the library is compiled from it already."""
+    folder.mkdir()
+    clean = compat.rebuild(
+        program, program.graph_module, program.graph_signature, program.state_dict, clean_constants(program)
+    )
+    assert clean.example_inputs is not None
+    args, kwargs = clean.example_inputs
+    try:
+        with torch.no_grad():
+            files = compat.aot_compile(clean, args, kwargs, {**_OPTIONS, "aot_inductor.output_path": str(folder)})
+    except Exception as error:  # Inductor and the C++ compiler below it raise anything
+        raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
+    return [file for file in files if not str(file).endswith(".cpp")]

@@ -1,0 +1,177 @@
+"""Save and load a program, or a calibrated state, as a folder of safetensors and JSON. Nothing is pickled.
+
+    lopro_fx.json        format, version, what wrote it, size and SHA-256 of the other files
+    tensors.safetensors  weights, packed buffers, constants ("constant:" before the name) and example inputs; each once
+    program.json         the graph without tensors, in torch's own schema
+    record.json          how tensors are tied, the example inputs' structure, and what was done to the program
+
+A state has the first two and `record.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from lopro_fx import records
+from lopro_fx.deploy import inputs, tensors
+from lopro_fx.deploy.manifest import first_line, read_manifest, require_ours, write_manifest
+from lopro_fx.deploy.vetting import vet
+from lopro_fx.errors import CheckpointError
+from lopro_fx.files import replacing, write_tensors
+from lopro_fx.passes import compat
+from lopro_fx.passes.mutation import clean_constants
+from lopro_fx.passes.rewrite import META
+from lopro_fx.state import QuantState
+
+TENSORS, PROGRAM, RECORD = "tensors.safetensors", "program.json", "record.json"
+_PROGRAM_FILES = (TENSORS, PROGRAM, RECORD)
+_STATE_FILES = (TENSORS, RECORD)
+_CONSTANT = "constant:"
+
+
+def save(program: ExportedProgram, folder: str | Path) -> None:
+    """Write a program, quantised or not, so that `load` gives it back with its record, dynamic shapes and ties.
+
+    A non-persistent buffer that the graph writes (a KV cache) is stored as zeros. The program itself is not changed.
+
+    Args:
+        program: what to save.
+        folder: a new or empty folder, or one that lopro_fx wrote, which is then replaced.
+
+    Raises:
+        CheckpointError: the folder holds something else or can't be written (nothing is left half-written), or the
+            program holds what the format can't: objects other than tensors, operators that are not registered ones.
+    """
+    folder = Path(folder)
+    require_ours(folder)
+    graph = compat.program_to_json(program)
+    vet(graph, "the program")
+    values = _values(program)
+    examples = None if program.example_inputs is None else inputs.encode(program.example_inputs, values)
+    unique, layout = tensors.split(values)
+    record = {
+        "layout": layout,
+        "state_dict": list(program.state_dict),
+        "constants": list(program.constants),
+        "example_inputs": examples,
+        "program": program.graph_module.meta.get(META),
+        "nodes": {node.name: node.meta[META] for node in program.graph.nodes if META in node.meta},
+    }
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / TENSORS, unique, {"format": "pt"})
+        _write(temporary / PROGRAM, graph)
+        _write(temporary / RECORD, record)
+        write_manifest(temporary, "program", _PROGRAM_FILES)
+
+
+def load(folder: str | Path) -> ExportedProgram:
+    """The program that `save` wrote. Files are checked against their SHA-256, and nothing in them is executed.
+
+    Raises:
+        CheckpointError: the folder is missing, foreign, damaged, of another format version, or holds a program that
+            this torch can't read.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, "program", _PROGRAM_FILES)
+    graph, record = _read(folder / PROGRAM), _read(folder / RECORD)
+    vet(graph, str(folder / PROGRAM))
+    try:
+        values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
+        state = {name: values[name] for name in record["state_dict"]}
+        constants = {name: values[_CONSTANT + name] for name in record["constants"]}
+        examples = record["example_inputs"] and inputs.decode(record["example_inputs"], values)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the program again") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / TENSORS}: a tensor can't be placed: {first_line(error)}") from error
+    try:
+        program = compat.program_from_json(graph, state, constants, examples)
+    except Exception as error:  # torch's reader raises anything on a schema that it doesn't know
+        raise CheckpointError(
+            f"{folder / PROGRAM}, written by torch {manifest['torch']}, can't be read by torch {torch.__version__} "
+            f"({first_line(error)})"
+        ) from error
+    if record["program"] is not None:
+        program.graph_module.meta[META] = record["program"]
+    for node in program.graph.nodes:
+        if node.name in record["nodes"]:
+            node.meta[META] = record["nodes"][node.name]
+    return program
+
+
+def save_state(state: QuantState, folder: str | Path) -> None:
+    """Write a calibrated state; `apply` puts it into any program of the same model.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    folder = Path(folder)
+    require_ours(folder)
+    groups, sites = state.groups.values(), state.sites.values()
+    unique, layout = tensors.split(records.tensors_of(groups, sites))
+    record = {
+        "layout": layout,
+        "config": state.config,
+        "left": state.left,
+        "info": state.info,
+        **records.describe(groups, sites),
+    }
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / TENSORS, unique, {"format": "pt"})
+        _write(temporary / RECORD, record)
+        write_manifest(temporary, "state", _STATE_FILES)
+
+
+def load_state(folder: str | Path) -> QuantState:
+    """The state that `save_state` wrote.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    folder = Path(folder)
+    read_manifest(folder, "state", _STATE_FILES)
+    record = _read(folder / RECORD)
+    try:
+        groups, sites = records.restore(record, tensors.join(tensors.read(folder / TENSORS), record["layout"]))
+    except KeyError as error:
+        raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the state again") from error
+    left = [(name, reason) for name, reason in record["left"]]
+    return QuantState(
+        record["config"],
+        {group.name: group for group in groups},
+        {site.name: site for site in sites},
+        left,
+        record["info"],
+    )
+
+
+def _values(program: ExportedProgram) -> dict[str, Tensor]:
+    """Every tensor of the program under its stored name, caches as zeros."""
+    values: dict[str, Any] = dict(program.state_dict)
+    for name, value in clean_constants(program).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"constant '{name}' is a {type(value).__name__}; only tensors can be saved")
+        values[_CONSTANT + name] = value
+    for name, value in values.items():
+        if compat.is_fake(value):
+            raise CheckpointError(f"'{name}' holds no data (fake or meta tensor); export the model with real weights")
+    return values
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, separators=(",", ":")) + "\n")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error

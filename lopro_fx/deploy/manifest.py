@@ -1,0 +1,102 @@
+"""The manifest of a saved folder: what wrote it, which format it is in, and the SHA-256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopro_fx.__about__ import __version__
+from lopro_fx.errors import CheckpointError
+from lopro_fx.files import write_json
+
+MANIFEST = "lopro_fx.json"
+FORMAT = "lopro_fx checkpoint"
+VERSION = 1
+
+
+def write_manifest(folder: Path, kind: str, files: Sequence[str]) -> None:
+    """Describe `files`, which `folder` holds already; `kind` is "program" or "state"."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+    write_json(
+        folder / MANIFEST,
+        {"format": FORMAT, "version": VERSION, "kind": kind, "lopro_fx": __version__, "torch": torch.__version__,
+         "files": entries},
+    )  # fmt: skip
+
+
+def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, Any]:
+    """The manifest, after checking that `folder` holds a `kind` whose `files` are all intact.
+
+    Raises:
+        CheckpointError: no such folder, not written by lopro_fx, another format version, or a file is missing,
+            truncated or changed.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder" if not folder.exists() else f"{folder} is not a folder")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} was not written by lopro_fx: it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {first_line(error)}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} was not written by lopro_fx: its {MANIFEST} does not name the format")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {manifest.get('version')}, but lopro_fx {__version__} reads version "
+            f"{VERSION}: use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
+        )
+    if manifest.get("kind") != kind:
+        raise CheckpointError(f"{folder} holds a {manifest.get('kind')}, not a {kind}")
+    for name in files:
+        _check(folder / name, manifest)
+    return manifest
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` may be replaced: it is absent, empty, or was written by lopro_fx."""
+    return not folder.exists() or (folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir())))
+
+
+def require_ours(folder: Path) -> None:
+    """Refuse to replace what lopro_fx has not written.
+
+    Raises:
+        CheckpointError: `folder` is a file, or holds something else.
+    """
+    if not is_ours(folder):
+        raise CheckpointError(f"{folder} exists and was not written by lopro_fx; name another folder or delete it")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        entry = manifest["files"][path.name]
+        size, digest = entry["bytes"], entry["sha256"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path.with_name(MANIFEST)} is damaged: it does not describe {path.name}") from error
+    try:
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} were written")
+        if sha256(path) != digest:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written")
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error

@@ -1,0 +1,97 @@
+"""Tensors as safetensors holds them: each storage once, with what the format leaves out kept beside it as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lopro_fx.errors import CheckpointError
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tied tensors: the same elements of the same storage, in the same order."""
+    if not tensor.numel():
+        return (id(tensor),)
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *place, tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors to write, and the layout that `join` needs to build the originals from them.
+
+    Tied tensors are written once. Views that overlap in part are written whole, each for itself.
+    """
+    owners: dict[tuple[Any, ...], str] = {}
+    ties, strides, devices, parameters, unique = {}, {}, {}, {}, {}
+    for name, tensor in tensors.items():
+        owner = owners.setdefault(identity(tensor), name)
+        if isinstance(tensor, nn.Parameter):
+            parameters[name] = tensor.requires_grad
+        if owner != name:
+            ties[name] = owner
+            continue
+        if not tensor.is_contiguous():
+            strides[name] = list(tensor.stride())
+        if tensor.device.type != "cpu":
+            devices[name] = str(tensor.device)
+        unique[name] = _alone(tensor)
+    return unique, {"ties": ties, "strides": strides, "devices": devices, "parameters": parameters}
+
+
+def join(stored: Mapping[str, Tensor], layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inverse of `split`; tied parameters become one object again.
+
+    Raises:
+        KeyError: a tensor is missing.
+        RuntimeError: a tensor's device is not there.
+    """
+    base = {name: _restored(name, tensor, layout) for name, tensor in stored.items()}
+    base.update((name, base[owner]) for name, owner in layout["ties"].items())
+    made: dict[tuple[str, bool], nn.Parameter] = {}
+    for name, grad in layout["parameters"].items():
+        key = layout["ties"].get(name, name), grad
+        if key not in made:
+            made[key] = nn.Parameter(base[name], grad)
+        base[name] = made[key]
+    return base
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is not one, or can't be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file that can be read: {error}") from error
+
+
+def unique(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor), tied tensors once under the first name."""
+    seen = set()
+    for name, tensor in tensors.items():
+        if identity(tensor) not in seen:
+            seen.add(identity(tensor))
+            yield name, tensor
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    # safetensors refuses tensors that share a storage, so a part of one is copied out.
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _restored(name: str, tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
+    if name in layout["strides"]:
+        strided = torch.empty_strided(tensor.shape, layout["strides"][name], dtype=tensor.dtype)
+        tensor = strided.copy_(tensor)
+    return tensor.to(layout["devices"].get(name, "cpu"))

@@ -1,0 +1,167 @@
+"""Checks a serialised program before torch reads it, because torch's reader evaluates what the file says.
+
+It passes shape expressions to `sympify` (an `eval`), compiles guards and node names into Python source, imports the
+module of an enum or default factory that an input structure names, and resolves a node's target to any attribute of
+`torch`. Each of these is held here against the little that an exported program needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lopro_fx.errors import CheckpointError
+
+_NAME = re.compile(r"\w*")
+# Fully qualified names, versions, dialects, numbers.
+_WORDS = re.compile(r"[\w.+\- ]*")
+_UNQUOTED = re.compile(r"[^\"\\\n\r]*")
+_OPERATOR = re.compile(r"torch\.ops\.\w+(\.\w+){1,2}")
+_FUNCTION = re.compile(
+    r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift|getitem)"
+    r"|math\.(trunc|floor|ceil|sqrt)|torch\.sym_(not|int|float|ite|max|min|sqrt)"
+)
+# Literals of the graph, kept as Python values and quoted in generated source; and metadata, which stays text.
+_TEXT = ("as_string", "as_strings", "metadata")
+_ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop,
+               ast.cmpop, ast.Load, ast.Call, ast.keyword)  # fmt: skip
+_SYMPY = re.compile(
+    r"Symbol|Integer|Float|Rational|Add|Mul|Pow|Mod|Max|Min|Abs|floor|ceiling|And|Or|Not|Piecewise|ExprCondPair|Tuple"
+    r"|Equality|Unequality|Eq|Ne|Lt|Le|Gt|Ge|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan|true|false|oo|int_oo"
+    r"|FloorDiv|ModularIndexing|Where|PythonMod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural"
+    r"|FloatPow|FloatTrueDiv|IntTrueDiv|IsNonOverlappingAndDenseIndicator|TruncToFloat|TruncToInt|RoundToInt"
+    r"|RoundDecimal|ToFloat|Identity"
+)
+_GUARD = re.compile(r"L|max|min|abs|IsNonOverlappingAndDenseIndicator")
+_GUARD_METHOD = re.compile(r"size|stride|storage_offset|dim")
+
+
+class _Refused(ValueError):
+    """What was found."""
+
+
+def vet(program: Mapping[str, Any], source: str) -> None:
+    """Refuse a program that could make torch run something else than operators.
+
+    Args:
+        program: what `compat.program_to_json` returned.
+        source: what to call it in an error.
+
+    Raises:
+        CheckpointError: says what was found.
+    """
+    try:
+        for key, value in program.items():
+            if key == "guards_code":
+                for guard in value:
+                    _guard(guard)
+            else:
+                _walk(value, key)
+    except (_Refused, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{source} holds what lopro_fx neither saves nor loads: {error}") from error
+
+
+def _walk(value: Any, key: str) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _match(_WORDS, name, "key")
+            if name == "metadata":
+                _match(_UNQUOTED, item.get("nn_module_stack", ""), "module stack")
+            elif name not in _TEXT:
+                _walk(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            _walk(item, key)
+    elif isinstance(value, str):
+        _text(value, key)
+
+
+def _text(value: str, key: str) -> None:
+    if key in ("target", "as_operator"):
+        _target(value)
+    elif key == "expr_str":
+        _shape(value)
+    elif key in ("in_spec", "out_spec"):
+        _structure(value)
+    else:
+        _match(_NAME if key in ("name", "as_name", "forward_arg_names") else _WORDS, value, key)
+
+
+def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
+    if not pattern.fullmatch(value):
+        raise _Refused(f"the {what} {value[:80]!r}")
+
+
+def _target(value: str) -> None:
+    if _FUNCTION.fullmatch(value):
+        return
+    _match(_OPERATOR, value, "function")
+    target: Any = torch.ops
+    for part in value.split(".")[2:]:
+        target = getattr(target, part, None)
+    if not isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        raise _Refused(f"{value}, which is not a registered operator (import the package that defines it first)")
+
+
+def _shape(value: str) -> None:
+    """sympy's constructors, as `srepr` writes them."""
+    _expression(value, "shape expression", _ARITHMETIC, _SYMPY)
+
+
+def _guard(value: str) -> None:
+    """Comparisons of sizes of the inputs, such as `L['x'].size()[0] % 2 == 0`."""
+    _expression(value, "guard", (*_ARITHMETIC, ast.Subscript), _GUARD)
+
+
+def _expression(value: str, what: str, syntax: tuple[type[ast.AST], ...], names: re.Pattern[str]) -> None:
+    try:
+        nodes = list(ast.walk(ast.parse(value, mode="eval")))
+    except (SyntaxError, ValueError, MemoryError) as error:
+        raise _Refused(f"the {what} {value[:80]!r}") from error
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            fine = names.fullmatch(node.id)
+        elif isinstance(node, ast.Attribute):
+            fine = what == "guard" and _GUARD_METHOD.fullmatch(node.attr)
+        elif isinstance(node, ast.Constant):
+            fine = _WORDS.fullmatch(str(node.value))
+        else:
+            fine = isinstance(node, syntax)
+        if not fine:
+            raise _Refused(f"the {what} {value[:80]!r}")
+
+
+def _structure(value: str) -> None:
+    """A pytree of containers that torch knows, none whose description names a module to import."""
+    try:
+        _, spec = json.loads(value)
+        _container(spec)
+    except (ValueError, KeyError) as error:
+        raise _Refused(f"the input structure {value[:80]!r}") from error
+
+
+def _container(spec: Mapping[str, Any]) -> None:
+    if spec["type"] == "collections.defaultdict":
+        raise _Refused("a defaultdict")
+    context = spec["context"]
+    # torch dumps a context to JSON within the JSON, except a namedtuple's, which is its name.
+    is_json = isinstance(context, str) and spec["type"] != "collections.namedtuple"
+    for key in _leaves(json.loads(context) if is_json else context):
+        _match(_WORDS, key, "key")
+    for child in spec["children_spec"]:
+        _container(child)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        raise _Refused("an enum among the keys of an input")
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield str(value)

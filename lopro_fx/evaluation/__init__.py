@@ -1,0 +1,22 @@
+"""Measures a program: perplexity on text, accuracy on multiple-choice tasks."""
+
+from __future__ import annotations
+
+from lopro_fx.evaluation.perplexity import PerplexityResult, perplexity, predicted_bytes
+from lopro_fx.evaluation.text import builtin_text, read_text, token_windows
+from lopro_fx.evaluation.zeroshot import Choice, Item, ZeroShotResult, read_task, score_item, zero_shot
+
+__all__ = [
+    "Choice",
+    "Item",
+    "PerplexityResult",
+    "ZeroShotResult",
+    "builtin_text",
+    "perplexity",
+    "predicted_bytes",
+    "read_task",
+    "read_text",
+    "score_item",
+    "token_windows",
+    "zero_shot",
+]

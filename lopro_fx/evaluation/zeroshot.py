@@ -1,0 +1,190 @@
+"""Multiple-choice accuracy without examples, by the conventions of EleutherAI's lm-evaluation-harness.
+
+All endings of an item are scored in one forward pass: the tokens that they share come once, then each ending's own as a
+branch. Positions restart with each branch, and the mask lets a token see the shared part and its own branch only, so
+every ending gets the logits that a pass of its own would give.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.progress import Progress, silent
+
+Scorer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One possible answer: the text given, and the text whose probability counts."""
+
+    context: str
+    ending: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: at least two choices and the index of the right one."""
+
+    id: int | str
+    choices: tuple[Choice, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """acc: share of items whose right ending has the highest sum of log-probabilities; acc_norm: the same per UTF-8
+    byte of the ending; acc_stderr: standard error of acc; items: how many; seconds: wall time."""
+
+    acc: float
+    acc_norm: float
+    acc_stderr: float
+    items: int
+    seconds: float
+
+
+def read_task(path: str | Path, limit: int | None = None) -> list[Item]:
+    """Reads a task, one JSON object a line: `id`, `ctx`, `endings`, `label`; or, for partial scoring as in WinoGrande,
+    `id`, `ctxs`, `suffix`, `label`. `limit`: only the first so many lines.
+
+    An ending that doesn't start with a space gets one. Raises: ConfigError if the file can't be read or a line is not
+    such an object.
+    """
+    items = []
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(items) == limit:
+                    break
+                if line.strip():
+                    items.append(_parse(line, f"{path}:{number}"))
+    except OSError as error:
+        raise ConfigError(f"task {path} can't be read ({error.strerror}): give a .jsonl file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task {path} is not UTF-8: give a .jsonl file") from error
+    if not items:
+        raise ConfigError(f"task {path} holds no items: give a .jsonl file, and a limit of at least 1")
+    return items
+
+
+def zero_shot(
+    scorer: Scorer,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = silent,
+) -> ZeroShotResult:
+    """Accuracy of a scorer program on a task.
+
+    Args:
+        scorer: what `export_scorer` returns, as a callable (its `.module()`).
+        tokenizer: the model's Hugging Face tokenizer.
+        items: the questions (`read_task`).
+        dtype: the mask's type, that of the model's activations.
+        progress: called after each item with (items done, all items, the accuracy so far).
+
+    Raises: ConfigError if there are no items or an ending has no tokens; ModelError if logits are not finite.
+    """
+    if not items:
+        raise ConfigError("no items to score: give at least one")
+    started = time.perf_counter()
+    right = right_norm = 0
+    for done, item in enumerate(items, 1):
+        scores = score_item(scorer, tokenizer, item, dtype=dtype)
+        sizes = torch.tensor([max(1, len(choice.ending.lstrip().encode())) for choice in item.choices])
+        right += int(scores.argmax()) == item.label
+        right_norm += int((scores / sizes).argmax()) == item.label
+        progress(done, len(items), f"accuracy {right / done:.3f}")
+    acc, count = right / len(items), len(items)
+    return ZeroShotResult(
+        acc=acc,
+        acc_norm=right_norm / count,
+        acc_stderr=math.sqrt(acc * (1 - acc) / max(1, count - 1)),
+        items=count,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def score_item(scorer: Scorer, tokenizer: Any, item: Item, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum of the log-probabilities (nats) of each choice's ending given its context: (choices,) float64.
+
+    Raises: ConfigError if an ending has no tokens; ModelError if logits are not finite.
+    """
+    pairs = [_encode(tokenizer, choice, item.id) for choice in item.choices]
+    shared = min(given for _, given in pairs)
+    shared = next((p for p in range(shared) if len({ids[p] for ids, _ in pairs}) > 1), shared)
+    ids = list(pairs[0][0][:shared])
+    positions, branch = list(range(shared)), [-1] * shared
+    keep: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for index, (tokens, given) in enumerate(pairs):
+        start = len(ids) - shared  # a token of this branch at position p stands at index start + p
+        ids += tokens[shared:]
+        positions += range(shared, len(tokens))
+        branch += [index] * (len(tokens) - shared)
+        keep += [p - 1 if p == shared else start + p - 1 for p in range(given, len(tokens))]
+        targets += tokens[given:]
+        owner += [index] * (len(tokens) - given)
+    with torch.no_grad():
+        logits = scorer(
+            torch.tensor([ids]), torch.tensor([positions]), _mask(torch.tensor(branch), dtype), torch.tensor(keep)
+        )
+        logp = logits.float().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0].double()
+    if not logp.isfinite().all():
+        raise ModelError(f"item {item.id}: the log-probabilities are not finite: check the model's weights")
+    return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, torch.tensor(owner), logp)
+
+
+def _mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1, 1, S, S): 0 where the query (row) may see the key, the type's lowest value elsewhere; branch -1 is shared."""
+    order = torch.arange(len(branch))
+    seen = (order[:, None] >= order) & ((branch[:, None] == branch) | (branch == -1))
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def _encode(tokenizer: Any, choice: Choice, item_id: int | str) -> tuple[list[int], int]:
+    """(tokens of context + ending, how many of them are given). Spaces at the context's end count to the ending, and
+    both are tokenised as one text, cut after as many tokens as the context has alone: lm-eval's `_encode_pair`."""
+    context = choice.context.rstrip()
+    ending = choice.context[len(context) :] + choice.ending
+    given = tokenizer(context, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(context + ending, add_special_tokens=False)["input_ids"]
+    if not given:  # nothing to condition on: the token that starts a text stands in
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise ConfigError(f"item {item_id}: no context, and the tokenizer has no BOS or EOS token: give a context")
+        given, whole = [start], [start, *whole]
+    if len(whole) <= len(given):
+        raise ConfigError(f"item {item_id}: ending {choice.ending!r} has no tokens of its own: remove the item")
+    return whole, len(given)
+
+
+def _parse(line: str, where: str) -> Item:
+    try:
+        row = json.loads(line)
+        if "ctxs" in row:
+            choices = tuple(Choice(ctx, _spaced(row["suffix"])) for ctx in row["ctxs"])
+        else:
+            choices = tuple(Choice(row["ctx"], _spaced(ending)) for ending in row["endings"])
+        item = Item(row["id"], choices, row["label"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: not an object with id, ctx, endings, label ({error}): mend the line") from error
+    if len(choices) < 2 or item.label not in range(len(choices)):
+        raise ConfigError(f"{where}: label {item.label} of {len(choices)} endings: an index of 2 or more is needed")
+    return item
+
+
+def _spaced(ending: str) -> str:
+    return ending if ending[:1].isspace() else " " + ending

@@ -1,0 +1,135 @@
+"""GPTQ as sequential rounding with error feedback.
+
+With H = U diag(d) Uᵀ, U unit upper triangular, the proxy loss of an error row e is Σ_j d_j ((e U)_j)². Rounding
+w_j + Σ_{k<j} e_k U_kj makes (e U)_j the rounding error itself, so the loss is the sum of d_j times squared rounding
+errors. This is GPTQ (Frantar et al. 2210.17323) in the form of LDLQ (Chee et al. 2307.13304); H is never inverted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.packing.format import ZERO_OFFSET, group_count
+from lopro_fx.methods.grid import Grid, fit_grid
+
+MAX_DAMP = 1e6
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix: `codes` uint8 (m, n), `scales` fp32 (m, groups), `zeros` uint8 codes (m, groups)."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+
+    def dense(self) -> Tensor:
+        """fp32 (m, n)."""
+        n = self.codes.shape[1]
+        size = n if self.group_size == -1 else self.group_size
+        group = torch.arange(n) // size
+        zero = self.zeros.to(torch.float32) + ZERO_OFFSET
+        return (self.codes.to(torch.float32) - zero[:, group]) * self.scales[:, group]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is what was needed."""
+
+    upper: Tensor
+    pivots: Tensor
+    damp: float
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """H + damp * mean(diag H) I; an all-zero H becomes the identity, which is rounding to nearest."""
+    mean = hessian.diagonal().mean().item()
+    result = hessian.clone()
+    result.diagonal().add_(damp * mean if mean > 0 else 1.0)
+    return result
+
+
+def cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of the damped H in H's dtype, and the damping used: ten times more at each failure."""
+    while damp <= MAX_DAMP:
+        factor, info = torch.linalg.cholesky_ex(damped(hessian, damp))
+        if not info.item() and torch.isfinite(factor.diagonal()).all():
+            return factor, damp
+        damp = max(damp * 10, 1e-6)
+    raise ArithmeticError(
+        f"the Gram matrix has no Cholesky factor even with {MAX_DAMP:g} times its mean diagonal added"
+    )
+
+
+def feedback(hessian: Tensor, damp: float) -> Feedback:
+    """Factor H (n, n) as U diag(d) Uᵀ by a Cholesky factorisation of the matrix read backwards."""
+    factor, used = cholesky(hessian.flip(0, 1), damp)
+    upper = factor.flip(0, 1)
+    root = upper.diagonal().clone()
+    return Feedback(upper / root, root.square(), used)
+
+
+def round_with_feedback(
+    weight: Tensor, fb: Feedback, bits: int, group_size: int, *, order: Tensor | None = None, clip_steps: int = 24
+) -> Rounded:
+    """Round W (m, n) fp32 to `bits` bits.
+
+    Args:
+        weight: fp32 (m, n).
+        fb: feedback of the Gram, its columns already in `order`.
+        bits: width of a code.
+        group_size: columns that share a scale; -1 is the whole row.
+        order: int64 (n,) columns in the sequence in which to round them, or None for storage order. Whole groups must
+            stay together, because a group's grid is fitted when its first column is reached.
+        clip_steps: candidate clipping ranges of a group, 0 for none.
+
+    Returns:
+        `Rounded`, in storage order whatever `order` is.
+    """
+    m, n = weight.shape
+    size = n if group_size == -1 else group_size
+    columns = weight.T.contiguous() if order is None else weight.T[order]
+    codes = torch.empty(n, m)
+    error = torch.empty(n, m)
+    scales = torch.empty(group_count(n, group_size), m)
+    zeros = torch.empty_like(scales)
+    storage = torch.arange(n) if order is None else order
+    starts = [0, *(torch.nonzero(storage[1:] // size != storage[:-1] // size).flatten() + 1).tolist(), n]
+    for start, end in pairwise(starts):
+        target = columns[start:end] + fb.upper[:start, start:end].T @ error[:start]
+        grid = fit_grid(target, bits, fb.pivots[start:end], clip_steps)
+        group = int(storage[start]) // size
+        scales[group], zeros[group] = grid.scale, grid.zero - ZERO_OFFSET
+        _round_block(
+            columns[start:end], target, fb.upper[start:end, start:end], grid, codes[start:end], error[start:end]
+        )
+    if order is not None:
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    as_code = torch.uint8
+    return Rounded(
+        codes.T.to(as_code).contiguous(), scales.T.contiguous(), zeros.T.to(as_code).contiguous(), group_size
+    )
+
+
+def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
+    """Fill `codes` and `error` (width, m) of one group; `target` is consumed."""
+    width = columns.shape[0]
+    inverse = 1.0 / grid.scale
+    for j in range(width):
+        code = (target[j] * inverse).add_(grid.zero).round_().clamp_(0, grid.levels - 1)
+        codes[j] = code
+        torch.sub(columns[j], (code - grid.zero).mul_(grid.scale), out=error[j])
+        if j + 1 < width:
+            target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
+
+
+def proxy_loss(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H Eᵀ) for E (m, n) and the undamped H (n, n)."""
+    loss = ((error @ hessian) * error).sum().item()
+    return loss if math.isfinite(loss) else math.inf

@@ -1,0 +1,163 @@
+"""LoPRo: permuted block-wise rotation, error-feedback rounding and a low-rank branch (arXiv 2601.19675).
+
+One call solves all Linears of a group. They share the transform and the down factor, since they read the same tensor;
+each has its own codes, scales, zeros and up factor. Everything after the transform is solved in rotated coordinates, so
+at run time only x' = Tᵀ x is needed (the paper's low-rank branch reads the raw x and keeps a scale vector).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.config import LoPRo
+from lopro_fx.methods import rotation
+from lopro_fx.methods.gptq import Feedback, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.lowrank import Factor, correction, fit_up, r1_sketch, randomized_svd, round_factor
+from lopro_fx.methods.rotation import Transform
+from lopro_fx.methods.solution import GroupSolution
+
+# Exponent of the activation scale in the released code (LoPRo section 3.2).
+_SCALE_POWER = 2.4
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One candidate: W T, Tᵀ H T, its feedback, and the sequence in which columns are rounded."""
+
+    name: str
+    transform: Transform
+    weight: Tensor
+    gram: Tensor
+    fb: Feedback
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Low-rank branch with rounded factors; `dense` is their product (m, n)."""
+
+    down: Factor
+    ups: tuple[Factor, ...]
+
+    @property
+    def dense(self) -> Tensor:
+        return torch.cat([up.dense() for up in self.ups]) @ self.down.dense()
+
+
+def solve(
+    joint: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
+) -> GroupSolution:
+    """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a group's weights.
+
+    Each candidate transform is tried once; the one of least proxy loss is refined by alternating between the factors
+    and the rounding, and the best iterate is kept, so the loss is never above that of the best candidate alone.
+    """
+    start = initial_factors(joint, stats, config, generator) if config.rank else None
+    residual = joint if start is None else joint - start[0] @ start[1]
+    best: tuple[GroupSolution, _Problem] | None = None
+    losses: dict[str, float] = {}
+    for name in config.transforms:
+        transform = transform_for(name, residual, stats.gram, config, generator)
+        problem = _pose(name, transform, joint, stats.gram, config)
+        branch = None if start is None else _rounded(start[0], transform.forward(start[1]), problem, rows, config)
+        solution = _attempt(problem, branch, rows, config, generator)
+        losses[name] = solution.loss
+        if best is None or solution.loss < best[0].loss:
+            best = solution, problem
+    assert best is not None
+    solution, problem = best
+    for _ in range(config.refits - 1 if config.rank else 0):
+        assert solution.down is not None
+        again = _attempt(problem, _Branch(solution.down, solution.ups), rows, config, generator)
+        if again.loss >= solution.loss:
+            break
+        solution = again
+    whole = proxy_loss(joint, stats.gram)
+    return replace(solution, relative=solution.loss / whole if whole > 0 else 0.0, losses=losses)
+
+
+def initial_factors(
+    joint: Tensor, stats: Statistics, config: LoPRo, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Factors (m, r) and (r, n) of the weights themselves, in original coordinates, before any rounding of weights.
+
+    The columns are scaled by s first, so columns with large activations are fitted more closely (LoPRo equation 4).
+    """
+    scale = column_scale(stats.magnitude)
+    scaled = joint * scale
+    if config.low_rank == "r1_sketch":
+        left, right = r1_sketch(
+            scaled,
+            config.rank,
+            generator,
+            config.power_iterations,
+            lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
+        )
+    else:
+        u, sigma, right = randomized_svd(scaled, config.rank, generator, iterations=config.power_iterations)
+        left = u * sigma
+    return left, right / scale
+
+
+def column_scale(magnitude: Tensor) -> Tensor:
+    """s_j = t_j / sqrt(max t * min t) with t = E|x_j|^2.4, of the released code: its largest and smallest are inverse.
+
+    t is floored at 1e-8 of its maximum (the code's floor is absolute and depends on the model's dtype), so dead columns
+    neither divide by zero nor stretch the range.
+    """
+    raised = magnitude.to(torch.float64).pow(_SCALE_POWER)
+    raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny))
+    return (raised / (raised.max() * raised.min()).sqrt()).to(torch.float32)
+
+
+def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, generator: torch.Generator) -> Transform:
+    """The candidate transform `name` (see `LoPRo.transforms`) for a residual (m, n) and its Gram."""
+    n = residual.shape[1]
+    if name == "identity":
+        return Transform()
+    if name == "act_order":
+        return Transform(perm=rotation.as_index(rotation.energy_order(gram)))
+    signs = rotation.random_signs(n, generator)
+    if name == "full":
+        return Transform(signs=signs, block=rotation.largest_block(n, config.block_size))
+    skip = min(config.salient, n)
+    perm = rotation.as_index(rotation.importance_order(residual, gram))
+    block = rotation.largest_block(n - skip, config.block_size)
+    return Transform(perm, signs if config.signs and block > 1 else None, block, skip if block > 1 else 0)
+
+
+def _pose(name: str, transform: Transform, joint: Tensor, gram: Tensor, config: LoPRo) -> _Problem:
+    moved = transform.gram(gram)
+    order = rotation.group_order(moved, config.group_size)
+    return _Problem(
+        name, transform, transform.forward(joint), moved, feedback(moved[order][:, order], config.damp), order
+    )
+
+
+def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
+    """Round both factors; the up factor is solved again for the rounded down factor where refits are on."""
+    factor = round_factor(down, config.factor_bits, 0)
+    if config.refits:
+        up = fit_up(problem.weight, problem.gram, factor.dense())
+    return _Branch(factor, tuple(round_factor(part, config.factor_bits, 1) for part in up.split(rows)))
+
+
+def _attempt(
+    problem: _Problem, branch: _Branch | None, rows: list[int], config: LoPRo, generator: torch.Generator
+) -> GroupSolution:
+    """Round the weights around `branch`, then solve the branch again for what the rounding left."""
+    target = problem.weight if branch is None else problem.weight - branch.dense
+    rounded = round_with_feedback(
+        target, problem.fb, config.bits, config.group_size, order=problem.order, clip_steps=config.clip_steps
+    )
+    error = problem.weight - rounded.dense()
+    if branch is not None and config.refits:
+        up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator)
+        branch = _Branch(down, tuple(round_factor(part, config.factor_bits, 1) for part in up.split(rows)))
+    loss = proxy_loss(error if branch is None else error - branch.dense, problem.gram)
+    down, ups = (branch.down, branch.ups) if branch else (None, ())
+    return GroupSolution(problem.transform, rounded, down, ups, loss, 0.0, problem.fb.damp, problem.name)

@@ -1,0 +1,83 @@
+"""The orthogonal transform T = P S D of a group of Linears that share an input, and how its parts are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.rotate.reference import pack_signs, rotate, unrotate
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Arguments of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, skip."""
+
+    perm: Tensor | None = None
+    signs: Tensor | None = None
+    block: int = 1
+    skip: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        return self.perm is None and self.block == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) to Tᵀ x; applied to the rows of W it gives W T."""
+        return x if self.is_identity else rotate(x, self.perm, self.signs, self.block, self.skip)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo `forward`: W T back to W."""
+        return x if self.is_identity else unrotate(x, self.perm, self.signs, self.block, self.skip)
+
+    def gram(self, hessian: Tensor) -> Tensor:
+        """Tᵀ H T for symmetric H (n, n)."""
+        return self.forward(self.forward(hessian).T.contiguous())
+
+
+def largest_block(width: int, limit: int) -> int:
+    """Largest power of two that divides `width` and is at most `limit`; 1 when `width` is 0 or odd."""
+    block = 1
+    while width and width % (block * 2) == 0 and block * 2 <= limit:
+        block *= 2
+    return block
+
+
+def importance_order(residual: Tensor, hessian: Tensor) -> Tensor:
+    """Columns by falling importance, int64 (n,); dead columns (H_jj = 0) last.
+
+    The score is the released code's log-compressed form of LoPRo equation 5, mean|R_j| / (log2(H_jj / min H) + 1),
+    smallest first. It does not change when H or R is multiplied by a positive number.
+    """
+    diagonal = hessian.diagonal().to(torch.float64)
+    alive = diagonal > 0
+    floor = diagonal[alive].min() if alive.any() else torch.ones((), dtype=torch.float64)
+    spread = torch.log2(torch.where(alive, diagonal, floor) / floor) + 1
+    score = residual.abs().mean(0).to(torch.float64) / spread
+    score = torch.where(alive, score, torch.full_like(score, torch.inf))
+    return torch.argsort(score, stable=True)
+
+
+def energy_order(hessian: Tensor) -> Tensor:
+    """Act-order: columns by falling diag(H), int64 (n,)."""
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def group_order(hessian: Tensor, group_size: int) -> Tensor:
+    """Rounding sequence that needs no permutation at run time: groups by falling energy, then columns inside each."""
+    diagonal = hessian.diagonal()
+    size = diagonal.numel() if group_size == -1 else group_size
+    parts = diagonal.split(size)
+    ranked = sorted(range(len(parts)), key=lambda i: -parts[i].mean().item())
+    return torch.cat([i * size + torch.argsort(parts[i], descending=True, stable=True) for i in ranked])
+
+
+def as_index(order: Tensor) -> Tensor:
+    """A permutation in the narrowest dtype that holds it: int16 up to 32768 columns, then int32."""
+    return order.to(torch.int16 if order.numel() <= 2**15 else torch.int32)
+
+
+def random_signs(width: int, generator: torch.Generator) -> Tensor:
+    """Packed random signs for `width` columns."""
+    return pack_signs(torch.randint(0, 2, (width,), generator=generator) * 2 - 1)

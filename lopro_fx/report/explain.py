@@ -1,0 +1,64 @@
+"""`explain`: every product with a parameter in a program, taken or left, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.config import LoPRo, Method
+from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.sites import Selection, find_sites
+from lopro_fx.report.table import render
+
+
+@dataclass(frozen=True)
+class Line:
+    """One weight: `taken` with the group that it shares an input with, or left with the `reason`."""
+
+    name: str
+    shape: tuple[int, ...]
+    taken: bool
+    group: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Lines in graph order; `str()` draws the table."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def taken(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.taken)
+
+    @property
+    def left(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if not line.taken)
+
+    def __str__(self) -> str:
+        weights = sum(torch.Size(line.shape).numel() for line in self.taken)
+        title = f"{len(self.taken)} Linears taken ({weights:,} weights), {len(self.left)} left"
+        rows = [
+            (line.name, "x".join(map(str, line.shape)), "taken" if line.taken else "left", line.reason or line.group)
+            for line in self.lines
+        ]
+        return render(title, ("layer", "shape", "", "group, or reason"), rows)
+
+
+def explain(program: ExportedProgram, config: Method | None = None) -> Explanation:
+    """Say what `quantize(program, config=config)` would take and leave; nothing is run.
+
+    A program that is quantised already has no Linear to take; see `report` for what was done to it.
+    """
+    config = config or LoPRo()
+    selection: Selection = find_sites(InlineModesPass()(program), config.include, config.exclude)
+    lines = [
+        Line(site.name, (site.out_features, site.in_features), True, group.name, "")
+        for group in selection.groups
+        for site in group.sites
+    ]
+    lines += [Line(item.name, item.shape, False, "", item.reason) for item in selection.left]
+    return Explanation(tuple(lines))

@@ -1,0 +1,95 @@
+"""`report`: what was done to each layer of a quantised program, and what it weighs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.errors import GraphError
+from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.passes.rewrite import META
+from lopro_fx.report.table import render
+
+_BUFFERS = ("codes", "scales", "zeros", "up", "up_scale", "perm", "signs", "down", "down_scale")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of a quantised program.
+
+    `rows` is one dict a layer (name, bits, group_size, rank, transform, bits_per_weight, relative_loss, damp, seconds
+    and, where something fell back, warning); `packed_bytes` is everything that replaced weights, `kept_bytes` the rest
+    of the program's tensors, tied ones once; `bits_per_weight` is 8 * packed_bytes / weights.
+    """
+
+    config: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    left: tuple[tuple[str, str], ...]
+    info: dict[str, Any]
+    weights: int
+    packed_bytes: int
+    kept_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.packed_bytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**vars(self), "rows": list(self.rows), "left": list(self.left), "bits_per_weight": self.bits_per_weight}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True)
+
+    def __str__(self) -> str:
+        columns = (
+            "name",
+            "bits",
+            "group_size",
+            "rank",
+            "transform",
+            "bits_per_weight",
+            "relative_loss",
+            "damp",
+            "warning",
+        )
+        rows = [tuple(row.get(column, "") for column in columns) for row in self.rows]
+        title = (
+            f"{self.config['method']}: {len(self.rows)} layers, {self.bits_per_weight:.3f} bits per weight, "
+            f"{self.packed_bytes:,} bytes packed, {self.kept_bytes:,} bytes kept"
+        )
+        return render(title, columns, rows)
+
+
+def report(program: ExportedProgram) -> Report:
+    """Report on a program that `quantize`, `apply` or `load` returned.
+
+    Raises:
+        GraphError: the program is not quantised.
+    """
+    meta = program.graph_module.meta.get(META)
+    if meta is None:
+        raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
+    owners = (*meta["sites"], *meta["groups"])
+    names = {f"{owner}.{key}" for owner in owners for key in _BUFFERS}
+    state = program.state_dict
+    packed = stored_bytes(tensor for name, tensor in state.items() if name in names)
+    kept = {_storage(tensor): tensor for name, tensor in state.items() if name not in names}
+    rows = tuple({"name": name, **row} for name, row in meta["sites"].items())
+    return Report(
+        config=meta["config"],
+        rows=rows,
+        left=tuple((name, reason) for name, reason in meta["left"]),
+        info=meta["info"],
+        weights=sum(torch.Size(row["shape"]).numel() for row in rows),
+        packed_bytes=packed,
+        kept_bytes=stored_bytes(kept.values()),
+    )
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.untyped_storage().data_ptr(), tuple(tensor.shape)

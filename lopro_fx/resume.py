@@ -1,0 +1,81 @@
+"""Keep each finished group on disk, so that a stopped run continues where it was.
+
+Only results are stored, not activations: weights that feed forward are always rebuilt from packed tensors, so a resumed
+run recomputes the same activations from the same numbers. A fingerprint ties the folder to weights, data and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.export import ExportedProgram
+
+from lopro_fx.config import Method
+from lopro_fx.errors import CheckpointError
+from lopro_fx.files import replacing, write_json, write_tensors
+from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.records import describe, restore, tensors_of
+
+
+class Journal:
+    """A folder with one safetensors file a finished group.
+
+    Raises:
+        CheckpointError: the folder belongs to another run, or can't be written.
+    """
+
+    def __init__(
+        self, folder: str | Path, program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None
+    ) -> None:
+        self._folder = Path(folder)
+        fingerprint = {"fingerprint": _fingerprint(program, config, batches), "config": config.to_dict()}
+        marker = self._folder / "run.json"
+        if marker.exists():
+            if json.loads(marker.read_text())["fingerprint"] != fingerprint["fingerprint"]:
+                raise CheckpointError(
+                    f"{self._folder} holds a run with other weights, calibration or settings; delete it or name another"
+                )
+        else:
+            with replacing(marker) as temporary:
+                write_json(temporary, fingerprint)
+
+    def read(self, name: str) -> tuple[PackedGroup, list[PackedSite]] | None:
+        """The finished group, or None; a damaged file counts as unfinished."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["record"])
+                groups, sites = restore(record, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError):
+            return None
+        return groups[0], sites
+
+    def write(self, group: PackedGroup, sites: list[PackedSite]) -> None:
+        record = json.dumps(describe([group], sites))
+        with replacing(self._path(group.name)) as temporary:
+            write_tensors(temporary, tensors_of([group], sites), {"record": record})
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+def _fingerprint(program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None) -> str:
+    digest = hashlib.sha256(json.dumps([config.to_dict(), torch.__version__], sort_keys=True).encode())
+    for name, tensor in sorted(program.state_dict.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for batch in batches or []:
+        for value in batch:
+            if isinstance(value, torch.Tensor):
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()

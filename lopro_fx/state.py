@@ -1,0 +1,39 @@
+"""The result of a calibration, independent of the program that it was made on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """Packed sites and groups by fully qualified name; `lopro_fx.apply` puts them into any program of the same model.
+
+    `config` is the method and its parameters, `left` lists what was not taken as (name, reason), `info` holds the run's
+    own figures (tokens, seconds, warnings).
+    """
+
+    config: dict[str, Any]
+    groups: dict[str, PackedGroup]
+    sites: dict[str, PackedSite]
+    left: list[tuple[str, str]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of everything that replaces the weights: codes, scales, zeros, factors, permutations, signs."""
+        owners = (*self.groups.values(), *self.sites.values())
+        return sum(stored_bytes(owner.tensors.values()) for owner in owners)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that were quantised."""
+        return sum(site.out_features * site.in_features for site in self.sites.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * packed_bytes / weights."""
+        return 8 * self.packed_bytes / self.weights if self.weights else 0.0

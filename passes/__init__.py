@@ -1,0 +1,1 @@
+"""Graph surgery on exported programs, one pass a file; installed as `lopro_fx.passes`. Importing this does nothing."""

@@ -1,0 +1,83 @@
+"""Edit a copy of an ExportedProgram: add buffers and nodes, drop what nothing reads, rebuild and validate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from lopro_fx.passes import compat
+
+
+class ProgramEditor:
+    """A private copy of a program's graph and signature; tensors are shared, never written."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        self.graph_module = copy.deepcopy(program.graph_module)
+        self.graph = self.graph_module.graph
+        self._signature = copy.deepcopy(program.graph_signature)
+        self._state = dict(program.state_dict)
+        self._constants = dict(program.constants)
+        self._fake = compat.fake_mode(program)
+        self.by_name = {node.name: node for node in self.graph.nodes}
+
+    def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
+        """Register a persistent buffer and return its placeholder."""
+        specs = self._signature.input_specs
+        placeholders = self.graph.find_nodes(op="placeholder")
+        kinds = [spec.kind for spec in specs]
+        position = kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
+        if position < len(placeholders):
+            context = self.graph.inserting_before(placeholders[position])
+        else:
+            context = self.graph.inserting_after(placeholders[-1])
+        with context:
+            node = self.graph.placeholder("b_" + fqn.replace(".", "_"))
+        node.meta["val"] = compat.fake_input(self._fake, tensor)
+        specs.insert(position, InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True))
+        self._state[fqn] = tensor
+        return node
+
+    def add_call(self, before: Node, name: str, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
+        """Insert a call before a node; `nn_module_stack` and `stack_trace` are those of `like`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", target, args, name=name)
+        with self._fake:
+            node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, Node) else arg for arg in args])
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Point every reader of `old` at `new`, the signature's outputs included, and erase `old`."""
+        old.replace_all_uses_with(new)
+        for spec in self._signature.output_specs:
+            if getattr(spec.arg, "name", None) == old.name:
+                spec.arg.name = new.name
+        self.graph.erase_node(old)
+
+    def drop_unused_weight(self, placeholder: Node) -> bool:
+        """Remove a parameter that no node reads any more; False if something still does."""
+        if placeholder.users:
+            return False
+        for index, spec in enumerate(self._signature.input_specs):
+            if spec.arg.name == placeholder.name:
+                self._state.pop(str(spec.target), None)
+                self._constants.pop(str(spec.target), None)
+                del self._signature.input_specs[index]
+                break
+        self.graph.erase_node(placeholder)
+        return True
+
+    def finish(self) -> ExportedProgram:
+        """Lint, recompile and rebuild."""
+        self.graph.lint()
+        self.graph_module.recompile()
+        return compat.rebuild(self._program, self.graph_module, self._signature, self._state, self._constants)

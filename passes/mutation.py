@@ -1,0 +1,42 @@
+"""Which buffers running a program writes, such as a KV cache, and their clean state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.passes.compat import viewed_operand, written_operands
+
+
+def mutated_buffers(program: ExportedProgram) -> set[str]:
+    """FQNs of buffers that the graph writes, in place (directly or through a view) or by a result copied back."""
+    signature = program.graph_signature
+    found = set(signature.buffers_to_mutate.values())
+    for node in program.graph.nodes:
+        for operand in written_operands(node):
+            name = _base(operand).name
+            if name in signature.inputs_to_buffers:
+                found.add(signature.inputs_to_buffers[name])
+    return found
+
+
+def clean_constants(program: ExportedProgram) -> dict[str, Any]:
+    """`program.constants` with every non-persistent buffer that the graph writes as zeros.
+
+    Running a program writes its caches, and with gradients enabled makes them part of an autograd graph: neither
+    belongs in what is delivered.
+    """
+    constants: dict[str, Any] = dict(program.constants)
+    for name in mutated_buffers(program) & constants.keys():
+        constants[name] = torch.zeros_like(constants[name]).detach()
+    return constants
+
+
+def _base(node: Node) -> Node:
+    """The node that owns the storage which `node` is a view of."""
+    while (viewed := viewed_operand(node)) is not None:
+        node = viewed
+    return node

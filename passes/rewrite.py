@@ -1,0 +1,168 @@
+"""Replace each calibrated Linear by rotate → project → packed_linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.kernels.errors import GraphError
+from lopro_fx.passes.base import ProgramPass, counters
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.passes.sites import Site, find_sites
+
+# Where a program keeps what was done to it: `graph_module.meta[META]` for the whole, `node.meta[META]` for a node.
+META = "lopro_fx"
+
+
+class RewritePass(ProgramPass):
+    """Rewrites every site of `sites` that the program has.
+
+    Args:
+        groups: packed groups by name.
+        sites: packed sites by FQN; each must exist in the program with the same shape.
+        info: stored as the program's own record.
+
+    Raises:
+        GraphError: the program lacks a site, or a shape differs.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, PackedGroup], sites: Mapping[str, PackedSite], info: Mapping[str, Any]
+    ) -> None:
+        self._groups, self._sites, self._info = groups, sites, info
+
+    def requires(self, program: ExportedProgram) -> None:
+        found = _all_sites(program)
+        missing = [name for name in self._sites if name not in found]
+        if missing:
+            raise GraphError(
+                f"the program has no Linear '{missing[0]}' ({len(missing)} of {len(self._sites)} calibrated layers are "
+                "missing); was it exported from the same model, and not quantised or decomposed yet?"
+            )
+        for name, packed in self._sites.items():
+            have = (found[name].out_features, found[name].in_features)
+            want = (packed.out_features, packed.in_features)
+            if have != want:
+                raise GraphError(f"Linear '{name}' has a weight of {have}, but was calibrated as {want}")
+
+    def call(self, program: ExportedProgram) -> ExportedProgram:
+        found = _all_sites(program)
+        editor = ProgramEditor(program)
+        buffers = {
+            (owner.name, key): editor.add_buffer(f"{owner.name}.{key}", tensor)
+            for owner in (*self._groups.values(), *self._sites.values())
+            for key, tensor in owner.tensors.items()
+        }
+        shared: dict[tuple[str, Node], tuple[Node, Node | None]] = {}
+        # Graph order: the first reader of an input places the rotation, so it stands before all of them.
+        order = {node: index for index, node in enumerate(editor.graph.nodes)}
+        uses = [(editor.by_name[node.name], site) for site in self._ordered(found) for node in site.nodes]
+        for node, site in sorted(uses, key=lambda use: order[use[0]]):
+            self._rewrite(editor, node, site, buffers, shared)
+            counters["rewrite.linear"] += 1
+        editor.graph_module.meta[META] = dict(self._info)
+        return editor.finish()
+
+    def ensures(self, program: ExportedProgram) -> None:
+        packed = torch.ops.lopro.packed_linear.default
+        done = {node.meta[META]["site"] for node in program.graph.find_nodes(op="call_function", target=packed)}
+        assert done >= set(self._sites), set(self._sites) - done
+
+    def _ordered(self, found: Mapping[str, Site]) -> list[Site]:
+        return [found[name] for name in self._sites]
+
+    def _rewrite(
+        self,
+        editor: ProgramEditor,
+        linear: Node,
+        site: Site,
+        buffers: Mapping[tuple[str, str], Node],
+        shared: dict[tuple[str, Node], tuple[Node, Node | None]],
+    ) -> None:
+        packed = self._sites[site.name]
+        group = self._groups[packed.group]
+        source, weight = linear.args[0], linear.args[1]
+        bias = linear.args[2] if len(linear.args) > 2 else None
+        assert isinstance(source, Node)
+        assert isinstance(weight, Node)
+        if (group.name, source) not in shared:
+            shared[group.name, source] = self._input_side(editor, linear, source, group, buffers)
+        rotated, latent = shared[group.name, source]
+
+        def own(key: str) -> Node | None:
+            return buffers.get((site.name, key))
+
+        call = editor.add_call(
+            linear,
+            f"packed_{linear.name}",
+            torch.ops.lopro.packed_linear.default,
+            (rotated, own("codes"), own("scales"), own("zeros"), bias, latent if own("up") else None, own("up"),
+             own("up_scale"), packed.bits, packed.group_size),
+            linear,
+        )  # fmt: skip
+        call.meta[META] = {"site": site.name, "group": group.name, "bits": packed.bits}
+        editor.replace(linear, call)
+        editor.drop_unused_weight(weight)
+
+    def _input_side(
+        self,
+        editor: ProgramEditor,
+        before: Node,
+        source: Node,
+        group: PackedGroup,
+        buffers: Mapping[tuple[str, str], Node],
+    ) -> tuple[Node, Node | None]:
+        """Rotation and down-projection of one input, placed before its first reader; the latent is None at rank 0."""
+
+        def add(name: str, target: Any, args: tuple[Any, ...]) -> Node:
+            node = editor.add_call(before, name, target, args, before)
+            # Several modules read the value, so it belongs to the innermost one around them all.
+            if len(group.members) > 1 and "nn_module_stack" in node.meta:
+                node.meta["nn_module_stack"] = _enclosing(node.meta["nn_module_stack"], group.members)
+            node.meta[META] = {"group": group.name}
+            counters[f"rewrite.{name.partition('_')[0]}"] += 1
+            return node
+
+        def shared(key: str) -> Node | None:
+            return buffers.get((group.name, key))
+
+        rotated = source
+        if group.rotates:
+            args = (source, shared("perm"), shared("signs"), group.block, group.skip)
+            rotated = add(f"rotate_{before.name}", torch.ops.lopro.rotate.default, args)
+        down = shared("down")
+        if down is None:
+            return rotated, None
+        args = (rotated, down, shared("down_scale"))
+        return rotated, add(f"project_{before.name}", torch.ops.lopro.project.default, args)
+
+
+def _enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, Any]:
+    """The part of an `nn_module_stack` whose modules contain every member."""
+    parents = [name.split(".")[:-1] for name in members]
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]
+    kept = {}
+    for key, entry in stack.items():
+        path = entry[0].split(".") if entry[0] else []
+        if path == common[: len(path)]:
+            kept[key] = entry
+    return kept
+
+
+def _all_sites(program: ExportedProgram) -> dict[str, Site]:
+    """Every Linear with a parameter, the output projection included, by FQN."""
+    # Explicit patterns override the default exclusions of embeddings and output projections.
+    return {site.name: site for site in find_sites(program, include=("?*",)).sites}
+
+
+def buffers_of(program: ExportedProgram, owner: str, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """Packed buffers of a site or group that are present in a rewritten program."""
+    state = program.state_dict
+    return {key: state[f"{owner}.{key}"] for key in keys if f"{owner}.{key}" in state}

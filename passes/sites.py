@@ -1,0 +1,209 @@
+"""Find every Linear of an exported program.
+
+A site is a parameter that multiplies activations in `aten.linear`; it is named by the fully qualified name (FQN) of the
+module that owns the weight, so the same calibrated result fits every program of the same model. Sites whose Linear
+nodes read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Node
+
+_LINEAR = torch.ops.aten.linear.default
+# Other products with a parameter: never rewritten, always listed.
+_PRODUCTS = {
+    torch.ops.aten.addmm.default: (1, 2),
+    torch.ops.aten.mm.default: (0, 1),
+    torch.ops.aten.bmm.default: (0, 1),
+    torch.ops.aten.baddbmm.default: (1, 2),
+    torch.ops.aten.matmul.default: (0, 1),
+    torch.ops.aten.einsum.default: (1,),
+    torch.ops.aten.conv1d.default: (1,),
+    torch.ops.aten.conv2d.default: (1,),
+    torch.ops.aten.conv3d.default: (1,),
+}
+# Kept by default: the output projection is a large share of a small model's quality and none of its decode layers.
+OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
+
+
+@dataclass
+class Site:
+    """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it."""
+
+    name: str
+    weight: str
+    bias: str | None
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    nodes: list[Node] = field(default_factory=list)
+
+
+@dataclass
+class Group:
+    """Sites that read the same tensor, in graph order; the first site's name is the group's."""
+
+    sites: list[Site]
+
+    @property
+    def name(self) -> str:
+        return self.sites[0].name
+
+    @property
+    def source(self) -> Node:
+        """The node that every first use in the group reads."""
+        source = self.sites[0].nodes[0].args[0]
+        assert isinstance(source, Node)
+        return source
+
+    @property
+    def in_features(self) -> int:
+        return self.sites[0].in_features
+
+
+@dataclass(frozen=True)
+class Left:
+    """A product with a parameter that stays as it is, with the reason."""
+
+    name: str
+    target: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `find_sites` decided: groups to rewrite, and everything left alone."""
+
+    groups: list[Group]
+    left: list[Left]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for group in self.groups for site in group.sites]
+
+
+def parameter_fqns(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder name to FQN, for parameters, buffers and constants."""
+    return {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target is not None
+    }
+
+
+def find_sites(program: ExportedProgram, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
+    """List the Linears of `program` to rewrite and those to leave.
+
+    Args:
+        program: an exported program before decomposition (`aten.linear` nodes intact).
+        include: name patterns (fnmatch, on the FQN of the module); a site must match one.
+        exclude: name patterns that leave a site alone; they win over `include`.
+
+    Returns:
+        A `Selection` in graph order.
+    """
+    fqns = parameter_fqns(program)
+    embedded = _embedding_storages(program, fqns)
+    sites: dict[str, Site] = {}
+    left: list[Left] = []
+    rejected: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or (node.target is not _LINEAR and node.target not in _PRODUCTS):
+            continue
+        weight_fqn = _parameter_of(node, fqns)
+        if weight_fqn is None:
+            if node.target is _LINEAR:
+                left.append(
+                    Left(node.name, str(node.target), (), "its weight is computed in the graph, not a parameter")
+                )
+            continue
+        name = weight_fqn.removesuffix(".weight")
+        if name in sites:
+            sites[name].nodes.append(node)
+            continue
+        if weight_fqn in rejected:
+            continue
+        tensor = _tensor(program, weight_fqn)
+        reason = _reason_to_leave(node, name, tensor, embedded, include, exclude)
+        if reason:
+            rejected.add(weight_fqn)
+            left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
+            continue
+        bias = node.args[2] if len(node.args) > 2 else None
+        bias_fqn = fqns.get(bias.name) if isinstance(bias, Node) else None
+        out_features, in_features = tensor.shape
+        sites[name] = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node])
+    left += [
+        Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
+        for parent, name, target in _nested_linears(program.graph_module)
+    ]
+    return Selection(_grouped(sites.values()), left)
+
+
+def _tensor(program: ExportedProgram, fqn: str) -> torch.Tensor:
+    tensor = program.state_dict[fqn] if fqn in program.state_dict else program.constants[fqn]
+    assert isinstance(tensor, torch.Tensor), fqn
+    return tensor
+
+
+def _parameter_of(node: Node, fqns: dict[str, str]) -> str | None:
+    """FQN of the weight that `node` multiplies with, looking at the operands where a weight can stand."""
+    for position in _PRODUCTS.get(node.target, (1,)):  # pyright: ignore[reportArgumentType, reportCallIssue]
+        operand = node.args[position] if position < len(node.args) else None
+        if isinstance(operand, Node) and operand.name in fqns:
+            return fqns[operand.name]
+    return None
+
+
+def _reason_to_leave(
+    node: Node, name: str, tensor: torch.Tensor, embedded: set[int], include: Sequence[str], exclude: Sequence[str]
+) -> str | None:
+    if node.target is not _LINEAR:
+        return f"{node.target} is not aten.linear (Conv1D, experts and convolutions keep their weights)"
+    if tensor.dim() != 2:
+        return f"its weight has {tensor.dim()} dimensions"
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return f"its weight is {tensor.dtype}; fp32, bf16 and fp16 are quantised"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded by name"
+    if not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not in the include patterns"
+    explicit = any(pattern != "*" and fnmatchcase(name, pattern) for pattern in include)
+    if not explicit and tensor.untyped_storage().data_ptr() in embedded:
+        return "its weight is tied to an embedding"
+    if not explicit and any(fnmatchcase(name, pattern) for pattern in OUTPUT_PATTERNS):
+        return "output projection, kept by default (name it in include to take it)"
+    return None
+
+
+def _embedding_storages(program: ExportedProgram, fqns: dict[str, str]) -> set[int]:
+    storages = set()
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table = node.args[0]
+        if isinstance(table, Node) and table.name in fqns:
+            storages.add(_tensor(program, fqns[table.name]).untyped_storage().data_ptr())
+    return storages
+
+
+def _nested_linears(root: GraphModule) -> Iterator[tuple[str, str, str]]:
+    for parent, module in root.named_modules():
+        if parent and isinstance(module, GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=_LINEAR):
+                yield parent, node.name, str(_LINEAR)
+
+
+def _grouped(sites: Iterable[Site]) -> list[Group]:
+    groups: dict[Node, Group] = {}
+    for site in sites:
+        source = site.nodes[0].args[0]
+        assert isinstance(source, Node)
+        groups.setdefault(source, Group([])).sites.append(site)
+    return list(groups.values())
