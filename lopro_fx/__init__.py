@@ -5,6 +5,7 @@ from __future__ import annotations
 import lopro_fx.kernels.ops  # noqa: F401  registers the lopro:: operators
 from lopro_fx.__about__ import __version__
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.deploy import export_aoti, generate, load, load_state, save, save_state
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import Explanation, Report, explain, report
@@ -28,6 +29,12 @@ __all__ = [
     "apply",
     "calibrate",
     "explain",
+    "export_aoti",
+    "generate",
+    "load",
+    "load_state",
     "quantize",
     "report",
+    "save",
+    "save_state",
 ]

@@ -37,6 +37,8 @@ class Method:
             keeps embeddings and the output projection.
         exclude: patterns of Linears to leave alone; they win over `include`.
         clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
+        token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
+            takes them as they are.
         sequential: solve each group on inputs that come from the layers quantised before it; False uses the
             unquantised model's inputs throughout.
         seed: of every random choice (signs, sketches).
@@ -47,6 +49,7 @@ class Method:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     clip_steps: int = 24
+    token_clip: float = 16.0
     sequential: bool = True
     seed: int = 0
     method: ClassVar[str]
@@ -58,6 +61,7 @@ class Method:
         _choice(self, "bits", BITS)
         _choice(self, "group_size", GROUP_SIZES)
         _at_least(self, "clip_steps", 0, 1000)
+        _at_least(self, "token_clip", 0)
         _at_least(self, "seed", 0, 2**63 - 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +114,7 @@ class LoPRo(Method):
         power_iterations: of the sketch, each two passes over the matrix.
         refits: times the factors are solved again for the rounding error and the weights rounded again around them;
             the best iterate is kept. 0 is the paper: factors once, from the weights alone.
+        sweeps: coordinate-descent passes over the codes after each rounding.
         damp: as in GPTQ.
     """
 
@@ -122,6 +127,7 @@ class LoPRo(Method):
     low_rank: str = "block_svd"
     power_iterations: int = 2
     refits: int = 2
+    sweeps: int = 1
     damp: float = 0.01
     method: ClassVar[str] = "lopro"
 
@@ -143,6 +149,7 @@ class LoPRo(Method):
         _choice(self, "low_rank", LOW_RANK)
         _at_least(self, "power_iterations", 0, 64)
         _at_least(self, "refits", 0, 32)
+        _at_least(self, "sweeps", 0, 32)
         _at_least(self, "damp", 0, 10)
 
     @classmethod
@@ -157,7 +164,9 @@ class LoPRo(Method):
             "low_rank": "r1_sketch",
             "power_iterations": 8,
             "refits": 0,
+            "sweeps": 0,
             "clip_steps": 90,
+            "token_clip": 0,
         }
         return cls(**{**choices, **changes})
 

@@ -85,7 +85,7 @@ def calibrate(
         if batches is None:
             run_data_free(program, selection.groups, run.solve)
         else:
-            run_calibrated(program, selection.groups, batches, run.solve, config.sequential)
+            run_calibrated(program, selection.groups, batches, run.solve, config)
     info = {
         "lopro_fx": __about__.__version__,
         "torch": torch.__version__,

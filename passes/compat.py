@@ -1,22 +1,15 @@
-"""Every private torch call of the project, with the versions that it was tried on.
+"""Every private torch call of the project but those of `serde.py`, with the versions that it was tried on.
 
-Tried on torch 2.13.0. When a name moves, this is the only file to change.
+Tried on torch 2.13.0. When a name moves, these two are the only files to change.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-import json
 from collections.abc import Mapping
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export.serde import schema, serialize
-from torch._export.serde.union import _Union as TaggedUnion
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
@@ -83,50 +76,6 @@ def _bound(node: Node) -> list[tuple[Any, Node]]:
     return [(argument, value) for argument, value in values if isinstance(value, Node)]
 
 
-def program_to_json(program: ExportedProgram) -> dict[str, Any]:
-    """The program without tensors, in torch's own JSON schema (what `torch.export.save` stores)."""
-    serializer = serialize.ExportedProgramSerializer()
-    # Each of these would pickle what it names; they are separate arguments since torch 2.10.
-    known = inspect.signature(serializer.serialize).parameters
-    skipped = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
-    serialized = serializer.serialize(program, **{name: False for name in skipped if name in known})
-    return json.loads(serialize._to_json_bytes(serialized.exported_program))
-
-
-def program_from_json(
-    value: Mapping[str, Any],
-    state_dict: Mapping[str, Any],
-    constants: Mapping[str, Any],
-    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
-) -> ExportedProgram:
-    """Inverse of `program_to_json`. It evaluates expressions and resolves names: check untrusted values first."""
-    serialized = _from_json(schema.ExportedProgram, value)
-    reader = serialize.ExportedProgramDeserializer()
-    return reader.deserialize(serialized, dict(state_dict), dict(constants), example_inputs)
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    """`serialize._dict_to_dataclass`, which resolves the same annotations for every object, in a fifth of its time."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _from_json(next(part for part in parts if part is not type(None)), value)
-    if origin is list:
-        return [_from_json(parts[0], item) for item in value]
-    if origin is dict:
-        return {key: _from_json(parts[1], item) for key, item in value.items()}
-    if isinstance(kind, type) and issubclass(kind, TaggedUnion):
-        ((tag, item),) = value.items()
-        return kind.create(**{tag: _from_json(_fields(kind)[tag], item)})
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return kind(**{name: _from_json(hint, value[name]) for name, hint in _fields(kind).items() if name in value})
-    return float(value) if kind is float else value
-
-
-@functools.cache
-def _fields(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, globalns=dict(vars(schema)))
-
-
 def aot_compile(
     program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any]
 ) -> list[Any]:
@@ -143,6 +92,6 @@ def aot_compile(
 
 def write_package(path: str, files: list[Any]) -> None:
     """A `.pt2` archive of AOTInductor's files."""
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     package_aoti(path, files)

@@ -25,7 +25,14 @@ class ProgramEditor:
         self._state = dict(program.state_dict)
         self._constants = dict(program.constants)
         self._fake = compat.fake_mode(program)
-        self.by_name = {node.name: node for node in self.graph.nodes}
+        # Copying renames nodes whose names are Python builtins (an input called `input`), so the signature follows.
+        self.by_name = {
+            old.name: new for old, new in zip(program.graph_module.graph.nodes, self.graph.nodes, strict=True)
+        }
+        for spec in (*self._signature.input_specs, *self._signature.output_specs):
+            name = getattr(spec.arg, "name", None)
+            if name in self.by_name:
+                spec.arg.name = self.by_name[name].name
 
     def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
         """Register a persistent buffer and return its placeholder."""

@@ -80,10 +80,11 @@ def rotate(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, ski
 
 def unrotate(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int) -> Tensor:
     """Inverse of `rotate`, for weights: W' T ᵀ = W."""
-    tail = block_hadamard(x[..., skip:], block)
-    if signs is not None:
-        tail = tail * unpack_signs(signs, x.shape[-1])[skip:].to(tail.dtype)
-    x = torch.cat([x[..., :skip], tail], -1)
+    if block > 1:
+        tail = block_hadamard(x[..., skip:], block)
+        if signs is not None:
+            tail = tail * unpack_signs(signs, x.shape[-1])[skip:].to(tail.dtype)
+        x = torch.cat([x[..., :skip], tail], -1)
     if perm is None:
         return x
     return torch.empty_like(x).index_copy_(-1, perm.to(torch.int64), x)

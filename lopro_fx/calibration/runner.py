@@ -36,7 +36,7 @@ class LockstepRunner:
         self._values: list[dict[Node, Any]] = [{} for _ in batches]
         self._bind(batches)
 
-    def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Tensor]]]:
+    def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Any]]]:
         """Yield (node, its first operand for every batch) before each node in `at` runs; stop at the last of them."""
         remaining = len(at)
         last_use = _last_uses(self._nodes)
@@ -111,7 +111,8 @@ class LockstepRunner:
             raise CalibrationError(f"node '{node.name}' ({node.target}) failed during calibration: {line}") from error
 
     def _check_indices(self, node: Node, values: dict[Node, Any], index: int) -> None:
-        table, ids = torch.fx.map_arg(node.args[:2], lambda operand: values.get(operand, self._shared.get(operand)))
+        operands: Any = [values.get(operand, self._shared.get(operand)) for operand in node.all_input_nodes[:2]]
+        table, ids = operands
         rows = table.shape[0]
         if ids.numel() and (ids.min() < 0 or ids.max() >= rows):
             raise CalibrationError(

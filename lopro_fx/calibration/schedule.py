@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.statistics import Statistics, data_free, measure
+from lopro_fx.config import Method
 from lopro_fx.passes.sites import Group, Site
 
 # Given a group, its statistics and its weights, returns the weights that the quantised sites compute with.
@@ -30,7 +31,7 @@ def run_data_free(program: ExportedProgram, groups: Sequence[Group], solve: Solv
 
 @torch.no_grad()
 def run_calibrated(
-    program: ExportedProgram, groups: Sequence[Group], batches: Sequence[Sequence[Any]], solve: Solve, sequential: bool
+    program: ExportedProgram, groups: Sequence[Group], batches: Sequence[Sequence[Any]], solve: Solve, config: Method
 ) -> None:
     """Solve every group in graph order on the activations of `batches`.
 
@@ -39,17 +40,17 @@ def run_calibrated(
         groups: sites to solve, each group reading one tensor.
         batches: flattened user inputs.
         solve: called once a group.
-        sequential: quantised results replace the weights before the graph goes on; otherwise every group is measured
-            on the unquantised model.
+        config: its `token_clip` and `sequential` apply. Sequentially, quantised results replace the weights before the
+            graph goes on; otherwise every group is measured on the unquantised model.
     """
     runner = LockstepRunner(program, batches)
     first = {group.sites[0].nodes[0]: group for group in groups}
     placeholders = {site.weight: str(site.nodes[0].args[1]) for group in groups for site in group.sites}
     for node, inputs in runner.stops(set(first)):
         group = first[node]
-        stats = measure(inputs, group.name, group.source.name)
+        stats = measure(inputs, group.name, group.source.name, config.token_clip)
         weights = [weight_of(program, site) for site in group.sites]
         solved = solve(group, stats, weights)
-        if sequential:
+        if config.sequential:
             for site, original, weight in zip(group.sites, weights, solved, strict=True):
                 runner.weights[placeholders[site.weight]] = weight.to(original.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,15 +13,11 @@ from lopro_fx.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Statistics:
-    """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free.
-
-    `cross` fp32 (n, n) = E[x_fp xᵀ] relates the unquantised model's input to the one seen here, or is None.
-    """
+    """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free."""
 
     gram: Tensor
     magnitude: Tensor
     tokens: int
-    cross: Tensor | None = None
 
 
 def data_free(in_features: int) -> Statistics:
@@ -30,16 +25,11 @@ def data_free(in_features: int) -> Statistics:
     return Statistics(torch.eye(in_features), torch.ones(in_features), 0)
 
 
-def measure(
-    inputs: Sequence[Tensor],
-    name: str,
-    node: str,
-    reference: Sequence[Tensor] | None = None,
-    token_clip: float = math.inf,
-) -> Statistics:
+def measure(inputs: Sequence[Tensor], name: str, node: str, token_clip: float = 0) -> Statistics:
     """Accumulate over batches; each input is (..., n) of any float dtype.
 
-    A token whose squared norm is above `token_clip` times the median is scaled down to that, in the Gram only. One
+    A token whose squared norm is above `token_clip` times the median is scaled down to that, in the Gram only (0: no
+    token is). One
     attention-sink token may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and the damping that is
     relative to it drowns every other token.
 
@@ -50,7 +40,6 @@ def measure(
     norms = [batch.reshape(-1, n).to(torch.float32).square().sum(1) for batch in inputs]
     limit = token_clip * torch.cat(norms).median()
     gram, magnitude, tokens = torch.zeros(n, n), torch.zeros(n), 0
-    cross = None if reference is None else torch.zeros(n, n)
     for index, (batch, norm) in enumerate(zip(inputs, norms, strict=True)):
         if not torch.isfinite(norm).all():
             row = int((~torch.isfinite(norm)).nonzero()[0])
@@ -61,11 +50,8 @@ def measure(
         rows = batch.reshape(-1, n).to(torch.float32)
         magnitude += rows.abs().sum(0)
         tokens += rows.shape[0]
-        scale = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1).sqrt().unsqueeze(1)
-        if token_clip < math.inf:
-            rows = rows * scale
+        if token_clip:
+            rows = rows * (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1).sqrt().unsqueeze(1)
         gram.addmm_(rows.T, rows)
-        if cross is not None and reference is not None:
-            cross.addmm_((reference[index].reshape(-1, n).to(torch.float32) * scale).T, rows)
     count = max(tokens, 1)
-    return Statistics(gram / count, magnitude / count, tokens, None if cross is None else cross / count)
+    return Statistics(gram / count, magnitude / count, tokens)

@@ -54,9 +54,7 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
         CheckpointError: the name doesn't end in `.pt2`, or the file can't be written (nothing is left half-written).
         GraphError: the program has no example inputs, or AOTInductor can't compile it.
     """
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise CheckpointError(f"{path}: the name of an AOTInductor package ends in .pt2")
+    path = check_name(path)
     if program.example_inputs is None:
         raise GraphError("the program has no example inputs, which AOTInductor needs; export it again")
     started = time.monotonic()
@@ -68,6 +66,17 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
         except RuntimeError as error:
             raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(program), time.monotonic() - started)
+
+
+def check_name(path: str | Path) -> Path:
+    """The path, if a package can have that name.
+
+    Raises:
+        CheckpointError: it doesn't end in `.pt2`.
+    """
+    if Path(path).suffix != ".pt2":
+        raise CheckpointError(f"{path}: the name of an AOTInductor package ends in .pt2")
+    return Path(path)
 
 
 def size_bound(program: ExportedProgram) -> int:

@@ -48,9 +48,11 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
         CheckpointError: the folder holds something else or can't be written (nothing is left half-written), or the
             program holds what the format can't: objects other than tensors, operators that are not registered ones.
     """
+    from lopro_fx.passes import serde  # takes seconds to import
+
     folder = Path(folder)
     require_ours(folder)
-    graph = compat.program_to_json(program)
+    graph = serde.program_to_json(program)
     vet(graph, "the program")
     values = _values(program)
     examples = None if program.example_inputs is None else inputs.encode(program.example_inputs, values)
@@ -78,6 +80,8 @@ def load(folder: str | Path) -> ExportedProgram:
         CheckpointError: the folder is missing, foreign, damaged, of another format version, or holds a program that
             this torch can't read.
     """
+    from lopro_fx.passes import serde  # takes seconds to import
+
     folder = Path(folder)
     manifest = read_manifest(folder, "program", _PROGRAM_FILES)
     graph, record = _read(folder / PROGRAM), _read(folder / RECORD)
@@ -92,7 +96,7 @@ def load(folder: str | Path) -> ExportedProgram:
     except RuntimeError as error:
         raise CheckpointError(f"{folder / TENSORS}: a tensor can't be placed: {first_line(error)}") from error
     try:
-        program = compat.program_from_json(graph, state, constants, examples)
+        program = serde.program_from_json(graph, state, constants, examples)
     except Exception as error:  # torch's reader raises anything on a schema that it doesn't know
         raise CheckpointError(
             f"{folder / PROGRAM}, written by torch {manifest['torch']}, can't be read by torch {torch.__version__} "

@@ -49,7 +49,7 @@ def vet(program: Mapping[str, Any], source: str) -> None:
     """Refuse a program that could make torch run something else than operators.
 
     Args:
-        program: what `compat.program_to_json` returned.
+        program: what `serde.program_to_json` returned.
         source: what to call it in an error.
 
     Raises:

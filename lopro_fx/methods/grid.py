@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lopro_fx.kernels.packing.format import ZERO_OFFSET
 
-# Smallest normal fp16: below it a scale loses precision faster than the weights do.
-MIN_SCALE = 2.0**-14
+# Smallest fp16 above zero. Subnormal scales are coarse, but a larger floor would replace tiny weights by noise.
+MIN_SCALE = 2.0**-24
 MAX_SCALE = 65504.0
 
 

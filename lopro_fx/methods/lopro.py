@@ -15,6 +15,7 @@ from torch import Tensor
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import LoPRo
 from lopro_fx.methods import rotation
+from lopro_fx.methods.descent import descend
 from lopro_fx.methods.gptq import Feedback, feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.lowrank import Factor, correction, fit_up, r1_sketch, randomized_svd, round_factor
 from lopro_fx.methods.rotation import Transform
@@ -110,7 +111,7 @@ def column_scale(magnitude: Tensor) -> Tensor:
     neither divide by zero nor stretch the range.
     """
     raised = magnitude.to(torch.float64).pow(_SCALE_POWER)
-    raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny))
+    raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny ** 0.5))
     return (raised / (raised.max() * raised.min()).sqrt()).to(torch.float32)
 
 
@@ -154,6 +155,7 @@ def _attempt(
     rounded = round_with_feedback(
         target, problem.fb, config.bits, config.group_size, order=problem.order, clip_steps=config.clip_steps
     )
+    rounded = descend(target, problem.gram, rounded, config.bits, config.sweeps, config.damp)
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
         up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator)

@@ -31,12 +31,12 @@ class Factor:
 def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
     """Round a factor to `bits` = 8 (int8, one fp16 scale a component) or 16 (fp16).
 
-    A scale an int8 component needs outside fp16's normal range is clamped to it, so tiny components become zeros.
+    A scale that an int8 component needs outside fp16's range is clamped to it, so components below it become zeros.
     """
     if bits == 16:
         return Factor(factor.clamp(-65504, 65504).to(torch.float16), None, dim)
     amax = factor.abs().amax(1 - dim) if factor.numel() else factor.new_zeros(factor.shape[dim])
-    scale = (amax / 127).clamp(2.0**-14, 65504).to(torch.float16)
+    scale = (amax / 127).clamp(2.0**-24, 65504).to(torch.float16)
     codes = (factor / scale.to(torch.float32).unsqueeze(1 - dim)).round_().clamp_(-127, 127)
     return Factor(codes.to(torch.int8), scale, dim)
 
@@ -113,5 +113,5 @@ def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
     """Up factor (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n)."""
     projected = down @ hessian
     normal = projected @ down.T
-    normal.diagonal().add_(1e-6 * normal.diagonal().mean().clamp_min(torch.finfo(normal.dtype).tiny))
+    normal.diagonal().add_((1e-6 * normal.diagonal().mean()).clamp_min(torch.finfo(normal.dtype).tiny))
     return torch.linalg.solve(normal, projected @ error.T).T

@@ -1,0 +1,106 @@
+"""Perplexity and zero-shot accuracy of SmolLM2-135M at 2 and 3 bits: the table of the README.
+
+Protocol: dequantised fp32 model; calibration on the first 32 x 512 tokens of c4_calib.txt; perplexity of the first 24
+windows of 512 tokens of wikitext2_test.txt, no BOS, no overlap, computed by the rewritten program on packed weights;
+zero-shot `acc` on the first 400 items of HellaSwag, PIQA and ARC-easy. Bits per weight count everything that replaced
+the weights. Rows are added to the result file as they finish; run with names of rows to redo only those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from benchmarks.common import DATA, RESULTS, save_result
+from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState, apply, calibrate
+from lopro_fx.evaluation.perplexity import perplexity
+from lopro_fx.evaluation.text import read_text, token_windows
+from lopro_fx.evaluation.zeroshot import read_task, zero_shot
+from lopro_fx.models.export import export_causal_lm, export_scorer
+from lopro_fx.models.load import load_model
+from lopro_fx.passes.packed import dense_weight
+
+_LOPRO = LoPRo(transforms=("full",))
+ROWS: dict[str, Method] = {
+    "rtn-3-g64": RTN(bits=3),
+    "gptq-3-g64": GPTQ(bits=3),
+    "gptq-3-g64-no-token-clip": GPTQ(bits=3, token_clip=0),
+    "hadamard-3-g32": replace(_LOPRO, group_size=32, rank=0, sweeps=0),
+    "lopro-3-g64": _LOPRO,
+    "lopro-3-g64-rank20": replace(_LOPRO, rank=20),
+    "lopro-3-g64-partial": LoPRo(transforms=("partial",)),
+    "hadamard-2-g32": replace(_LOPRO, bits=2, group_size=32, rank=0, sweeps=0),
+    "lopro-2-g64": replace(_LOPRO, bits=2),
+    "lopro-2-g64-rank20": replace(_LOPRO, bits=2, rank=20),
+    "lopro-2-g64-partial": LoPRo(bits=2, transforms=("partial",)),
+    "lopro-paper-3-g64": LoPRo.paper(bits=3, group_size=64),
+}
+TASKS = {"hellaswag": "hellaswag_val", "piqa": "piqa_valid", "arc_easy": "arc_easy_test"}
+
+
+def dense_program(program: ExportedProgram, state: QuantState) -> Callable[..., Any]:
+    """`program` with each weight replaced by the matrix that the packed operators compute with."""
+    module = program.module()
+    for name, site in state.sites.items():
+        # A new parameter, not a copy into the old one: that is the program's own.
+        weight = torch.nn.Parameter(dense_weight(state.groups[site.group], site), requires_grad=False)
+        module.get_submodule(name).weight = weight
+    return module
+
+
+def tasks(scorer: Callable[..., Any], tokenizer: Any, items: int) -> dict[str, float]:
+    """Accuracy by task."""
+    results = {}
+    for name, file in TASKS.items():
+        results[name] = zero_shot(scorer, tokenizer, read_task(DATA / f"{file}.jsonl", items)).acc
+        print(f"  {name}: {results[name]:.4f}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help=f"any of fp32, {', '.join(ROWS)}; default all")
+    parser.add_argument(
+        "--tasks", nargs="*", default=("fp32", "gptq-3-g64", "lopro-3-g64"), help="rows to run tasks on"
+    )
+    parser.add_argument("--items", type=int, default=400)
+    args = parser.parse_args()
+
+    loaded = load_model("smollm2-135m", torch.float32)
+    program = export_causal_lm(loaded.model)
+    scorer = export_scorer(loaded.model)
+    calibration = token_windows(loaded.tokenizer, read_text(DATA / "c4_calib.txt"), 512, 32)
+    windows = token_windows(loaded.tokenizer, read_text(DATA / "wikitext2_test.txt"), 512, 24)
+
+    path = RESULTS / "accuracy.json"
+    done = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for name in args.rows or ("fp32", *ROWS):
+        row: dict[str, Any] = {"row": name}
+        started = time.perf_counter()
+        state = None
+        if name == "fp32":
+            row |= {"bits_per_weight": 32.0, "perplexity": perplexity(program.module(), windows).ppl}
+        else:
+            state = calibrate(program, list(calibration.split(1)), ROWS[name])
+            row |= {"config": state.config, "seconds": time.perf_counter() - started}
+            row |= {"bits_per_weight": state.bits_per_weight, "packed_bytes": state.packed_bytes}
+            row["perplexity"] = perplexity(apply(program, state).module(), windows).ppl
+        row["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print({key: value for key, value in row.items() if key != "config"}, flush=True)
+        if name in args.tasks:
+            module = dense_program(scorer, state) if state else scorer.module()
+            row |= tasks(module, loaded.tokenizer, args.items)
+        done[name] = row
+        save_result("accuracy", list(done.values()), calibration="32x512 c4_calib.txt", items=args.items)
+
+
+if __name__ == "__main__":
+    main()

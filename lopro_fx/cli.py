@@ -1,0 +1,117 @@
+"""`lopro-fx`: the command line. One line says what went wrong; `--debug` shows where."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lopro_fx
+import lopro_fx.passes
+from lopro_fx.errors import LoProError
+
+_OK, _INTERNAL, _ERROR, _INTERRUPTED = 0, 1, 2, 130
+# Command: (module, what it does). A module is imported when its command is asked for.
+_COMMANDS = {
+    "quantize": ("quantize", "quantise a model, with perplexity before and after"),
+    "eval": ("evaluate", "perplexity of a model or of a saved folder"),
+    "generate": ("generate", "continue a prompt"),
+    "export": ("export", "compile a saved folder to an AOTInductor package"),
+    "explain": ("explain", "list the layers that would be quantised, and why others not"),
+    "report": ("report", "list what was done to each layer of a saved folder"),
+}
+_OURS = tuple(str(Path(path).resolve()) for path in (*lopro_fx.__path__, *lopro_fx.passes.__path__))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_ERROR, f"lopro-fx: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; by default the process's own.
+
+    Returns:
+        0, 1 after an error that is not the user's, 2 after one that is, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with _quiet(args.debug):
+            args.run(args)
+    except KeyboardInterrupt:
+        return _fail(_INTERRUPTED, f"interrupted{_kept(args)}", args.debug)
+    except LoProError as error:
+        return _fail(_ERROR, f"error: {error}", args.debug)
+    except Exception as error:  # a traceback helps nobody who did not ask for one
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return _fail(_INTERNAL, f"internal error: {type(error).__name__}: {reason} (--debug shows where)", args.debug)
+    return _OK
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="lopro-fx", description="Quantise language models to 2-4 bits after training.")
+    parser.add_argument("--version", action="version", version=f"lopro-fx {lopro_fx.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' warnings")
+        if arguments[:1] == [name]:
+            implementation = _import(module)
+            implementation.add(command)
+            command.set_defaults(run=implementation.run)
+    return parser
+
+
+def _import(module: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"lopro_fx.commands.{module}")
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Our own warnings as one line each; those of the libraries below only with `--debug`."""
+    if debug:
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _show
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+    if category is UserWarning and str(Path(filename).resolve()).startswith(_OURS):
+        print(f"lopro-fx: warning: {str(message).splitlines()[0]}", file=sys.stderr)
+
+
+def _kept(args: argparse.Namespace) -> str:
+    if args.command != "quantize" or args.out is None:
+        return ""
+    return f"; finished layers are kept in {args.out}.partial, and the same command continues there"
+
+
+def _fail(code: int, line: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"lopro-fx: {line}", file=sys.stderr)
+    return code

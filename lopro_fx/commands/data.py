@@ -1,0 +1,67 @@
+"""Windows of tokens to calibrate and evaluate on, from a file or from the text that comes with Python."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from lopro_fx.evaluation import PerplexityResult, builtin_text, perplexity, predicted_bytes, read_text, token_windows
+from lopro_fx.progress import bar
+
+BUILT_IN = "built-in text (Python's pydoc topics)"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what to call it."""
+
+    name: str
+    content: str
+
+    def windows(self, tokenizer: Any, seq_len: int, count: int) -> Tensor:
+        """(at most `count`, seq_len) int64.
+
+        Raises:
+            ConfigError: the text is too short for one.
+        """
+        return token_windows(tokenizer, self.content, seq_len, count)
+
+
+def calibration_text(path: str | None) -> Text:
+    """The file, or the built-in calibration text.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    return Text(BUILT_IN, builtin_text()[0]) if path is None else Text(path, read_text(path))
+
+
+def evaluation_text(path: str | None) -> Text:
+    """The file, or the built-in evaluation text, which shares no paragraph with the one for calibration.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    return Text(BUILT_IN, builtin_text()[1]) if path is None else Text(path, read_text(path))
+
+
+def positive(parser: ArgumentParser, name: str, default: int, meaning: str) -> None:
+    """An option that takes a whole number of at least 1."""
+
+    def parse(value: str) -> int:
+        if not value.isdecimal() or int(value) < 1:
+            raise ArgumentTypeError(f"{value}: must be a whole number, at least 1")
+        return int(value)
+
+    parser.add_argument(name, type=parse, default=default, metavar="N", help=f"{meaning} (default: {default})")
+
+
+def measure(title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor) -> PerplexityResult:
+    """Perplexity and bits per byte with a progress bar."""
+    module = program.module()
+    with bar(title) as progress:
+        return perplexity(module, windows, n_bytes=predicted_bytes(tokenizer, windows), progress=progress)

@@ -1,0 +1,21 @@
+"""`lopro-fx explain`: which Linears quantize would take, and why it would leave the others."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+import lopro_fx
+from lopro_fx.commands import output
+from lopro_fx.commands.source import add_model, open_model
+from lopro_fx.config import LoPRo
+
+
+def add(parser: ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
+
+
+def run(args: Namespace) -> None:
+    config = LoPRo(include=tuple(args.include or ("*",)), exclude=tuple(args.exclude or ()))
+    output.say(lopro_fx.explain(open_model(args.model, args.dtype).program, config))

@@ -1,0 +1,138 @@
+"""`lopro-fx quantize`: load, export, measure, quantise, measure again, save."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+import lopro_fx
+from lopro_fx.commands import data, output, target
+from lopro_fx.commands.source import Source, add_model, open_model
+from lopro_fx.config import GROUP_SIZES, METHODS, Method, from_dict
+from lopro_fx.errors import ConfigError
+from lopro_fx.evaluation import PerplexityResult
+from lopro_fx.models.load import SMOLLM2
+from lopro_fx.progress import bar
+from lopro_fx.report.table import render
+
+
+def add(parser: ArgumentParser) -> None:
+    add_model(parser, nargs="?", default=SMOLLM2)
+    parser.add_argument("--method", choices=list(METHODS)[::-1], default="lopro", help="(default: lopro)")
+    parser.add_argument("--bits", type=int, default=3, help="of a weight's code: 2, 3, 4 or 8 (default: 3)")
+    sizes = ", ".join(map(str, GROUP_SIZES))
+    parser.add_argument("--group-size", type=int, metavar="N", help=f"columns that share a scale: {sizes}")
+    parser.add_argument("--rank", type=int, metavar="N", help="of LoPRo's low-rank branch")
+    parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
+    parser.add_argument("--seed", type=int, help="of every random choice (default: 0)")
+    parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
+    data.positive(parser, "--calib-samples", 32, "calibration windows")
+    parser.add_argument("--eval", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
+    data.positive(parser, "--eval-windows", 24, "evaluation windows")
+    data.positive(parser, "--seq-len", 512, "tokens in a window")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to save to; finished layers are kept in DIR.partial until then"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+
+
+def run(args: Namespace) -> None:
+    started = time.monotonic()
+    config = _config(args)
+    output.check_json_path(args.json)
+    out = None if args.out is None else target.Target(Path(args.out))
+    texts = data.calibration_text(args.calib), data.evaluation_text(args.eval)
+    source = open_model(args.model, args.dtype)
+    samples = texts[0].windows(source.tokenizer, args.seq_len, args.calib_samples)
+    windows = texts[1].windows(source.tokenizer, args.seq_len, args.eval_windows)
+    if out is not None:
+        out.require_space(source.program, config)
+    before = data.measure("perplexity before", source.program, source.tokenizer, windows)
+    quantized, seconds = _quantize(source, samples, config, out)
+    tokenizer, name, origin = source.tokenizer, source.name, source.origin
+    # The original weights go before the second evaluation.
+    del source
+    after = data.measure("perplexity after", quantized, tokenizer, windows)
+    figures = _figures(quantized, before, after, seconds)
+    result = {
+        "model": name,
+        "source": origin,
+        "dtype": args.dtype,
+        **figures,
+        "config": config.to_dict(),
+        "calibration": {"text": texts[0].name, "windows": len(samples), "seq_len": args.seq_len},
+        "evaluation": {"text": texts[1].name, "windows": len(windows), "seq_len": args.seq_len, "tokens": after.tokens},
+        "lopro_fx": lopro_fx.__version__,
+        "torch": torch.__version__,
+    }
+    if out is not None:
+        out.save(quantized, tokenizer, lambda: {**result, **target.costs(started)})
+    result.update(target.costs(started))
+    output.write_result(args.json, result)
+    output.say(_table(result, args.out))
+
+
+def _config(args: Namespace) -> Method:
+    names = ("bits", "group_size", "rank", "include", "exclude", "seed")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.method != "lopro" and "rank" in values:
+        raise ConfigError(f"--rank {args.rank}: only lopro has a low-rank branch; leave it out for {args.method}")
+    return from_dict({"method": args.method, **values})
+
+
+def _quantize(
+    source: Source, samples: torch.Tensor, config: Method, out: target.Target | None
+) -> tuple[ExportedProgram, float]:
+    started = time.monotonic()
+    with bar("quantise") as progress:
+        quantized = lopro_fx.quantize(
+            source.program,
+            list(samples.split(1)),
+            config,
+            resume=None if out is None else out.journal,
+            progress=progress,
+        )
+    return quantized, time.monotonic() - started
+
+
+def _figures(
+    quantized: ExportedProgram, before: PerplexityResult, after: PerplexityResult, seconds: float
+) -> dict[str, Any]:
+    report = lopro_fx.report(quantized)
+    return {
+        "method": report.config["method"],
+        "ppl_before": before.ppl,
+        "ppl_after": after.ppl,
+        "bits_per_byte_before": before.bits_per_byte,
+        "bits_per_byte_after": after.bits_per_byte,
+        "bits_per_weight": report.bits_per_weight,
+        "weights": report.weights,
+        "packed_bytes": report.packed_bytes,
+        "kept_bytes": report.kept_bytes,
+        "quantize_seconds": seconds,
+    }
+
+
+def _table(result: dict[str, Any], out: str | None) -> str:
+    calibration, evaluation = result["calibration"], result["evaluation"]
+    rows = [
+        ("model", result["model"]),
+        ("from", result["source"]),
+        ("calibrated on", f"{calibration['text']}, {calibration['windows']} x {calibration['seq_len']} tokens"),
+        ("evaluated on", f"{evaluation['text']}, {evaluation['windows']} x {evaluation['seq_len']} tokens"),
+        ("perplexity before", f"{result['ppl_before']:.3f}"),
+        ("perplexity after", f"{result['ppl_after']:.3f}"),
+        ("bits per weight", f"{result['bits_per_weight']:.3f} (scales, zeros, permutations and factors counted)"),
+        ("packed bytes", f"{result['packed_bytes']:,} for {result['weights']:,} weights"),
+        ("kept bytes", f"{result['kept_bytes']:,} not quantised"),
+        ("seconds", f"{result['seconds']:.0f}, of which {result['quantize_seconds']:.0f} to quantise"),
+        ("peak memory", f"{result['peak_rss_bytes']:,} bytes"),
+        ("saved to", out or "nothing (give --out DIR to keep it)"),
+    ]
+    return render(f"{result['method']}, {result['config']['bits']} bits", ("", ""), rows, width=120)

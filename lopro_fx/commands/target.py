@@ -1,0 +1,80 @@
+"""The folder that `quantize --out` fills: checked before the long work, written in one step after it."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from lopro_fx.commands.output import write_result
+from lopro_fx.config import Method
+from lopro_fx.deploy.checkpoint import save
+from lopro_fx.deploy.manifest import require_ours
+from lopro_fx.deploy.tensors import unique
+from lopro_fx.errors import CheckpointError
+from lopro_fx.files import replacing
+from lopro_fx.models.quiet import quiet
+from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.quantize import select
+
+
+class Target:
+    """An output folder and, beside it, the journal of the run that fills it.
+
+    Raises:
+        CheckpointError: the folder holds something that lopro_fx didn't write, or its parent can't be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = folder.with_name(folder.name + ".partial")
+        require_ours(folder)
+        try:
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.absolute().parent):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"--out {folder}: its parent folder can't be written ({error.strerror})") from error
+
+    def require_space(self, program: ExportedProgram, config: Method) -> None:
+        """Refuse a disk that can't hold the journal and the result.
+
+        Raises:
+            CheckpointError: says how much there is and how much is needed.
+        """
+        taken = {site.weight: site for site in select(program, config).sites}
+        kept = stored_bytes(tensor for name, tensor in unique(program.state_dict) if name not in taken)
+        weights = sum(site.out_features * site.in_features for site in taken.values())
+        # Scales, zeros and factors take up to a bit a weight; packed tensors are in the journal and in the result.
+        needed = kept + 2 * weights * (config.bits + 1) // 8
+        free = shutil.disk_usage(self.folder.absolute().parent).free
+        if free < needed:
+            raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")
+
+    def save(self, program: ExportedProgram, tokenizer: Any, result: Callable[[], dict[str, Any]]) -> None:
+        """Write program, tokenizer and `report.json` (the figures and one row a layer), then drop the journal.
+
+        Raises:
+            CheckpointError: writing failed; nothing is left half-written, and the journal stays.
+        """
+        from lopro_fx.report import report
+
+        with replacing(self.folder) as temporary:
+            save(program, temporary)
+            with quiet():
+                tokenizer.save_pretrained(temporary)
+            write_result(str(temporary / "report.json"), {**result(), "layers": list(report(program).rows)})
+        shutil.rmtree(self.journal, ignore_errors=True)
+
+
+def costs(started: float) -> dict[str, float]:
+    """Seconds since `started` (of `time.monotonic`) and the most memory that the process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": time.monotonic() - started, "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024}

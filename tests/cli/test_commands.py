@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+import torch
+
+import lopro_fx
+from lopro_fx.evaluation import builtin_text, token_windows
+from lopro_fx.models import export_causal_lm, load_model
+from tests.cli.conftest import SMALL
+
+KEYS = {
+    "model", "source", "dtype", "method", "ppl_before", "ppl_after", "bits_per_weight", "weights", "packed_bytes",
+    "kept_bytes", "seconds", "quantize_seconds", "peak_rss_bytes", "config", "calibration", "evaluation", "lopro_fx",
+    "torch", "bits_per_byte_before", "bits_per_byte_after",
+}  # fmt: skip
+
+
+def test_quantize_prints_a_table_and_writes_json(run, model_folder, tmp_path):
+    code, out, err = run("quantize", model_folder, *SMALL, "--method", "gptq", "--bits", "4", "--group-size", "32",
+                         "--exclude", "*.k_proj", "--json", tmp_path / "result.json")  # fmt: skip
+    assert (code, err) == (0, "")
+    for words in ("perplexity before", "perplexity after", "bits per weight", "packed bytes", "kept bytes", "seconds"):
+        assert words in out
+    assert "built-in text" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result.keys() == KEYS
+    assert (result["method"], result["config"]["bits"], result["config"]["group_size"]) == ("gptq", 4, 32)
+    assert result["config"]["exclude"] == ["*.k_proj"]
+    assert result["calibration"] == {"text": "built-in text (Python's pydoc topics)", "windows": 4, "seq_len": 32}
+    assert 1 < result["ppl_before"] < 1000
+    assert 1 < result["ppl_after"] < 1000
+    assert result["bits_per_weight"] == 8 * result["packed_bytes"] / result["weights"]
+    assert result["weights"] == 4 * (64 * (64 + 32 + 64) + 3 * 64 * 96)
+    assert 100e6 < result["peak_rss_bytes"] < 4e9
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "something was saved without --out"
+
+
+def test_quantize_out_is_a_folder_that_the_other_commands_take(run, model_folder, quantized_folder, tmp_path):
+    report = json.loads((quantized_folder / "report.json").read_text())
+    assert report.keys() == KEYS | {"layers"}
+    assert not quantized_folder.with_name("out.partial").exists()
+
+    program = lopro_fx.load(quantized_folder)
+    assert lopro_fx.report(program).packed_bytes == report["packed_bytes"]
+
+    code, out, err = run("report", quantized_folder, "--json", tmp_path / "report.json")
+    assert (code, err) == (0, "")
+    assert out == f"{lopro_fx.report(program)}\n"
+    assert json.loads((tmp_path / "report.json").read_text())["packed_bytes"] == report["packed_bytes"]
+
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    arguments = ("--text", tmp_path / "text.txt", "--windows", "3", "--seq-len", "32", "--json", tmp_path / "eval.json")
+    code, out, err = run("eval", quantized_folder, *arguments)
+    assert (code, err) == (0, "")
+    evaluation = json.loads((tmp_path / "eval.json").read_text())
+    assert evaluation["tokens"] == 3 * 31
+    assert f"{evaluation['ppl']:.3f}" in out
+    assert f"{evaluation['bits_per_byte']:.4f}" in out
+
+    tokenizer = load_model(str(model_folder), torch.float32).tokenizer
+    code, out, err = run("generate", quantized_folder, "The import statement", "--max-new-tokens", "5")
+    assert (code, err) == (0, "")
+    expected = lopro_fx.generate(program, tokenizer, "The import statement", 5)
+    assert out == f"The import statement{expected}\n"
+
+
+def test_eval_of_a_model_is_the_perplexity_before(run, model_folder, quantized_folder, tmp_path):
+    report = json.loads((quantized_folder / "report.json").read_text())
+    code, _, err = run(
+        "eval", model_folder, "--windows", "3", "--seq-len", "32", "--json", tmp_path / "eval.json", "--debug"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "eval.json").read_text())["ppl"] == pytest.approx(report["ppl_before"], rel=1e-6)
+
+
+def test_explain_says_what_quantize_takes(run, model_folder):
+    code, out, err = run("explain", model_folder, "--exclude", "*.v_proj")
+    assert (code, err) == (0, "")
+    assert "24 Linears taken" in out
+    assert "excluded by name" in out
+    assert "tied to an embedding" in out
+
+
+def test_include_takes_the_output_projection(run, model_folder):
+    code, out, _ = run("explain", model_folder, "--include", "lm_head")
+    assert code == 0
+    assert "1 Linears taken" in out
+
+
+def test_export_writes_a_package(run, tmp_path):
+    torch.manual_seed(0)
+    program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(32, 32)), (torch.ones(1, 32),))
+    lopro_fx.save(lopro_fx.quantize(program, None, lopro_fx.RTN(bits=4, group_size=32)), tmp_path / "folder")
+    code, out, err = run("export", tmp_path / "folder", "--aoti", tmp_path / "model.pt2")
+    assert (code, err) == (0, "")
+    assert f"{(tmp_path / 'model.pt2').stat().st_size:,} bytes" in out
+    assert zipfile.is_zipfile(tmp_path / "model.pt2")
+
+
+def test_bfloat16_model(run, model_folder, tmp_path):
+    folder = tmp_path / "bf16"
+    code, _, err = run("quantize", model_folder, *SMALL, "--dtype", "bfloat16", "--method", "rtn", "--out", folder)
+    assert (code, err) == (0, "")
+    assert lopro_fx.load(folder).state_dict["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_program_of_the_folder_computes_what_was_measured(model_folder, quantized_folder):
+    """Same weights, same settings, through the library: the command adds nothing of its own."""
+    loaded = load_model(str(model_folder), torch.float32)
+    program = export_causal_lm(loaded.model)
+    samples = token_windows(loaded.tokenizer, builtin_text()[0], 32, 4)
+    quantized = lopro_fx.quantize(program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4))
+    with torch.no_grad():
+        expected, got = (each.module()(samples[:1]) for each in (quantized, lopro_fx.load(quantized_folder)))
+    assert torch.equal(got, expected)

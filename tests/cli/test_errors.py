@@ -1,0 +1,117 @@
+"""Every error that a user can cause is one line on standard error, exit code 2, and nothing half-done."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import SMALL
+
+
+def _refused(result, *words):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(r"lopro-fx: error: [^\n]+\n", err), err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["COMMAND"]),
+        (("quantise",), ["invalid choice", "quantise"]),
+        (("quantize", "--bits", "three"), ["--bits", "three"]),
+        (("quantize", "--bits", "5"), ["bits=5", "2, 3, 4, 8"]),
+        (("quantize", "--group-size", "48"), ["group_size=48", "32, 64, 128, -1"]),
+        (("quantize", "--rank", "-1"), ["rank=-1"]),
+        (("quantize", "--method", "gptq", "--rank", "8"), ["--rank 8", "gptq"]),
+        (("quantize", "--calib-samples", "0"), ["--calib-samples", "at least 1"]),
+        (("quantize", "--seq-len", "many"), ["--seq-len", "many"]),
+        (("quantize", "--calib", "/nonexistent/text"), ["/nonexistent/text", "can't be read"]),
+        (("quantize", "--json", "/nonexistent/result.json"), ["--json", "/nonexistent/result.json"]),
+        (("quantize", "/nonexistent/model"), ["/nonexistent/model"]),
+        (("generate", "/nonexistent/model", ""), ["prompt is empty"]),
+        (("report", "/nonexistent"), ["no such folder"]),
+        (("export", "/nonexistent", "--aoti", "x.so"), ["x.so", ".pt2"]),
+        (("export", "/nonexistent"), ["--aoti"]),
+    ],
+)
+def test_one_line(run, arguments, words):
+    _refused(run(*arguments), *words)
+
+
+def test_folder_of_someone_else(run, model_folder, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "thesis"), "was not written by lopro_fx")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_parent_that_can_not_be_written(run, model_folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "file" / "out"), "can't be written")
+
+
+def test_text_that_is_too_short(run, model_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    _refused(run("quantize", model_folder, *SMALL, "--eval", tmp_path / "short.txt"), "32", "more text")
+
+
+def test_journal_of_another_run(run, model_folder, tmp_path):
+    journal = tmp_path / "out.partial"
+    journal.mkdir()
+    (journal / "run.json").write_text('{"fingerprint": "of another"}')
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "out"), "out.partial", "other weights")
+
+
+def test_nothing_to_quantize(run, model_folder):
+    _refused(run("quantize", model_folder, *SMALL, "--exclude", "*"), "nothing to quantise")
+
+
+def test_damaged_folder(run, quantized_folder, tmp_path):
+    folder = shutil.copytree(quantized_folder, tmp_path / "copy")
+    content = (folder / "tensors.safetensors").read_bytes()
+    (folder / "tensors.safetensors").write_bytes(content[:-10])
+    for command in ("report", "eval"):
+        _refused(run(command, folder), "tensors.safetensors is truncated")
+
+
+def test_folder_without_a_tokenizer(run, quantized_folder, tmp_path):
+    folder = shutil.copytree(quantized_folder, tmp_path / "copy")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    _refused(run("generate", folder, "x"), "has no tokenizer")
+
+
+def test_debug_shows_the_traceback(run):
+    code, _, err = run("report", "/nonexistent", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "CheckpointError" in err
+
+
+def test_a_warning_of_ours_is_one_line(run, model_folder, tmp_path):
+    # Two calibration tokens leave every Gram singular, so the damping is raised and says so.
+    (tmp_path / "flat.txt").write_text("x " * 4000)
+    code, _, err = run("quantize", model_folder, *SMALL, "--method", "gptq", "--calib", tmp_path / "flat.txt")
+    assert code == 0
+    lines = err.splitlines()
+    assert all(re.fullmatch(r"lopro-fx: warning: .+", line) for line in lines), err
+
+
+def test_help_does_not_load_the_heavy_libraries():
+    script = (
+        "import sys\nfrom lopro_fx.cli import main\nassert main(['quantize', '--help']) == 0\n"
+        "heavy = {'transformers', 'torch._dynamo', 'torch._export.serde.serialize', 'torch._inductor.compile_fx'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "--calib-samples" in run.stdout
+    assert run.stderr == "[]\n"

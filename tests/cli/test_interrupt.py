@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+from tests.cli.conftest import SMALL
+
+
+def _start(model_folder, out):
+    arguments = ["quantize", str(model_folder), *SMALL, "--rank", "4", "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lopro_fx", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_interrupted_run_continues_and_ends_in_the_same_bytes(run, model_folder, quantized_folder, tmp_path):
+    out, journal = tmp_path / "out", tmp_path / "out.partial"
+    process = _start(model_folder, out)
+    while not list(journal.glob("model.*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert (
+        err == f"lopro-fx: interrupted; finished layers are kept in {journal}, and the same command continues there\n"
+    )
+    assert not out.exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in journal.glob("model.*.safetensors")}
+    assert 0 < len(finished) < 16, "stopped too late to show anything"
+
+    code, _, err = run("quantize", model_folder, *SMALL, "--rank", "4", "--out", out)
+    assert (code, err) == (0, "")
+    assert not journal.exists()
+    tensors = [(folder / "tensors.safetensors").read_bytes() for folder in (out, quantized_folder)]
+    assert tensors[0] == tensors[1]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import lopro_fx
+from lopro_fx.deploy.aoti import size_bound
+from lopro_fx.errors import CheckpointError, GraphError
+from tests.deploy.models import names, quantized_lm, token_ids
+from tests.helpers import assert_close
+
+# Enough weight that a second copy of the embedding (4 MB), or one dense Linear (1 MB) a layer, would show in the size.
+SIZES = {"width": 512, "depth": 2, "vocab": 2000}
+# Machine code, alignment and the archive of so small a model.
+CODE = 700_000
+RUN = """
+import sys, torch
+run = torch._inductor.aoti_load_package(sys.argv[1])
+inputs = torch.load(sys.argv[2], weights_only=True)
+torch.save([run(ids) for ids in inputs], sys.argv[3])
+assert not any(name.startswith("lopro_fx") for name in sys.modules), "the package needs lopro_fx"
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return quantized_lm(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def package(program, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aoti")
+    result = lopro_fx.export_aoti(program, folder / "model.pt2")
+    assert result.path == folder / "model.pt2"
+    assert result.bytes == result.path.stat().st_size
+    assert names(folder) == ["model.pt2"], "the compiler's files were left behind"
+    return result
+
+
+def test_package_runs_without_lopro_fx_at_every_size(program, package, tmp_path):
+    inputs = [token_ids(batch, length, SIZES["vocab"]) for batch, length in ((1, 1), (3, 5), (2, 40))]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [str(package.path), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
+    command = [sys.executable, "-c", RUN, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    module = program.module()
+    for ids, got in zip(inputs, torch.load(tmp_path / "outputs.pt", weights_only=True), strict=True):
+        with torch.no_grad():
+            expected = module(ids)
+        assert_close(str(tuple(ids.shape)), expected, got, 1e-5)
+        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_package_holds_each_packed_tensor_once(program, package):
+    dense = 4 * lopro_fx.report(program).weights
+    assert package.bound == size_bound(program)
+    assert dense / 6 > CODE, "one dense Linear would hide in what is allowed for code"
+    assert package.bytes < package.bound + CODE
+    names_inside = zipfile.ZipFile(package.path).namelist()
+    assert sum(name.endswith(".so") for name in names_inside) == 1
+    assert not any(name.endswith(".cpp") for name in names_inside)
+
+
+def test_size_bound_counts_tied_weights_once(quantized):
+    report = lopro_fx.report(quantized)
+    constants = sum(tensor.nbytes for tensor in quantized.constants.values())
+    assert (
+        size_bound(quantized) == int(0.05 * report.packed_bytes) + report.packed_bytes + report.kept_bytes + constants
+    )
+
+
+def test_name_of_the_file(quantized, tmp_path):
+    with pytest.raises(CheckpointError, match=r"ends in \.pt2"):
+        lopro_fx.export_aoti(quantized, tmp_path / "model.so")
+
+
+def test_program_without_example_inputs(tmp_path):
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    program._example_inputs = None
+    with pytest.raises(GraphError, match="no example inputs"):
+        lopro_fx.export_aoti(program, tmp_path / "model.pt2")
+
+
+def test_what_can_not_be_compiled_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    with pytest.raises(GraphError, match="AOTInductor can't compile this program") as caught:
+        lopro_fx.export_aoti(program, tmp_path / "model.pt2")
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []

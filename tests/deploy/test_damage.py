@@ -1,0 +1,165 @@
+"""A folder that is missing, foreign, damaged, or could not be written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import lopro_fx
+from lopro_fx.deploy.manifest import sha256
+from lopro_fx.errors import CheckpointError
+from tests.deploy.models import LanguageModel, export_lm, full_disk, names
+
+FILES = ("lopro_fx.json", "program.json", "record.json", "tensors.safetensors")
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of a good folder, to damage."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def _resign(folder, name):
+    """Make the manifest agree with a file that was changed on purpose."""
+    manifest = json.loads((folder / "lopro_fx.json").read_text())
+    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    (folder / "lopro_fx.json").write_text(json.dumps(manifest))
+
+
+def _refused(folder, match, load=lopro_fx.load):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder(tmp_path):
+    _refused(tmp_path / "none", "none: no such folder")
+
+
+def test_file_instead_of_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    _refused(tmp_path / "file", "not a folder")
+
+
+def test_foreign_folder(stories):
+    _refused(stories, "was not written by lopro_fx")
+
+
+def test_foreign_manifest(copied):
+    (copied / "lopro_fx.json").write_text('{"format": "something else"}')
+    _refused(copied, "was not written by lopro_fx")
+
+
+def test_unknown_version(copied):
+    manifest = json.loads((copied / "lopro_fx.json").read_text())
+    (copied / "lopro_fx.json").write_text(json.dumps({**manifest, "version": 99}))
+    _refused(copied, "format version 99, but lopro_fx .* reads version 1")
+
+
+def test_program_and_state_are_told_apart(saved):
+    _refused(saved, "holds a program, not a state", lopro_fx.load_state)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(copied, name):
+    (copied / name).unlink()
+    _refused(copied, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_truncated_file(copied, name, kept):
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[: int(kept * len(content))])
+    _refused(copied, name)
+
+
+@settings(max_examples=60)
+@given(name=st.sampled_from(FILES[1:]), position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_found(saved, tmp_path_factory, name, position, bit):
+    folder = shutil.copytree(saved, tmp_path_factory.mktemp("flip") / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[int(position * len(content))] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    _refused(folder, f"{name} is damaged: its SHA-256")
+
+
+def test_missing_tensor(copied):
+    tensors = load_file(copied / "tensors.safetensors")
+    del tensors["blocks.0.gate.codes"]
+    save_file(tensors, copied / "tensors.safetensors")
+    _resign(copied, "tensors.safetensors")
+    _refused(copied, "lacks the tensor 'blocks.0.gate.codes'")
+
+
+def test_program_of_another_schema(copied):
+    graph = json.loads((copied / "program.json").read_text())
+    graph["schema_version"]["major"] += 100
+    (copied / "program.json").write_text(json.dumps(graph))
+    _resign(copied, "program.json")
+    _refused(copied, f"written by torch {torch.__version__.replace('+', '.')}, can't be read by torch")
+
+
+def test_folder_of_another_owner_is_not_replaced(quantized, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="was not written by lopro_fx"):
+        lopro_fx.save(quantized, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
+
+
+def test_own_folder_is_replaced(quantized, copied):
+    (copied / "report.json").write_text("of the last run")
+    lopro_fx.save(quantized, copied)
+    assert names(copied) == sorted(FILES)
+    assert names(copied.parent) == ["copy"]
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 50 << 10])
+def test_full_disk_leaves_nothing(quantized, tmp_path, limit):
+    with full_disk(limit), pytest.raises(CheckpointError, match=r"could not write .*out: .*nothing was left") as caught:
+        lopro_fx.save(quantized, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_full_disk_leaves_the_old_folder_as_it_was(quantized, copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with full_disk(50 << 10), pytest.raises(CheckpointError):
+        lopro_fx.save(quantized, copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+    assert names(copied.parent) == ["copy"]
+
+
+def test_damaged_state(tmp_path):
+    torch.manual_seed(0)
+    state = lopro_fx.calibrate(export_lm(LanguageModel(depth=1)), None, lopro_fx.RTN(bits=4, group_size=32))
+    lopro_fx.save_state(state, tmp_path / "state")
+    _refused(tmp_path / "state", "holds a state, not a program")
+    content = bytearray((tmp_path / "state" / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "state" / "tensors.safetensors").write_bytes(content)
+    _refused(tmp_path / "state", "is damaged", lopro_fx.load_state)
+
+
+def test_unsupported_example_inputs(tmp_path):
+    class Identity(torch.nn.Module):
+        def forward(self, x, limits):
+            return x + 1
+
+    program = torch.export.export(Identity(), (torch.ones(2), torch.Size([3])))
+    with pytest.raises(CheckpointError, match="example inputs hold a Size"):
+        lopro_fx.save(program, tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_program_without_data_is_refused(tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),))
+    with pytest.raises(CheckpointError, match="holds no data"):
+        lopro_fx.save(program, tmp_path / "out")

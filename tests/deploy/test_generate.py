@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lopro_fx
+from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.models import export_causal_lm
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def model(stories):
+    return AutoModelForCausalLM.from_pretrained(stories).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories):
+    return AutoTokenizer.from_pretrained(stories)
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    return export_causal_lm(model).module()
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes."""
+
+    eos_token_id = 0
+
+    def __call__(self, text):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode(errors="replace")
+
+
+def _dictated(text):
+    """A program whose next byte is always the next of `text`, whatever the prompt 'p' was."""
+
+    def run(ids):
+        logits = torch.zeros(*ids.shape, 256)
+        following = [*text.encode(), 0]
+        logits[0, -1, following[ids.shape[1] - 1]] = 1
+        return logits
+
+    return run
+
+
+def test_greedy_text_is_that_of_transformers(model, tokenizer, program):
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    pieces = []
+    got = lopro_fx.generate(program, tokenizer, PROMPT, 24, stream=pieces.append)
+    assert PROMPT + got == tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert "".join(pieces) == got
+    assert len(pieces) > 12
+
+
+def test_draws_depend_on_the_seed_alone(tokenizer, program):
+    texts = [lopro_fx.generate(program, tokenizer, PROMPT, 12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_stops_at_the_end_token_and_at_chosen_ones():
+    assert lopro_fx.generate(_dictated("abc"), Bytes(), "p", 50) == "abc"
+    assert lopro_fx.generate(_dictated("abc"), Bytes(), "p", 50, stop=[ord("c")]) == "ab"
+    assert lopro_fx.generate(_dictated("abc"), Bytes(), "p", 2) == "ab"
+
+
+def test_stream_holds_back_a_character_until_it_is_whole():
+    pieces = []
+    assert lopro_fx.generate(_dictated("a€b"), Bytes(), "p", 50, stream=pieces.append) == "a€b"
+    assert pieces == ["a", "€", "b"]
+
+
+def test_a_character_that_stays_cut_is_shown_at_the_end():
+    pieces = []
+    got = lopro_fx.generate(_dictated("a€"), Bytes(), "p", 2, stream=pieces.append)
+    assert "".join(pieces) == got == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ("p", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("p", {"temperature": -0.5}, "temperature=-0.5"),
+        ("p", {"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_refusals(prompt, options, message):
+    with pytest.raises(ConfigError, match=message):
+        lopro_fx.generate(_dictated("a"), Bytes(), prompt, **options)
+
+
+def test_logits_that_are_not_finite():
+    with pytest.raises(ModelError, match="not finite"):
+        lopro_fx.generate(lambda ids: torch.full((1, ids.shape[1], 256), float("nan")), Bytes(), "p")

@@ -1,0 +1,131 @@
+"""A folder made to run code when it is loaded: every way that torch's reader offers is closed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import lopro_fx
+from lopro_fx.deploy.manifest import sha256
+from lopro_fx.errors import CheckpointError
+
+
+def _first(value, key):
+    """The innermost mapping that holds `key`, found anywhere in a JSON value."""
+    if isinstance(value, dict):
+        if key in value:
+            return value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            if (found := _first(item, key)) is not None:
+                return found
+    return None
+
+
+def _call(graph):
+    return graph["graph_module"]["graph"]["nodes"][0]
+
+
+def _signature(graph):
+    return graph["graph_module"]["module_call_graph"][0]["signature"]
+
+
+def _tree(kind, context):
+    leaf = {"type": None, "context": None, "children_spec": []}
+    return json.dumps([1, {"type": kind, "context": context, "children_spec": [leaf]}])
+
+
+def _expression(graph, code):
+    _first(graph, "expr_str")["expr_str"] = code
+
+
+def _guard(graph, code):
+    graph["guards_code"] = [code]
+
+
+def _target(graph, code):
+    _call(graph)["target"] = code
+
+
+def _node_name(graph, code):
+    _call(graph)["name"] = code
+
+
+def _argument_name(graph, code):
+    _call(graph)["inputs"][0]["name"] = code
+
+
+def _input_name(graph, code):
+    _signature(graph)["forward_arg_names"] = [code]
+
+
+def _weight_name(graph, code):
+    _first(graph, "parameter_name")["parameter_name"] = code
+
+
+def _structure(graph, code):
+    _signature(graph)["in_spec"] = code
+
+
+ENUM = json.dumps({"__enum__": True, "fqn": "antigravity:X", "name": "X"})
+FACTORY = {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}
+SYSTEM = "__import__('os').system('touch {marker}')"
+ATTACKS = {
+    "expression": (_expression, SYSTEM),
+    "expression of a name": (_expression, "Lambda"),
+    "expression with a string": (_expression, "Symbol('x; import os')"),
+    "expression with an attribute": (_expression, "Integer(1).__class__"),
+    "guard": (_guard, SYSTEM),
+    "guard that closes the call": (_guard, "True, ''), " + SYSTEM + ", (1"),
+    "guard on torch": (_guard, "torch.load('{marker}')"),
+    "guard with a comprehension": (_guard, "[x for x in L['x']]"),
+    "target": (_target, "torch.os.system"),
+    "target through an operator": (_target, "torch.ops.load_library.__globals__"),
+    "target in operator": (_target, "_operator.methodcaller"),
+    "target that is a namespace": (_target, "torch.ops.aten.add"),
+    "unknown operator": (_target, "torch.ops.nowhere.op.default"),
+    "extension": (_target, "#ns:op"),
+    "node name": (_node_name, "x; import os"),
+    "argument name": (_argument_name, "x=1, y"),
+    "input name": (_input_name, "x=" + SYSTEM),
+    "weight name": (_weight_name, "a']; import os"),
+    "enum": (_structure, _tree("builtins.dict", f"[{ENUM}]")),
+    "default factory": (_structure, _tree("collections.defaultdict", FACTORY)),
+    "key": (_structure, _tree("builtins.dict", json.dumps(["x'):pass"]))),
+    "no structure": (_structure, "nonsense"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_folder_that_carries_code_is_refused(saved, tmp_path, attack):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    marker = tmp_path / "executed"
+    change, code = ATTACKS[attack]
+    graph = json.loads((folder / "program.json").read_text())
+    change(graph, code.replace("{marker}", str(marker)))
+    (folder / "program.json").write_text(json.dumps(graph))
+    manifest = json.loads((folder / "lopro_fx.json").read_text())
+    manifest["files"]["program.json"] = {
+        "bytes": (folder / "program.json").stat().st_size,
+        "sha256": sha256(folder / "program.json"),
+    }
+    (folder / "lopro_fx.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"program\.json holds what lopro_fx neither saves nor loads") as caught:
+        lopro_fx.load(folder)
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_expression_would_have_been_executed_by_torch(saved, tmp_path):
+    """Why there is something to check: without it, reading the file is running it."""
+    from lopro_fx.passes import serde
+
+    marker = tmp_path / "executed"
+    graph = json.loads((saved / "program.json").read_text())
+    _expression(graph, SYSTEM.replace("{marker}", str(marker)))
+    with pytest.raises(Exception):  # noqa: B017  whatever torch makes of the result
+        serde.program_from_json(graph, {}, {}, None)
+    assert marker.exists(), "torch no longer evaluates shape expressions: vetting.py can be shorter"

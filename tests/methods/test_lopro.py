@@ -1,0 +1,104 @@
+"""LoPRo's own promises: the guard over candidates, the scale of its columns, and what rank and refits buy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopro_fx.config import GPTQ, LoPRo
+from lopro_fx.methods.lopro import column_scale, initial_factors, transform_for
+from tests.helpers import assert_close, generator
+from tests.methods.problems import check, ordinary, run, same, statistics
+
+CONFIG = LoPRo(
+    bits=3, group_size=32, clip_steps=4, rank=4, salient=32, transforms=("identity", "act_order", "partial", "full")
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_result_is_at_least_as_good_as_every_candidate(rank: int, seed: int) -> None:
+    config = replace(CONFIG, rank=rank)
+    solution = run(ordinary(seed=seed), config, seed)
+    assert set(solution.losses) == set(config.transforms)
+    assert solution.choice == min(solution.losses, key=lambda name: solution.losses[name])
+    assert solution.loss <= min(solution.losses.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_a_branch_it_is_never_worse_than_gptq_in_act_order(seed: int) -> None:
+    problem = ordinary(seed=seed)
+    shared = {
+        "bits": CONFIG.bits,
+        "group_size": CONFIG.group_size,
+        "clip_steps": CONFIG.clip_steps,
+        "damp": CONFIG.damp,
+    }
+    gptq = run(problem, GPTQ(act_order="column", **shared))
+    assert run(problem, replace(CONFIG, rank=0)).loss <= gptq.loss * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_refits_and_rank_never_cost(seed: int) -> None:
+    problem = ordinary(seed=seed)
+    refitted = [run(problem, replace(CONFIG, refits=refits, transforms=("full",))).loss for refits in (1, 2, 4)]
+    assert refitted == sorted(refitted, reverse=True)
+    ranked = [run(problem, replace(CONFIG, rank=rank)).loss for rank in (0, 4, 12)]
+    assert ranked == sorted(ranked, reverse=True)
+
+
+def test_the_seed_decides_the_signs() -> None:
+    config = replace(CONFIG, transforms=("full",))
+    assert not same(run(ordinary(), config, 0), run(ordinary(), config, 1))
+
+
+@pytest.mark.parametrize("low_rank", ["block_svd", "r1_sketch"])
+def test_both_sketches_solve_alike(low_rank: str) -> None:
+    config = replace(CONFIG, low_rank=low_rank, refits=0, power_iterations=8)
+    solution = run(ordinary(), config)
+    check(solution, ordinary(), config)
+    other = run(ordinary(), replace(config, low_rank="block_svd"))
+    assert 0.6 < solution.loss / other.loss < 1.6
+
+
+@given(st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=50))
+def test_largest_and_smallest_scale_are_inverse(magnitude: list[float]) -> None:
+    scale = column_scale(torch.tensor(magnitude))
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert scale.max() * scale.min() == pytest.approx(1, rel=1e-5)
+
+
+@given(st.lists(st.floats(2**-7, 128, width=32), min_size=2, max_size=50), st.sampled_from((0.25, 8.0)))
+def test_the_scale_ignores_units_and_keeps_the_order(magnitude: list[float], unit: float) -> None:
+    values = torch.tensor(magnitude)
+    assert_close("scale", column_scale(values), column_scale(values * unit), 1e-5)
+    assert torch.equal(
+        column_scale(values)[values.argsort()].diff() >= 0, torch.ones(len(values) - 1, dtype=torch.bool)
+    )
+
+
+@pytest.mark.parametrize("low_rank", ["block_svd", "r1_sketch"])
+def test_equal_magnitudes_give_the_plain_truncated_svd(low_rank: str) -> None:
+    config = replace(CONFIG, low_rank=low_rank, factor_bits=16, power_iterations=16)
+    joint = torch.randn(40, 64, generator=generator())
+    joint[:, :6] *= 20
+    stats = replace(statistics(torch.eye(64)), magnitude=torch.full((64,), 0.7))
+    left, right = initial_factors(joint, stats, config, generator())
+    tail = torch.linalg.svdvals(joint)[config.rank :].square().sum()
+    assert tail * (1 - 1e-4) <= (joint - left @ right).square().sum() <= 1.02 * tail
+
+
+@pytest.mark.parametrize("width", [1, 96, 99, 160, 576])
+@pytest.mark.parametrize("name", ["identity", "act_order", "partial", "full"])
+def test_candidates_are_orthogonal_at_any_width(name: str, width: int) -> None:
+    gram = torch.diag(torch.rand(width, generator=generator()) + 0.1)
+    transform = transform_for(name, torch.randn(4, width, generator=generator()), gram, CONFIG, generator())
+    matrix = transform.forward(torch.eye(width, dtype=torch.float64))
+    assert (matrix @ matrix.T - torch.eye(width)).abs().max() < 1e-12
+    if name == "partial" and transform.block > 1:
+        assert transform.skip == min(CONFIG.salient, width)

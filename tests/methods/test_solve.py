@@ -1,0 +1,95 @@
+"""Every method on ordinary and extreme groups: finite, consistent with its own figures, and repeatable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lopro_fx.calibration.statistics import data_free
+from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.methods.solve import solve
+from tests.helpers import generator, relative_rms
+from tests.methods.problems import EDGES, approximation, check, ordinary, run, same
+
+ALL = ("identity", "act_order", "partial", "full")
+METHODS: dict[str, Method] = {
+    "rtn": RTN(bits=3, group_size=32, clip_steps=4),
+    "gptq": GPTQ(bits=3, group_size=32, clip_steps=4, act_order="none"),
+    "gptq by group": GPTQ(bits=4, group_size=64, clip_steps=4, act_order="group"),
+    "gptq by column": GPTQ(bits=2, group_size=-1, clip_steps=4, act_order="column"),
+    "lopro": LoPRo(bits=3, group_size=32, clip_steps=4, rank=3, salient=32, transforms=ALL),
+    "lopro, fp16 factors": LoPRo(bits=4, group_size=64, clip_steps=4, rank=2, factor_bits=16, transforms=("full",)),
+    "lopro, rank above both sides": LoPRo(bits=3, group_size=32, clip_steps=4, rank=200, transforms=("act_order",)),
+    "lopro, no branch": LoPRo(bits=3, group_size=-1, clip_steps=4, rank=0, transforms=ALL),
+    "lopro of the paper": LoPRo.paper(bits=3, clip_steps=4, rank=3, salient=32),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_edges_are_survived(method: str, edge: str) -> None:
+    config, problem = METHODS[method], EDGES[edge]
+    solution = run(problem, config)
+    check(solution, problem, config)
+    # Two bits and one token may leave much of it, but never more than leaving the layer out would.
+    assert solution.relative < 1
+    if edge == "no activation":
+        joint = torch.cat(problem[0])
+        assert relative_rms(joint, approximation(solution)) < 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bytes(method: str) -> None:
+    problem = ordinary()
+    assert same(run(problem, METHODS[method], 3), run(problem, METHODS[method], 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("weight_unit", "input_unit"), [(2.0**-8, 1.0), (2.0**6, 1.0), (1.0, 2.0**-8), (1.0, 2.0**10)])
+def test_units_of_weights_and_inputs_do_not_matter(method: str, weight_unit: float, input_unit: float) -> None:
+    weights, x = ordinary()
+    plain = run((weights, x), METHODS[method])
+    scaled = run(([weight * weight_unit for weight in weights], x * input_unit), METHODS[method])
+    assert scaled.relative == pytest.approx(plain.relative, rel=0.1, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_data_free_is_solved_on_an_identity_gram(method: str) -> None:
+    weights, _ = ordinary()
+    solution = solve(weights, data_free(128), METHODS[method], generator())
+    assert 0 < solution.relative < 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_bits_leave_almost_nothing(method: str) -> None:
+    config = METHODS[method]
+    fine = type(config)(**{**_fields(config), "bits": 8})
+    assert run(ordinary(), fine).relative < 2e-3 * max(run(ordinary(), config).relative, 0.05)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lopro, rank above both sides"])
+def test_more_bits_are_better(method: str) -> None:
+    config = METHODS[method]
+    losses = [run(ordinary(), type(config)(**{**_fields(config), "bits": bits})).relative for bits in (2, 3, 4, 8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["gptq", "lopro"])
+def test_a_singular_gram_raises_the_damping_and_says_so(method: str) -> None:
+    weights, x = ordinary()
+    config = type(METHODS[method])(**{**_fields(METHODS[method]), "damp": 0})
+    solution = run((weights, x[:3]), config)
+    check(solution, (weights, x[:3]), config)
+    assert solution.damp > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_weights_are_solved_in_fp32(dtype: torch.dtype) -> None:
+    weights, x = ordinary()
+    narrow = [weight.to(dtype) for weight in weights]
+    config = METHODS["lopro"]
+    assert same(run((narrow, x), config), run(([weight.float() for weight in narrow], x), config))
+
+
+def _fields(config: Method) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name != "method"}
