@@ -28,19 +28,17 @@ from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 from lopro_fx.passes.packed import dense_weight
 
-_LOPRO = LoPRo(transforms=("full",))
+_LOPRO = LoPRo(rank=18, transforms=("full",))
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
     "gptq-3-g64": GPTQ(bits=3),
     "gptq-3-g64-no-token-clip": GPTQ(bits=3, token_clip=0),
     "hadamard-3-g32": replace(_LOPRO, group_size=32, rank=0, sweeps=0),
     "lopro-3-g64": _LOPRO,
-    "lopro-3-g64-rank20": replace(_LOPRO, rank=20),
-    "lopro-3-g64-partial": LoPRo(transforms=("partial",)),
+    "lopro-3-g64-partial": replace(_LOPRO, transforms=("partial",)),
     "hadamard-2-g32": replace(_LOPRO, bits=2, group_size=32, rank=0, sweeps=0),
     "lopro-2-g64": replace(_LOPRO, bits=2),
-    "lopro-2-g64-rank20": replace(_LOPRO, bits=2, rank=20),
-    "lopro-2-g64-partial": LoPRo(bits=2, transforms=("partial",)),
+    "lopro-2-g64-partial": replace(_LOPRO, bits=2, transforms=("partial",)),
     "lopro-paper-3-g64": LoPRo.paper(bits=3, group_size=64),
 }
 TASKS = {"hellaswag": "hellaswag_val", "piqa": "piqa_valid", "arc_easy": "arc_easy_test"}
@@ -80,8 +78,6 @@ def main() -> None:
     calibration = token_windows(loaded.tokenizer, read_text(DATA / "c4_calib.txt"), 512, 32)
     windows = token_windows(loaded.tokenizer, read_text(DATA / "wikitext2_test.txt"), 512, 24)
 
-    path = RESULTS / "accuracy.json"
-    done = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for name in args.rows or ("fp32", *ROWS):
         row: dict[str, Any] = {"row": name}
         started = time.perf_counter()
@@ -98,8 +94,10 @@ def main() -> None:
         if name in args.tasks:
             module = dense_program(scorer, state) if state else scorer.module()
             row |= tasks(module, loaded.tokenizer, args.items)
-        done[name] = row
-        save_result("accuracy", list(done.values()), calibration="32x512 c4_calib.txt", items=args.items)
+        # Read again at each row, so that two runs can share the file.
+        path = RESULTS / "accuracy.json"
+        done = {old["row"]: old for old in json.loads(path.read_text())["rows"]} if path.exists() else {}
+        save_result("accuracy", list({**done, name: row}.values()), calibration="32x512 c4_calib.txt", items=args.items)
 
 
 if __name__ == "__main__":

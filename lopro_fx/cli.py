@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, f"interrupted{_kept(args)}", args.debug)
+    except BrokenPipeError:  # the reader of `lopro-fx report DIR | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except LoProError as error:
         return _fail(_ERROR, f"error: {error}", args.debug)
     except Exception as error:  # a traceback helps nobody who did not ask for one
@@ -103,9 +106,10 @@ def _show(message: Warning | str, category: type[Warning], filename: str, *_: An
 
 
 def _kept(args: argparse.Namespace) -> str:
-    if args.command != "quantize" or args.out is None:
+    out = getattr(args, "out", None)
+    if out is None or not Path(journal := f"{out.rstrip('/')}.partial").is_dir():
         return ""
-    return f"; finished layers are kept in {args.out}.partial, and the same command continues there"
+    return f"; finished layers are kept in {journal}, and the same command continues there"
 
 
 def _fail(code: int, line: str, debug: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -33,12 +34,12 @@ class Target:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.journal = folder.with_name(folder.name + ".partial")
+        self.folder = folder = Path(os.path.abspath(folder))
+        self.journal = folder.with_name(f"{folder.name}.partial")
         require_ours(folder)
         try:
-            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder.absolute().parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.parent):
                 pass
         except OSError as error:
             raise CheckpointError(f"--out {folder}: its parent folder can't be written ({error.strerror})") from error
@@ -54,7 +55,7 @@ class Target:
         weights = sum(site.out_features * site.in_features for site in taken.values())
         # Scales, zeros and factors take up to a bit a weight; packed tensors are in the journal and in the result.
         needed = kept + 2 * weights * (config.bits + 1) // 8
-        free = shutil.disk_usage(self.folder.absolute().parent).free
+        free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")
 

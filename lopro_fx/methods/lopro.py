@@ -17,7 +17,7 @@ from lopro_fx.config import LoPRo
 from lopro_fx.methods import rotation
 from lopro_fx.methods.descent import descend
 from lopro_fx.methods.gptq import Feedback, feedback, proxy_loss, round_with_feedback
-from lopro_fx.methods.lowrank import Factor, correction, fit_up, r1_sketch, randomized_svd, round_factor
+from lopro_fx.methods.lowrank import Factor, correction, fit_up, gram_components, r1_sketch, round_factor
 from lopro_fx.methods.rotation import Transform
 from lopro_fx.methods.solution import GroupSolution
 
@@ -86,21 +86,20 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     """Factors (m, r) and (r, n) of the weights themselves, in original coordinates, before any rounding of weights.
 
-    The columns are scaled by s first, so columns with large activations are fitted more closely (LoPRo equation 4).
+    "block_svd" takes the best rank-r approximation in the Gram norm. "r1_sketch" is the paper: the columns are scaled by
+    s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
+    if config.low_rank == "block_svd":
+        down = gram_components(joint, stats.gram, config.rank, generator, config.power_iterations)
+        return fit_up(joint, stats.gram, down), down
     scale = column_scale(stats.magnitude)
-    scaled = joint * scale
-    if config.low_rank == "r1_sketch":
-        left, right = r1_sketch(
-            scaled,
-            config.rank,
-            generator,
-            config.power_iterations,
-            lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
-        )
-    else:
-        u, sigma, right = randomized_svd(scaled, config.rank, generator, iterations=config.power_iterations)
-        left = u * sigma
+    left, right = r1_sketch(
+        joint * scale,
+        config.rank,
+        generator,
+        config.power_iterations,
+        lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
+    )
     return left, right / scale
 
 

@@ -91,21 +91,30 @@ def r1_sketch(
     return left, right
 
 
-def correction(
-    error: Tensor, hessian: Tensor, rank: int, factor_bits: int, generator: torch.Generator, damp: float = 1e-3
-) -> tuple[Tensor, Factor]:
-    """Best rank-r approximation of `error` (m, n) in the norm tr(· H ·ᵀ), with the down factor rounded.
+def gram_components(
+    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2, damp: float = 1e-3
+) -> Tensor:
+    """Down factor (r, n) of the best rank-r approximation of `matrix` (m, n) in the norm tr(· H ·ᵀ).
 
-    With any root H = L Lᵀ the optimum is SVD_r(E L) L⁻¹ (QERA, 2410.06040, theorem 1). The down factor is rounded
-    first and the up factor solved for it by least squares, so only the up factor's own rounding is left to pay.
+    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1).
+    """
+    root, _ = cholesky(hessian, damp)
+    _, _, vh = randomized_svd(matrix @ root, rank, generator, iterations=iterations)
+    return torch.linalg.solve_triangular(root, vh, upper=False, left=False)
+
+
+def correction(
+    error: Tensor, hessian: Tensor, rank: int, factor_bits: int, generator: torch.Generator
+) -> tuple[Tensor, Factor]:
+    """Best low-rank approximation of `error` (m, n) in the Gram norm, with the down factor rounded.
+
+    The down factor is rounded first and the up factor solved for it by least squares, so only the up factor's own
+    rounding is left to pay.
 
     Returns:
         up fp32 (m, r), not rounded (its caller rounds each site's rows), and the down `Factor` (r, n).
     """
-    root, _ = cholesky(hessian, damp)
-    _, _, vh = randomized_svd(error @ root, rank, generator)
-    down = torch.linalg.solve_triangular(root, vh, upper=False, left=False)
-    factor = round_factor(down, factor_bits, 0)
+    factor = round_factor(gram_components(error, hessian, rank, generator), factor_bits, 0)
     return fit_up(error, hessian, factor.dense()), factor
 
 

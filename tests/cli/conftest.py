@@ -14,7 +14,7 @@ SMALL = ("--seq-len", "32", "--calib-samples", "4", "--eval-windows", "3")
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A Hugging Face folder: a random Llama of four layers and a tokenizer trained on the built-in text."""
+    """A Hugging Face folder: a random Llama of two layers and a tokenizer trained on the built-in text."""
     folder = tmp_path_factory.mktemp("model")
     text = builtin_text()[0][:50_000]
     tokenizer = Tokenizer(models.BPE())
@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory):
         vocab_size=400,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         bos_token_id=None,

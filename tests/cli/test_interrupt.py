@@ -29,7 +29,7 @@ def test_interrupted_run_continues_and_ends_in_the_same_bytes(run, model_folder,
     )
     assert not out.exists()
     finished = {path.name: path.stat().st_mtime_ns for path in journal.glob("model.*.safetensors")}
-    assert 0 < len(finished) < 16, "stopped too late to show anything"
+    assert 0 < len(finished) < 8, "stopped too late to show anything"
 
     code, _, err = run("quantize", model_folder, *SMALL, "--rank", "4", "--out", out)
     assert (code, err) == (0, "")

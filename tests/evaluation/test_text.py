@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import builtin_text, read_text, token_windows
+from lopro_fx.evaluation.text import _TAIL_TOKENS
 from tests.helpers import SHARED
 
 
@@ -38,16 +39,24 @@ def test_windows_are_the_tokens_in_order(any_tokenizer):
     assert windows.flatten().tolist() == ids[: windows.numel()]
 
 
-@given(
-    words=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=30),
-    gaps=st.lists(st.text(alphabet=" \n\t\r\u00a0", max_size=3), min_size=1, max_size=4),
-    seed=st.integers(0, 2**32 - 1),
-    seq_len=st.integers(1, 70),
-    max_windows=st.integers(1, 9),
-)
-def test_part_of_the_text_gives_the_windows_of_all(any_tokenizer, words, gaps, seed, seq_len, max_windows):
-    rng = random.Random(seed)
-    text = "".join(rng.choice(words) + rng.choice(gaps) for _ in range(2500))
+@st.composite
+def _texts(draw, words: int) -> str:
+    vocabulary = draw(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=30))
+    gaps = draw(st.lists(st.text(alphabet=" \n\t\r\u00a0", max_size=3), min_size=1, max_size=4))
+    rng = random.Random(draw(st.integers(0, 2**32 - 1)))
+    return "".join(rng.choice(vocabulary) + rng.choice(gaps) for _ in range(words))
+
+
+@given(text=_texts(300), cut=st.integers(0, 3000))
+def test_a_cut_changes_the_last_tokens_only(any_tokenizer, text, cut):
+    """What `token_windows` builds on when it tokenises the beginning of a text."""
+    part, whole = (any_tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text[:cut], text))
+    sure = max(0, len(part) - _TAIL_TOKENS // 4)
+    assert part[:sure] == whole[:sure]
+
+
+@given(text=_texts(2500), seq_len=st.integers(1, 70), max_windows=st.integers(1, 9))
+def test_part_of_the_text_gives_the_windows_of_all(any_tokenizer, text, seq_len, max_windows):
     everything = any_tokenizer(text, add_special_tokens=False)["input_ids"]
     count = min(max_windows, len(everything) // seq_len)
     windows = token_windows(any_tokenizer, text, seq_len, max_windows)

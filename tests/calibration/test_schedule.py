@@ -1,0 +1,93 @@
+"""The walk over groups: what each is measured on, with and without feeding quantised results forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopro_fx.calibration.schedule import run_calibrated, run_data_free
+from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.errors import CalibrationError
+from lopro_fx.passes.sites import Group, find_sites
+from tests.helpers import assert_close
+from tests.programs import decoder, ids
+
+
+class _Recorder:
+    """Halves every weight, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, Statistics] = {}
+
+    def __call__(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
+        self.stats[group.name] = stats
+        return [weight / 2 for weight in weights]
+
+
+@pytest.fixture
+def case():
+    return decoder(bias=True)
+
+
+def _run(program, sequential: bool, batches: list[list[Tensor]]) -> _Recorder:
+    recorder = _Recorder()
+    run_calibrated(program, find_sites(program).groups, batches, recorder, sequential)
+    return recorder
+
+
+def test_every_group_is_solved_once_in_graph_order(case) -> None:
+    _, program = case
+    recorder = _run(program, True, [[ids()], [ids(3, 5)]])
+    assert list(recorder.stats) == [f"blocks.{i}.{name}" for i in range(2) for name in ("q", "o", "gate", "down")]
+    assert {stats.tokens for stats in recorder.stats.values()} == {2 * 9 + 3 * 5}
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_sequential_feeds_results_forward_and_the_other_does_not(case, sequential: bool) -> None:
+    module, program = case
+    recorder = _run(program, sequential, [[ids()]])
+    seen: list[Tensor] = []
+    if sequential:
+        with torch.no_grad():
+            for block in module.blocks:
+                for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                    getattr(block, name).weight.mul_(0.5)
+    hook = module.blocks[1].down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        module(ids())
+    hook.remove()
+    x = seen[0].flatten(0, 1)
+    # Clipping of large tokens is the schedule's own choice, so magnitudes are compared, which it leaves alone.
+    assert_close("magnitude", x.abs().mean(0), recorder.stats["blocks.1.down"].magnitude, 1e-5)
+
+
+def test_the_program_is_not_changed(case) -> None:
+    _, program = case
+    before = {name: value.clone() for name, value in program.state_dict.items()}
+    code = program.graph_module.code
+    _run(program, True, [[ids()]])
+    assert program.graph_module.code == code
+    assert all(torch.equal(program.state_dict[name], value) for name, value in before.items())
+
+
+def test_without_data_nothing_runs(case) -> None:
+    _, program = case
+    recorder = _Recorder()
+    run_data_free(program, find_sites(program).groups, recorder)
+    assert len(recorder.stats) == 8
+    assert all(
+        stats.tokens == 0 and torch.equal(stats.gram, torch.eye(len(stats.gram))) for stats in recorder.stats.values()
+    )
+
+
+def test_an_activation_that_is_not_finite_names_node_and_layer() -> None:
+    module, _ = decoder(bias=True)
+    module.blocks[1].norm.weight.data[3] = torch.inf
+    from tests.programs import export
+
+    program = export(module, ids(), dynamic=True)
+    with pytest.raises(
+        CalibrationError, match="node 'layer_norm_2', read by 'blocks.1.q', is not finite in calibration batch 0"
+    ):
+        _run(program, True, [[ids()]])
