@@ -5,6 +5,7 @@ Tried on torch 2.13.0. When a name moves, these two are the only files to change
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,15 @@ def rebuild(
 ) -> ExportedProgram:
     """A new, validated program around an edited graph (`ExportedProgram._update`, used by torch's own passes)."""
     return program._update(graph_module, signature, state_dict=dict(state_dict), constants=dict(constants))
+
+
+def copied(graph_module: GraphModule) -> GraphModule:
+    """A deep copy in which every node keeps its name."""
+    twin = copy.deepcopy(graph_module)
+    # A placeholder that is named like a builtin, such as `input`, is renamed by the copy; the signature goes by names.
+    for node, new in zip(graph_module.graph.nodes, twin.graph.nodes, strict=True):
+        new.name = node.name
+    return twin
 
 
 def fake_mode(program: ExportedProgram) -> FakeTensorMode:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -136,7 +138,13 @@ def export(module: nn.Module, *args: Any, dynamic: bool = False, **kwargs: Any) 
     return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def decoder(**options: bool) -> tuple[nn.Module, ExportedProgram]:
-    """(module, program with dynamic batch and sequence)."""
+@functools.cache
+def _decoder(**options: Any) -> tuple[nn.Module, ExportedProgram]:
     module = seeded(Decoder(**options))
     return module, export(module, ids(), dynamic=True)
+
+
+def decoder(**options: Any) -> tuple[nn.Module, ExportedProgram]:
+    """(module of the caller's own, shared program with dynamic batch and sequence, not to be changed)."""
+    module, program = _decoder(**options)
+    return copy.deepcopy(module), program

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[li
 
     Args:
         program: the program to calibrate.
-        batches: each item a tensor, a tuple or list of positional inputs, a dict of keyword inputs, or a pair
+        batches: each item a tensor, a tuple or list of positional inputs, a mapping of keyword inputs, or a pair
             `(args, kwargs)`.
 
     Raises:
@@ -35,7 +35,7 @@ def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[li
         values, actual = pytree.tree_flatten((args, kwargs))
         if spec is not None and actual != spec:
             raise CalibrationError(
-                f"calibration batch {index} has the structure {actual}; the program was exported with {spec}"
+                f"calibration batch {index} has the structure {_line(actual)}; the program takes {_line(spec)}"
             )
         for node, value in zip(placeholders, values, strict=True):
             _check(node, value, index)
@@ -54,12 +54,16 @@ def _user_placeholders(program: ExportedProgram) -> list[Node]:
 def _normalise(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
-    if isinstance(batch, dict):
-        return (), batch
-    batch = tuple(batch)
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], dict):
         return tuple(batch[0]), batch[1]
     return batch, {}
+
+
+def _line(spec: pytree.TreeSpec) -> str:
+    return " ".join(str(spec).split())
 
 
 def _reordered(spec: pytree.TreeSpec, kwargs: dict[str, Any], index: int) -> dict[str, Any]:

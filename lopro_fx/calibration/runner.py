@@ -106,7 +106,7 @@ class LockstepRunner:
         target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
         try:
             return target(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
             line = str(error).splitlines()[0]
             raise CalibrationError(f"node '{node.name}' ({node.target}) failed during calibration: {line}") from error
 

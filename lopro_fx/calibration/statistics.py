@@ -38,7 +38,9 @@ def measure(inputs: Sequence[Tensor], name: str, node: str, token_clip: float = 
     """
     n = inputs[0].shape[-1]
     norms = [batch.reshape(-1, n).to(torch.float32).square().sum(1) for batch in inputs]
-    limit = token_clip * torch.cat(norms).median()
+    every = torch.cat(norms)
+    # Zero tokens, such as padding, would make the median zero where they are the most.
+    limit = token_clip * (every[every > 0].median() if every.any() else 0)
     gram, magnitude, tokens = torch.zeros(n, n), torch.zeros(n), 0
     for index, (batch, norm) in enumerate(zip(inputs, norms, strict=True)):
         if not torch.isfinite(norm).all():

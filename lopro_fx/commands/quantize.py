@@ -12,12 +12,13 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx.commands import data, output, target
-from lopro_fx.commands.source import Source, add_model, open_model
+from lopro_fx.commands.source import DTYPES, Source, add_model, export
 from lopro_fx.config import GROUP_SIZES, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
-from lopro_fx.models.load import SMOLLM2
+from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.progress import bar
+from lopro_fx.quantize import select
 from lopro_fx.report.table import render
 
 
@@ -48,11 +49,14 @@ def run(args: Namespace) -> None:
     output.check_json_path(args.json)
     out = None if args.out is None else target.Target(Path(args.out))
     texts = data.calibration_text(args.calib), data.evaluation_text(args.eval)
-    source = open_model(args.model, args.dtype)
-    samples = texts[0].windows(source.tokenizer, args.seq_len, args.calib_samples)
-    windows = texts[1].windows(source.tokenizer, args.seq_len, args.eval_windows)
+    loaded = load_model(args.model, DTYPES[args.dtype])
+    samples = texts[0].windows(loaded.tokenizer, args.seq_len, args.calib_samples)
+    windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
+    source = export(loaded)
+    del loaded
+    selection = select(source.program, config)
     if out is not None:
-        out.require_space(source.program, config)
+        out.require_space(source.program, selection, config.bits)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)
     quantized, seconds = _quantize(source, samples, config, out)
     tokenizer, name, origin = source.tokenizer, source.name, source.origin

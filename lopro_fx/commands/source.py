@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.deploy.manifest import MANIFEST, first_line
 from lopro_fx.errors import CheckpointError, ModelError
-from lopro_fx.models import export_causal_lm, load_model
+from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,8 +41,16 @@ def open_model(name: str, dtype: str) -> Source:
     Raises:
         ModelError: it can't be loaded or exported.
     """
-    loaded = load_model(name, DTYPES[dtype])
-    return Source(export_causal_lm(loaded.model), loaded.tokenizer, name, loaded.source)
+    return export(load_model(name, DTYPES[dtype]))
+
+
+def export(loaded: LoadedModel) -> Source:
+    """The program of a model that was loaded.
+
+    Raises:
+        ModelError: it can't be exported.
+    """
+    return Source(export_causal_lm(loaded.model), loaded.tokenizer, loaded.name, loaded.source)
 
 
 def is_checkpoint(name: str) -> bool:

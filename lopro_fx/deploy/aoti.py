@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ def size_bound(program: ExportedProgram) -> int:
 def _compile(program: ExportedProgram, folder: Path) -> list[str]:
     """Files of the package; the generated C++ is not among them, since the library is compiled from it already."""
     folder.mkdir()
-    graph_module = copy.deepcopy(program.graph_module)
+    graph_module = compat.copied(program.graph_module)
     constants = clean_constants(program)
     clean = compat.rebuild(program, graph_module, program.graph_signature, program.state_dict, constants)
     assert clean.example_inputs is not None

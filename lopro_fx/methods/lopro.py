@@ -86,7 +86,7 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     """Factors (m, r) and (r, n) of the weights themselves, in original coordinates, before any rounding of weights.
 
-    "block_svd" takes the best rank-r approximation in the Gram norm. "r1_sketch" is the paper: the columns are scaled by
+    "block_svd" takes the best rank-r approximation in the Gram norm. "r1_sketch" is the paper: columns are scaled by
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
     if config.low_rank == "block_svd":

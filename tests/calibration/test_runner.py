@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -21,18 +22,17 @@ from tests.programs import VOCAB, WIDTH, Cached, Nested, Scaled, Twice, decoder,
 Batch = tuple[tuple, dict]
 
 
+def _note(first: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    first.setdefault(name, inputs[0].clone())
+
+
 def _seen(module: nn.Module, batches: list[Batch]) -> dict[str, list[Tensor]]:
     """Every Linear's first input in each batch, from hooks on the eager model."""
     seen: dict[str, list[Tensor]] = {}
     for args, kwargs in batches:
         first: dict[str, Tensor] = {}
-        hooks = [
-            child.register_forward_pre_hook(
-                lambda _, inputs, name=name: first.setdefault(name, inputs[0].clone()) and None
-            )
-            for name, child in module.named_modules()
-            if isinstance(child, nn.Linear)
-        ]
+        hooks = [child.register_forward_pre_hook(partial(_note, first, name)) for name, child in module.named_modules()
+                 if isinstance(child, nn.Linear)]  # fmt: skip
         with torch.no_grad():
             module(*args, **kwargs)
         for hook in hooks:

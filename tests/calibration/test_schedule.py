@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.schedule import run_calibrated, run_data_free
-from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.calibration.statistics import Statistics, measure
+from lopro_fx.config import RTN
 from lopro_fx.errors import CalibrationError
 from lopro_fx.passes.sites import Group, find_sites
 from tests.helpers import assert_close
-from tests.programs import decoder, ids
+from tests.programs import decoder, export, ids
 
 
 class _Recorder:
@@ -32,7 +34,7 @@ def case():
 
 def _run(program, sequential: bool, batches: list[list[Tensor]]) -> _Recorder:
     recorder = _Recorder()
-    run_calibrated(program, find_sites(program).groups, batches, recorder, sequential)
+    run_calibrated(program, find_sites(program).groups, batches, recorder, RTN(sequential=sequential))
     return recorder
 
 
@@ -58,8 +60,25 @@ def test_sequential_feeds_results_forward_and_the_other_does_not(case, sequentia
         module(ids())
     hook.remove()
     x = seen[0].flatten(0, 1)
-    # Clipping of large tokens is the schedule's own choice, so magnitudes are compared, which it leaves alone.
     assert_close("magnitude", x.abs().mean(0), recorder.stats["blocks.1.down"].magnitude, 1e-5)
+
+
+@pytest.mark.parametrize("clip", [0, 2.0])
+def test_the_config_decides_how_far_large_tokens_count(case, clip: float) -> None:
+    _, program = case
+    stats, seen = {}, {}
+
+    def keep(group: Group, measured: Statistics, weights: list[Tensor]) -> list[Tensor]:
+        stats[group.name] = measured
+        return weights
+
+    groups, batch = find_sites(program).groups, ids()
+    run_calibrated(program, groups, [[batch]], keep, RTN(token_clip=clip))
+    for node, (x,) in LockstepRunner(program, [[batch]]).stops({group.sites[0].nodes[0] for group in groups}):
+        seen[node] = x
+    for group in groups:
+        expected = measure([seen[group.sites[0].nodes[0]]], "layer", "node", clip)
+        assert_close(group.name, expected.gram, stats[group.name].gram, 1e-6)
 
 
 def test_the_program_is_not_changed(case) -> None:
@@ -84,10 +103,8 @@ def test_without_data_nothing_runs(case) -> None:
 def test_an_activation_that_is_not_finite_names_node_and_layer() -> None:
     module, _ = decoder(bias=True)
     module.blocks[1].norm.weight.data[3] = torch.inf
-    from tests.programs import export
-
     program = export(module, ids(), dynamic=True)
     with pytest.raises(
-        CalibrationError, match="node 'layer_norm_2', read by 'blocks.1.q', is not finite in calibration batch 0"
+        CalibrationError, match=r"node 'layer_norm_2', read by 'blocks.1.q', is not finite in calibration batch 0"
     ):
         _run(program, True, [[ids()]])

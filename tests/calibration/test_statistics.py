@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,7 @@ def test_how_tokens_are_split_into_batches_does_not_matter(tokens: int, cuts: li
     options = {} if clip is None else {"token_clip": clip}
     whole = measure([x], "layer", "node", **options)
     bounds = sorted({0, tokens, *(cut % tokens for cut in cuts)})
-    parts = measure([x[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], "layer", "node", **options)
+    parts = measure([x[a:b] for a, b in pairwise(bounds)], "layer", "node", **options)
     assert parts.tokens == whole.tokens == tokens
     assert_close("Gram", whole.gram, parts.gram, 1e-5)
     assert_close("magnitude", whole.magnitude, parts.magnitude, 1e-5)
@@ -41,7 +43,7 @@ def test_a_value_that_is_not_finite_is_found(value: float) -> None:
     good, bad = heavy_tailed(6, 8), heavy_tailed(6, 8)
     bad[4, 3] = value
     with pytest.raises(
-        CalibrationError, match="node 'mul_7', read by 'blocks.0.q', is not finite in calibration batch 1, row 4"
+        CalibrationError, match=r"node 'mul_7', read by 'blocks.0.q', is not finite in calibration batch 1, row 4"
     ):
         measure([good, bad], "blocks.0.q", "mul_7")
 

@@ -1,0 +1,141 @@
+"""Which Linears are found, how they are grouped, and the reason given for each that is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lopro_fx.passes.sites import Selection, find_sites
+from tests.programs import WIDTH, Nested, Product, Twice, decoder, export, rows, seeded
+
+
+@pytest.fixture(scope="module")
+def program():
+    return decoder(tied=True, bias=True)[1]
+
+
+def _reasons(selection: Selection) -> dict[str, str]:
+    return {item.name: item.reason for item in selection.left}
+
+
+def test_sites_that_read_one_tensor_form_a_group(program) -> None:
+    selection = find_sites(program)
+    members = [[site.name for site in group.sites] for group in selection.groups]
+    block = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    assert members == [[f"blocks.{i}.{name}" for name in names] for i in range(2) for names in block]
+    for group in selection.groups:
+        assert group.name == group.sites[0].name
+        assert {site.nodes[0].args[0] for site in group.sites} == {group.source}
+        assert group.in_features == group.sites[0].in_features
+
+
+def test_a_site_says_what_it_is(program) -> None:
+    sites = {site.name: site for site in find_sites(program).sites}
+    down = sites["blocks.1.down"]
+    assert (down.weight, down.bias) == ("blocks.1.down.weight", "blocks.1.down.bias")
+    assert (down.out_features, down.in_features, down.dtype) == (32, 48, torch.float32)
+    assert len(down.nodes) == 1
+
+
+def test_a_tied_output_projection_is_left(program) -> None:
+    left = find_sites(program).left
+    assert _reasons(find_sites(program)) == {"lm_head": "its weight is tied to an embedding"}
+    assert left[0].shape == (50, 32)
+
+
+def test_an_untied_output_projection_is_left_by_name() -> None:
+    _, untied = decoder(tied=False)
+    assert "output projection, kept by default" in _reasons(find_sites(untied))["lm_head"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_naming_the_output_projection_takes_it(tied: bool) -> None:
+    selection = find_sites(decoder(tied=tied)[1], include=("*", "lm_head"))
+    assert "lm_head" in {site.name for site in selection.sites}
+    assert not selection.left
+
+
+def test_include_and_exclude(program) -> None:
+    selection = find_sites(program, include=("blocks.0.*",), exclude=("*.down",))
+    assert {site.name for site in selection.sites} == {
+        f"blocks.0.{name}" for name in ("q", "k", "v", "o", "gate", "up")
+    }
+    reasons = _reasons(selection)
+    assert reasons["blocks.0.down"] == reasons["blocks.1.down"] == "excluded by name"
+    assert reasons["blocks.1.q"] == "not in the include patterns"
+    assert len(reasons) == 15 - 6
+
+
+def test_excluded_members_leave_their_group(program) -> None:
+    group = find_sites(program, exclude=("blocks.0.q",)).groups[0]
+    assert [site.name for site in group.sites] == ["blocks.0.k", "blocks.0.v"]
+    assert group.name == "blocks.0.k"
+
+
+def test_a_module_used_twice_is_one_site_with_two_nodes() -> None:
+    selection = find_sites(export(seeded(Twice()), rows(4)))
+    sites = {site.name: site for site in selection.sites}
+    assert set(sites) == {"shared", "other"}
+    assert len(sites["shared"].nodes) == 2
+    assert [[site.name for site in group.sites] for group in selection.groups] == [["shared", "other"]]
+
+
+def test_other_products_are_listed() -> None:
+    selection = find_sites(export(seeded(Product()), rows(4)))
+    assert [site.name for site in selection.sites] == ["linear"]
+    (left,) = selection.left
+    assert (left.name, left.target, left.shape) == ("weight", "aten.addmm.default", (WIDTH, WIDTH))
+    assert left.reason.startswith("aten.addmm.default is not aten.linear (Conv1D")
+
+
+def test_convolutions_and_batched_products_are_listed() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3)
+            self.experts = nn.Parameter(torch.ones(4, WIDTH, WIDTH))
+            self.mixed = nn.Parameter(torch.ones(WIDTH, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(self.conv(x)[..., :1].expand(-1, -1, WIDTH), self.experts) @ self.mixed
+
+    reasons = _reasons(find_sites(export(Other(), rows(4, 4))))
+    assert set(reasons) == {"conv", "experts", "mixed"}
+    assert all("is not aten.linear" in reason for reason in reasons.values())
+
+
+def test_weights_that_are_no_matrix_of_floats_are_left() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vector = nn.Parameter(torch.ones(WIDTH))
+            self.wide = nn.Linear(WIDTH, 4, dtype=torch.float64)
+            self.plain = nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = functional.linear(x, self.plain.weight * 2)
+            return functional.linear(x, self.vector) + self.wide(x.double()).sum() + made.sum()
+
+    selection = find_sites(export(Odd(), rows(4)))
+    reasons = _reasons(selection)
+    assert not selection.sites
+    assert reasons["vector"] == "its weight has 1 dimensions"
+    assert reasons["wide"] == "its weight is torch.float64; fp32, bf16 and fp16 are quantised"
+    assert "its weight is computed in the graph, not a parameter" in reasons.values()
+
+
+@pytest.mark.parametrize("autocast", [None, True])
+def test_linears_of_nested_graphs_are_listed(autocast: bool | None) -> None:
+    selection = find_sites(export(seeded(Nested(autocast)), rows(4)))
+    assert {site.name for site in selection.sites} == {"first", "last"}
+    (left,) = selection.left
+    assert left.reason.startswith("inside the nested graph of submod_")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_are_taken(dtype: torch.dtype) -> None:
+    module = seeded(Twice()).to(dtype)
+    sites = find_sites(export(module, rows(4).to(dtype))).sites
+    assert {site.dtype for site in sites} == {dtype}
