@@ -28,11 +28,11 @@ from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 from lopro_fx.passes.packed import dense_weight
 
-_LOPRO = LoPRo(rank=18)
+_LOPRO = LoPRo(rank=19, sweeps=3)
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
-    "gptq-3-g64": GPTQ(bits=3),
-    "gptq-3-g64-no-token-clip": GPTQ(bits=3, token_clip=0),
+    "gptq-3-g64": GPTQ(bits=3, act_order="column", token_clip=0),
+    "gptq-3-g64-token-clip": GPTQ(bits=3, act_order="column"),
     "hadamard-3-g32": replace(_LOPRO, group_size=32, rank=0, sweeps=0),
     "lopro-3-g64": _LOPRO,
     "lopro-3-g64-partial": replace(_LOPRO, transforms=("partial",)),

@@ -1,6 +1,6 @@
 """Quantise a Hugging Face causal language model to 3 bits, compile it, and write an AOTInductor package.
 
-    python examples/quantize_and_compile.py [MODEL]      MODEL: a Hugging Face name, a folder, or smollm2-135m
+python examples/quantize_and_compile.py [MODEL]      MODEL: a Hugging Face name, a folder, or smollm2-135m
 """
 
 from __future__ import annotations

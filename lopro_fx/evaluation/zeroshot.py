@@ -83,6 +83,7 @@ def zero_shot(
     items: Sequence[Item],
     *,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> ZeroShotResult:
     """Accuracy of a scorer program on a task.
@@ -92,6 +93,7 @@ def zero_shot(
         tokenizer: the model's Hugging Face tokenizer.
         items: the questions (`read_task`).
         dtype: the mask's type, that of the model's activations.
+        device: where the model is.
         progress: called after each item with (items done, all items, the accuracy so far).
 
     Raises: ConfigError if there are no items or an ending has no tokens; ModelError if logits are not finite.
@@ -101,7 +103,7 @@ def zero_shot(
     started = time.perf_counter()
     right = right_norm = 0
     for done, item in enumerate(items, 1):
-        scores = score_item(scorer, tokenizer, item, dtype=dtype)
+        scores = score_item(scorer, tokenizer, item, dtype=dtype, device=device)
         sizes = torch.tensor([max(1, len(choice.ending.lstrip().encode())) for choice in item.choices])
         right += int(scores.argmax()) == item.label
         right_norm += int((scores / sizes).argmax()) == item.label
@@ -116,10 +118,17 @@ def zero_shot(
     )
 
 
-def score_item(scorer: Scorer, tokenizer: Any, item: Item, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sum of the log-probabilities (nats) of each choice's ending given its context: (choices,) float64.
+def score_item(
+    scorer: Scorer,
+    tokenizer: Any,
+    item: Item,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Sum of the log-probabilities (nats) of each choice's ending given its context: (choices,) float64, on the CPU.
 
-    Raises: ConfigError if an ending has no tokens; ModelError if logits are not finite.
+    Arguments as in `zero_shot`. Raises: ConfigError if an ending has no tokens; ModelError if logits are not finite.
     """
     pairs = [_encode(tokenizer, choice, item.id) for choice in item.choices]
     shared = min(given for _, given in pairs)
@@ -137,11 +146,10 @@ def score_item(scorer: Scorer, tokenizer: Any, item: Item, *, dtype: torch.dtype
         keep += [p - 1 if p == shared else start + p - 1 for p in range(given, len(tokens))]
         targets += tokens[given:]
         owner += [index] * (len(tokens) - given)
+    inputs = (torch.tensor([ids]), torch.tensor([positions]), _mask(torch.tensor(branch), dtype), torch.tensor(keep))
     with torch.no_grad():
-        logits = scorer(
-            torch.tensor([ids]), torch.tensor([positions]), _mask(torch.tensor(branch), dtype), torch.tensor(keep)
-        )
-        logp = logits.float().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0].double()
+        logits = scorer(*(tensor.to(device) for tensor in inputs)).float()
+        logp = logits.log_softmax(-1).cpu().gather(1, torch.tensor(targets)[:, None])[:, 0].double()
     if not logp.isfinite().all():
         raise ModelError(f"item {item.id}: the log-probabilities are not finite: check the model's weights")
     return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, torch.tensor(owner), logp)

@@ -92,11 +92,12 @@ def r1_sketch(
 
 
 def gram_components(
-    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2, damp: float = 1e-3
+    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2, damp: float = 0.1
 ) -> Tensor:
     """Down factor (r, n) of the best rank-r approximation of `matrix` (m, n) in the norm tr(· H ·ᵀ).
 
-    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1).
+    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1). The damping is ten times that of
+    the rounding: L⁻¹ grows without bound in directions that calibration hardly saw, and other text does see them.
     """
     root, _ = cholesky(hessian, damp)
     _, _, vh = randomized_svd(matrix @ root, rank, generator, iterations=iterations)

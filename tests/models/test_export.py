@@ -6,6 +6,8 @@ from torch import nn
 
 from lopro_fx.errors import ModelError
 from lopro_fx.models import export_causal_lm, export_scorer
+from tests.families import VOCAB, causal_lm
+from tests.helpers import generator
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def scorer(model):
 
 
 def _ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(0, VOCAB, (batch, length), generator=generator(length))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 7), (5, 7), (1, 512), (5, 512), (1, 1), (3, 1)])
@@ -55,7 +57,7 @@ def test_export_leaves_the_model_as_it_was(model, program):
     with torch.no_grad():
         output = model(ids)
     assert output.past_key_values is not None
-    assert output.logits.shape == (2, 9, 97)
+    assert output.logits.shape == (2, 9, VOCAB)
 
 
 @pytest.mark.parametrize(("length", "keep"), [(2, [0]), (12, [3, 4, 11]), (15, [0, 0, 14])])
@@ -83,8 +85,8 @@ def test_scorer_obeys_mask_and_positions(llama):
     torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_model(llama):
-    half = type(llama)(llama.config).to(torch.bfloat16).eval()
+def test_half_precision_model():
+    half = causal_lm("llama", torch.bfloat16)
     ids = _ids(2, 6)
     with torch.no_grad():
         assert torch.equal(export_causal_lm(half).module()(ids), half(ids, use_cache=False).logits)

@@ -60,9 +60,9 @@ def test_folder_without_tokenizer(llama, tmp_path):
 def test_missing_weight_is_not_made_up(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    _refused(str(folder), "1 weight", "model.layers.1.mlp.up_proj.weight")
+    _refused(str(folder), "1 weight", "model.layers.0.mlp.up_proj.weight")
 
 
 def test_damaged_weights(folder):

@@ -86,7 +86,7 @@ def test_one_rotation_and_one_projection_a_group(case) -> None:
 def test_without_rotation_or_rank_nothing_stands_in_for_them(rank: int) -> None:
     result, *_ = _rewritten(decoder(depth=1)[1], rank=rank, rotate=False)
     assert not _calls(result, ROTATE)
-    assert len(_calls(result, PROJECT)) == (8 if rank else 0)
+    assert len(_calls(result, PROJECT)) == (4 if rank else 0)
 
 
 def test_the_input_program_is_not_changed() -> None:
