@@ -85,10 +85,12 @@ class GPTQ(Method):
         damp: part of the Gram's mean diagonal added to its diagonal; raised tenfold until a factorisation exists.
         act_order: round columns in order of falling activation energy. "group" ranks whole groups, which costs nothing
             at run time; "column" stores a permutation that gathers the activation; "none" keeps storage order.
+        token_clip: off by default, as in the original method.
     """
 
     damp: float = 0.01
-    act_order: str = "group"
+    act_order: str = "column"
+    token_clip: float = 0.0
     method: ClassVar[str] = "gptq"
 
     def __post_init__(self) -> None:

@@ -37,7 +37,11 @@ class Journal:
         fingerprint = {"fingerprint": _fingerprint(program, config, batches), "config": config.to_dict()}
         marker = self._folder / "run.json"
         if marker.exists():
-            if json.loads(marker.read_text())["fingerprint"] != fingerprint["fingerprint"]:
+            try:
+                found = json.loads(marker.read_text())["fingerprint"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
+            if found != fingerprint["fingerprint"]:
                 raise CheckpointError(
                     f"{self._folder} holds a run with other weights, calibration or settings; delete it or name another"
                 )

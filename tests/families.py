@@ -84,7 +84,11 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> Family:
     torch.manual_seed(0)
     if name == "bert":
         config = transformers.BertConfig(**_COMMON, **_LAYERS)
-        model, inputs, shape = transformers.BertForMaskedLM(config), _ids, {0: Dim("batch"), 1: Dim("sequence")}
+        model, inputs, shape = (
+            transformers.BertForMaskedLM(config),
+            _ids,
+            {0: Dim("batch"), 1: Dim("sequence", min=2, max=512)},
+        )
     else:
         config = transformers.ViTConfig(**_LAYERS, image_size=16, patch_size=4, num_labels=5)
         model, inputs, shape = transformers.ViTForImageClassification(config), _pixels, {0: Dim("batch")}
