@@ -28,7 +28,7 @@ from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 from lopro_fx.passes.packed import dense_weight
 
-_LOPRO = LoPRo(rank=19, sweeps=3)
+_LOPRO = LoPRo(rank=18)
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
     "gptq-3-g64": GPTQ(bits=3, act_order="column", token_clip=0),
