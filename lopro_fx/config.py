@@ -83,8 +83,9 @@ class GPTQ(Method):
 
     Args:
         damp: part of the Gram's mean diagonal added to its diagonal; raised tenfold until a factorisation exists.
-        act_order: round columns in order of falling activation energy. "group" ranks whole groups, which costs nothing
-            at run time; "column" stores a permutation that gathers the activation; "none" keeps storage order.
+        act_order: round columns in order of falling activation energy. "column" also stores them in that order, with a
+            permutation that gathers the activation; "static" fits every grid before rounding and needs none; "group"
+            ranks whole groups and needs none; "none" keeps storage order.
         token_clip: off by default, as in the original method.
     """
 
@@ -96,7 +97,7 @@ class GPTQ(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, "damp", 0, 10)
-        _choice(self, "act_order", ("none", "group", "column"))
+        _choice(self, "act_order", ("none", "group", "static", "column"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from lopro_fx.kernels.packing.format import ZERO_OFFSET, group_count
 from lopro_fx.methods.grid import Grid, fit_grid
 
 MAX_DAMP = 1e6
+# Columns whose feedback is applied one at a time before the rest is updated by a matrix product.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,14 @@ def feedback(hessian: Tensor, damp: float) -> Feedback:
 
 
 def round_with_feedback(
-    weight: Tensor, fb: Feedback, bits: int, group_size: int, *, order: Tensor | None = None, clip_steps: int = 24
+    weight: Tensor,
+    fb: Feedback,
+    bits: int,
+    group_size: int,
+    *,
+    order: Tensor | None = None,
+    static: bool = False,
+    clip_steps: int = 24,
 ) -> Rounded:
     """Round W (m, n) fp32 to `bits` bits.
 
@@ -86,7 +95,8 @@ def round_with_feedback(
         bits: width of a code.
         group_size: columns that share a scale; -1 is the whole row.
         order: int64 (n,) columns in the sequence in which to round them, or None for storage order. Whole groups must
-            stay together, because a group's grid is fitted when its first column is reached.
+            stay together unless `static`, because a group's grid is fitted when its first column is reached.
+        static: fit all grids to W before any rounding, so that `order` may be any permutation.
         clip_steps: candidate clipping ranges of a group, 0 for none.
 
     Returns:
@@ -94,37 +104,46 @@ def round_with_feedback(
     """
     m, n = weight.shape
     size = n if group_size == -1 else group_size
-    columns = weight.T.contiguous() if order is None else weight.T[order]
+    storage = torch.arange(n) if order is None else order
+    columns, group = weight.T[storage], storage // size
     codes = torch.empty(n, m)
     error = torch.empty(n, m)
     scales = torch.empty(group_count(n, group_size), m)
     zeros = torch.empty_like(scales)
-    storage = torch.arange(n) if order is None else order
-    starts = [0, *(torch.nonzero(storage[1:] // size != storage[:-1] // size).flatten() + 1).tolist(), n]
+    if static:
+        pivots = torch.empty_like(fb.pivots).index_copy_(0, storage, fb.pivots)
+        for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
+            grid = fit_grid(block, bits, weights, clip_steps)
+            scales[i], zeros[i] = grid.scale, grid.zero
+        starts = [*range(0, n, _BLOCK), n]
+    else:
+        starts = [0, *(torch.nonzero(group[1:] != group[:-1]).flatten() + 1).tolist(), n]
     for start, end in pairwise(starts):
-        target = columns[start:end] + fb.upper[:start, start:end].T @ error[:start]
-        grid = fit_grid(target, bits, fb.pivots[start:end], clip_steps)
-        group = int(storage[start]) // size
-        scales[group], zeros[group] = grid.scale, grid.zero - ZERO_OFFSET
-        _round_block(
-            columns[start:end], target, fb.upper[start:end, start:end], grid, codes[start:end], error[start:end]
-        )
-    if order is not None:
-        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+        part = slice(start, end)
+        target = columns[part] + fb.upper[:start, part].T @ error[:start]
+        if not static:
+            grid = fit_grid(target, bits, fb.pivots[part], clip_steps)
+            scales[group[start]], zeros[group[start]] = grid.scale, grid.zero
+        grid = Grid(scales[group[part]], zeros[group[part]], 1 << bits)
+        _round_block(columns[part], target, fb.upper[part, part], grid, codes[part], error[part])
+    codes = torch.empty_like(codes).index_copy_(0, storage, codes)
     as_code = torch.uint8
     return Rounded(
-        codes.T.to(as_code).contiguous(), scales.T.contiguous(), zeros.T.to(as_code).contiguous(), group_size
+        codes.T.to(as_code).contiguous(),
+        scales.T.contiguous(),
+        (zeros - ZERO_OFFSET).T.to(as_code).contiguous(),
+        group_size,
     )
 
 
 def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
-    """Fill `codes` and `error` (width, m) of one group; `target` is consumed."""
+    """Fill `codes` and `error` (width, m) of consecutive columns, each with its row of `grid`; `target` is consumed."""
     width = columns.shape[0]
     inverse = 1.0 / grid.scale
     for j in range(width):
-        code = (target[j] * inverse).add_(grid.zero).round_().clamp_(0, grid.levels - 1)
+        code = (target[j] * inverse[j]).add_(grid.zero[j]).round_().clamp_(0, grid.levels - 1)
         codes[j] = code
-        torch.sub(columns[j], (code - grid.zero).mul_(grid.scale), out=error[j])
+        torch.sub(columns[j], (code - grid.zero[j]).mul_(grid.scale[j]), out=error[j])
         if j + 1 < width:
             target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
 

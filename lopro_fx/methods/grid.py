@@ -16,7 +16,7 @@ MAX_SCALE = 65504.0
 
 @dataclass(frozen=True)
 class Grid:
-    """`scale` (m,) fp32 holding fp16 values and `zero` (m,) fp32 holding `code + 1/2`, for m rows of one group."""
+    """`scale` fp32 holding fp16 values and `zero` fp32 holding `code + 1/2`: (m,) for one group, or (columns, m)."""
 
     scale: Tensor
     zero: Tensor

@@ -41,11 +41,16 @@ def _solve_gptq(joint: Tensor, gram: Tensor, config: GPTQ) -> GroupSolution:
     transform, order = Transform(), None
     if config.act_order == "column":
         transform = Transform(perm=as_index(energy_order(gram)))
+    elif config.act_order == "static":
+        order = energy_order(gram)
     elif config.act_order == "group":
         order = group_order(gram, config.group_size)
     target, moved = transform.forward(joint), transform.gram(gram)
     fb = feedback(moved if order is None else moved[order][:, order], config.damp)
-    rounded = round_with_feedback(target, fb, config.bits, config.group_size, order=order, clip_steps=config.clip_steps)
+    static = config.act_order == "static"
+    rounded = round_with_feedback(
+        target, fb, config.bits, config.group_size, order=order, static=static, clip_steps=config.clip_steps
+    )
     loss = proxy_loss(target - rounded.dense(), moved)
     relative = relative_loss(loss, joint, gram)
     return GroupSolution(transform, rounded, None, (), loss, relative, fb.damp, f"act_order={config.act_order}")

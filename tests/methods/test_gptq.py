@@ -86,6 +86,22 @@ def test_an_order_of_whole_groups_is_rounding_the_permuted_matrix(bits: int, siz
     assert torch.equal(ordered.dense()[:, order], permuted.dense())
 
 
+@given(st.sampled_from(BITS), group_sizes, widths, st.integers(0, 99))
+def test_static_grids_allow_any_order(bits: int, size: int, width: int, seed: int) -> None:
+    """Each column is rounded to nearest, on the grid of its own group, after the feedback of those before it."""
+    weight, gram = _weight(5, width, seed), gram_of(heavy_tailed(4 * width, width, seed))
+    order = torch.randperm(width, generator=generator(seed))
+    fb = feedback(gram[order][:, order], 0.01)
+    rounded = round_with_feedback(weight, fb, bits, size, order=order, static=True)
+    pivots = torch.empty(width).index_copy_(0, order, fb.pivots)
+    whole = width if size == -1 else size
+    for i, (block, weights) in enumerate(zip(weight.T.split(whole), pivots.split(whole), strict=True)):
+        assert torch.equal(rounded.scales[:, i], fit_grid(block, bits, weights).scale)
+    rounding = (weight - rounded.dense()).double()[:, order] @ fb.upper.double()
+    inside = ((rounded.codes > 0) & (rounded.codes < (1 << bits) - 1))[:, order]
+    assert (rounding.abs() <= _step(rounded)[:, order] * 0.5001 + 1e-5)[inside].all()
+
+
 @given(group_sizes, widths, st.integers(0, 99))
 def test_an_order_covers_short_last_groups(size: int, width: int, seed: int) -> None:
     weight, gram = _weight(4, width, seed), gram_of(heavy_tailed(4 * width, width, seed))

@@ -16,6 +16,7 @@ METHODS: dict[str, Method] = {
     "rtn": RTN(bits=3, group_size=32, clip_steps=4),
     "gptq": GPTQ(bits=3, group_size=32, clip_steps=4, act_order="none"),
     "gptq by group": GPTQ(bits=4, group_size=64, clip_steps=4, act_order="group"),
+    "gptq, static grids": GPTQ(bits=3, group_size=32, clip_steps=4, act_order="static"),
     "gptq by column": GPTQ(bits=2, group_size=-1, clip_steps=4, act_order="column"),
     "lopro": LoPRo(bits=3, group_size=32, clip_steps=4, rank=3, salient=32, transforms=ALL),
     "lopro, fp16 factors": LoPRo(bits=4, group_size=64, clip_steps=4, rank=2, factor_bits=16, transforms=("full",)),

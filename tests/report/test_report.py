@@ -1,0 +1,71 @@
+"""`explain` and `report`: figures that add up, and text that a person can read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import lopro_fx
+from lopro_fx import GPTQ, RTN, GraphError, LoPRo
+from lopro_fx.passes.packed import stored_bytes
+from tests.programs import Product, decoder, export, ids, rows, seeded
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    return lopro_fx.quantize(decoder(bias=True)[1], [ids()], LoPRo(bits=3, group_size=32, rank=2, clip_steps=4))
+
+
+def test_figures_add_up(quantised) -> None:
+    report = lopro_fx.report(quantised)
+    _, program = decoder(bias=True)
+    assert report.weights == 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert [row["name"] for row in report.rows] == [line.name for line in lopro_fx.explain(program).taken]
+    tied = program.state_dict["embed.weight"]
+    assert report.packed_bytes + report.kept_bytes + stored_bytes([tied]) == stored_bytes(quantised.state_dict.values())
+    # The codes alone take 3 bits where 32 divides the width, padding takes the rest of 48 up to 64.
+    assert 3 < report.bits_per_weight < 9
+    assert report.config["method"] == "lopro"
+
+
+def test_json_and_text_hold_every_layer(quantised) -> None:
+    report = lopro_fx.report(quantised)
+    value = json.loads(report.to_json())
+    assert value["bits_per_weight"] == report.bits_per_weight
+    assert [row["name"] for row in value["rows"]] == [row["name"] for row in report.rows]
+    text = str(report)
+    assert "lopro: 14 layers" in text
+    assert all(row["name"] in text for row in report.rows)
+    assert "\x1b" not in text
+
+
+def test_more_bits_weigh_more() -> None:
+    _, program = decoder()
+    sizes = [lopro_fx.report(lopro_fx.quantize(program, None, RTN(bits=bits))).bits_per_weight for bits in (2, 3, 4, 8)]
+    assert sizes == sorted(sizes)
+
+
+def test_an_unquantised_program_has_no_report() -> None:
+    with pytest.raises(GraphError, match="was not quantised by lopro_fx; there is nothing to report"):
+        lopro_fx.report(decoder()[1])
+
+
+def test_explain_lists_what_is_taken_and_why_the_rest_is_not() -> None:
+    explanation = lopro_fx.explain(export(seeded(Product()), rows(4)), GPTQ(exclude=("nothing",)))
+    assert [line.name for line in explanation.taken] == ["linear"]
+    assert [line.name for line in explanation.left] == ["weight"]
+    text = str(explanation)
+    assert "1 Linears taken (1,024 weights), 1 left" in text
+    assert "is not aten.linear" in " ".join(text.split())
+
+
+def test_explain_runs_nothing_and_changes_nothing() -> None:
+    _, program = decoder()
+    code = program.graph_module.code
+    groups = {line.name: line.group for line in lopro_fx.explain(program).taken}
+    assert groups["blocks.0.v"] == "blocks.0.q"
+    assert groups["blocks.1.up"] == "blocks.1.gate"
+    assert program.graph_module.code == code
+    assert torch.is_grad_enabled()

@@ -1,0 +1,95 @@
+"""Settings: bad values are refused with the value and what is allowed, good ones survive JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopro_fx import GPTQ, RTN, ConfigError, LoPRo, Method
+from lopro_fx.config import BITS, GROUP_SIZES, LOW_RANK, TRANSFORMS, from_dict
+
+names = st.lists(st.text("abc.*?", min_size=1, max_size=8), max_size=3).map(tuple)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Method:
+    shared = {
+        "bits": draw(st.sampled_from(BITS)),
+        "group_size": draw(st.sampled_from(GROUP_SIZES)),
+        "include": draw(names),
+        "exclude": draw(names),
+        "clip_steps": draw(st.integers(0, 1000)),
+        "sequential": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**63 - 1)),
+    }
+    kind = draw(st.sampled_from((RTN, GPTQ, LoPRo)))
+    if kind is GPTQ:
+        shared["act_order"] = draw(st.sampled_from(("none", "group", "static", "column")))
+    if kind is LoPRo:
+        shared["rank"] = draw(st.integers(0, 4096))
+        shared["transforms"] = draw(st.lists(st.sampled_from(TRANSFORMS), min_size=1, max_size=4, unique=True))
+        shared["low_rank"] = draw(st.sampled_from(LOW_RANK))
+        shared["damp"] = draw(st.floats(0, 10))
+    return kind(**shared)
+
+
+@given(configs())
+def test_json_gives_the_same_settings_back(config: Method) -> None:
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("config", [RTN(), GPTQ(), LoPRo(), LoPRo.paper()])
+def test_defaults_are_allowed(config: Method) -> None:
+    assert from_dict(config.to_dict()) == config
+    assert isinstance(hash(config), int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (RTN, {"bits": 5}, r"RTN\(bits=5\): allowed are 2, 3, 4, 8"),
+        (GPTQ, {"group_size": 48}, r"GPTQ\(group_size=48\): allowed are 32, 64, 128, -1"),
+        (LoPRo, {"rank": -1}, r"LoPRo\(rank=-1\): must be a number in \[0, 4096\]"),
+        (LoPRo, {"rank": True}, r"LoPRo\(rank=True\)"),
+        (LoPRo, {"factor_bits": 4}, r"LoPRo\(factor_bits=4\): allowed are 8, 16"),
+        (LoPRo, {"transforms": ("full", "half")}, r"'half' is not one of identity, act_order, partial, full"),
+        (LoPRo, {"transforms": ()}, "name at least one of identity"),
+        (LoPRo, {"block_size": 96}, r"LoPRo\(block_size=96\): allowed are 1, 2, 4"),
+        (LoPRo, {"low_rank": "svd"}, r"allowed are block_svd, r1_sketch"),
+        (GPTQ, {"damp": float("nan")}, r"GPTQ\(damp=nan\)"),
+        (GPTQ, {"damp": "much"}, r"GPTQ\(damp='much'\)"),
+        (GPTQ, {"act_order": "row"}, "allowed are none, group, static, column"),
+        (RTN, {"clip_steps": -1}, r"RTN\(clip_steps=-1\)"),
+        (RTN, {"seed": -1}, r"RTN\(seed=-1\)"),
+    ],
+)
+def test_a_bad_value_is_named(kind: type[Method], values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        kind(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_name_may_stand_for_a_tuple_of_one() -> None:
+    assert LoPRo(include="*.q", transforms="full") == LoPRo(include=("*.q",), transforms=("full",))
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        LoPRo().bits = 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "magic"}, "method 'magic': known are rtn"),
+        ({}, "method None"),
+        ({"method": "rtn", "rank": 3}, "RTN: .*rank"),
+    ],
+)
+def test_unknown_methods_and_fields_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(values)
