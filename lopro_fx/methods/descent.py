@@ -1,15 +1,20 @@
-"""Coordinate descent on codes: after rounding with feedback, each code is chosen again with all others fixed."""
+"""Descent after rounding with feedback: each code is chosen again with all others fixed, then all scales of a row."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.packing.format import ZERO_OFFSET
 from lopro_fx.methods.gptq import Rounded, damped
+from lopro_fx.methods.grid import MAX_SCALE, MIN_SCALE
+
+# Rows whose scales are solved together; each takes groups² numbers.
+_ROWS = 1024
 
 
 def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps: int, damp: float) -> Rounded:
-    """Lower tr(E H Eᵀ), E = W - Q̂, by `sweeps` passes over the columns with the grids fixed.
+    """Lower tr(E H Eᵀ), E = W - Q̂, by `sweeps` passes over the columns, each followed by a fit of the scales.
 
     The loss is quadratic in each weight, with its minimum at q_j + (E H)_j / H_jj; the nearest level to that minimum is
     the best code given the others, so no step raises the loss of the damped H.
@@ -27,17 +32,57 @@ def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps
     n = weight.shape[1]
     size = n if rounded.group_size == -1 else rounded.group_size
     gram = damped(hessian, damp)
-    codes = rounded.codes.T.to(torch.float32).contiguous()
-    scales = rounded.scales.T.contiguous()
-    error = (weight - rounded.dense()).T.contiguous()
     for _ in range(sweeps):
-        for group, start in enumerate(range(0, n, size)):
-            columns = slice(start, min(start + size, n))
+        codes = rounded.codes.T.to(torch.float32).contiguous()
+        scales = rounded.scales.T.contiguous()
+        error = (weight - rounded.dense()).T.contiguous()
+        for group, columns in enumerate(_slices(n, size)):
             _descend_group(
                 codes[columns], error[columns], gram[columns] @ error, gram[columns, columns], scales[group],
                 (1 << bits) - 1,
             )  # fmt: skip
-    return Rounded(codes.T.to(torch.uint8).contiguous(), rounded.scales, rounded.zeros, rounded.group_size)
+        rounded = Rounded(codes.T.to(torch.uint8).contiguous(), rounded.scales, rounded.zeros, rounded.group_size)
+        rounded = fit_scales(weight, gram, rounded)
+    return rounded
+
+
+def fit_scales(weight: Tensor, gram: Tensor, rounded: Rounded) -> Rounded:
+    """Scales that minimise tr(E H Eᵀ) for the given codes and zeros, a least-squares problem in each row's groups.
+
+    A row whose loss doesn't fall, be it by the rounding of its scales to fp16, keeps what it has.
+    """
+    parts = [slice(i, i + _ROWS) for i in range(0, weight.shape[0], _ROWS)]
+    scales = torch.cat([_fit_rows(weight[rows], gram, rounded, rows) for rows in parts])
+    return Rounded(rounded.codes, scales, rounded.zeros, rounded.group_size)
+
+
+def _fit_rows(weight: Tensor, gram: Tensor, rounded: Rounded, rows: slice) -> Tensor:
+    m, n = weight.shape
+    size = n if rounded.group_size == -1 else rounded.group_size
+    old = rounded.scales[rows]
+    groups = old.shape[1]
+    index = torch.arange(n) // size
+    level = rounded.codes[rows].to(torch.float32) - (rounded.zeros[rows].to(torch.float32) + ZERO_OFFSET)[:, index]
+
+    def by_group(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, groups * size - n)).view(m, groups, size).sum(-1)
+
+    error = weight - level * old[:, index]
+    slope = by_group((error @ gram) * level)
+    normal = torch.stack([by_group(level[:, part] @ gram[part] * level) for part in _slices(n, size)], 1)
+    # A group whose levels are all but orthogonal to what calibration saw keeps its scale.
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
+    new = old + torch.linalg.solve(normal, slope.unsqueeze(-1)).squeeze(-1)
+    new = new.to(torch.float16).to(torch.float32)
+    changed = weight - level * new[:, index]
+    better = ((changed @ gram) * changed).sum(1) < ((error @ gram) * error).sum(1)
+    better &= ((new >= MIN_SCALE) & (new <= MAX_SCALE)).all(1)
+    return torch.where(better.unsqueeze(1), new, old)
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _descend_group(codes: Tensor, error: Tensor, slope: Tensor, gram: Tensor, scale: Tensor, top: int) -> None:

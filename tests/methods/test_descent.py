@@ -1,0 +1,85 @@
+"""Descent on codes and scales: it never raises the loss, stops at an optimum, and keeps codes and scales in range."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopro_fx.methods.descent import descend, fit_scales
+from lopro_fx.methods.gptq import Rounded, damped, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.rtn import round_to_nearest
+from tests.helpers import generator, gram_of, heavy_tailed
+
+widths = st.integers(1, 130)
+group_sizes = st.sampled_from((32, 64, -1))
+
+
+def _problem(width: int, seed: int, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(rows, width, generator=generator(seed + 100))
+    return weight, gram_of(heavy_tailed(2 * width, width, seed))
+
+
+def _loss(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> float:
+    return proxy_loss((weight - rounded.dense()).double(), gram.double())
+
+
+@given(st.sampled_from((2, 3, 4)), group_sizes, widths, st.integers(0, 99))
+def test_each_sweep_lowers_the_loss_or_leaves_it(bits: int, size: int, width: int, seed: int) -> None:
+    weight, gram = _problem(width, seed)
+    start = round_to_nearest(weight, bits, size, 4)
+    losses = [_loss(weight, damped(gram, 0.01), descend(weight, gram, start, bits, n, 0.01)) for n in range(4)]
+    for before, after in pairwise(losses):
+        assert after <= before * (1 + 1e-5)
+
+
+@given(st.sampled_from((2, 3, 4, 8)), group_sizes, widths, st.integers(0, 99))
+def test_codes_and_scales_stay_in_range(bits: int, size: int, width: int, seed: int) -> None:
+    weight, gram = _problem(width, seed)
+    rounded = descend(weight, gram, round_to_nearest(weight, bits, size, 0), bits, 2, 0.01)
+    assert rounded.codes.dtype == torch.uint8
+    assert int(rounded.codes.max()) < 1 << bits
+    assert (rounded.scales > 0).all()
+    assert torch.equal(rounded.scales, rounded.scales.half().float())
+
+
+def test_no_single_code_can_be_improved_at_the_end() -> None:
+    weight, gram = _problem(40, 3)
+    rounded = descend(weight, gram, round_to_nearest(weight, 3, -1, 4), 3, 60, 0.01)
+    norm = damped(gram, 0.01)
+    best = _loss(weight, norm, rounded)
+    for column in range(40):
+        for step in (-1, 1):
+            codes = rounded.codes.to(torch.int16)
+            codes[:, column] = (codes[:, column] + step).clamp(0, 7)
+            other = Rounded(codes.to(torch.uint8), rounded.scales, rounded.zeros, -1)
+            error = ((weight - other.dense()) @ norm * (weight - other.dense())).sum(1)
+            now = ((weight - rounded.dense()) @ norm * (weight - rounded.dense())).sum(1)
+            assert (error >= now * (1 - 1e-4)).all()
+    assert best < _loss(weight, norm, round_to_nearest(weight, 3, -1, 4))
+
+
+def test_scales_that_are_off_are_found_again() -> None:
+    weight, gram = _problem(96, 5, rows=1030)
+    true = round_to_nearest(weight, 4, 32, 4)
+    off = Rounded(true.codes, (true.scales * 1.3).half().float(), true.zeros, 32)
+    fitted = fit_scales(true.dense(), damped(gram, 0.01), off)
+    assert torch.allclose(fitted.scales, true.scales, rtol=2e-2)
+
+
+def test_a_gram_of_rank_one_changes_nothing_for_the_worse() -> None:
+    weight = torch.randn(4, 64, generator=generator(1))
+    vector = torch.randn(1, 64, generator=generator(2))
+    gram = vector.T @ vector
+    start = round_with_feedback(weight, feedback(gram, 0.01), 3, 32)
+    rounded = descend(weight, gram, start, 3, 3, 0.01)
+    assert torch.isfinite(rounded.dense()).all()
+    assert _loss(weight, damped(gram, 0.01), rounded) <= _loss(weight, damped(gram, 0.01), start)
+
+
+def test_no_sweep_is_no_change() -> None:
+    weight, gram = _problem(64, 1)
+    start = round_to_nearest(weight, 3, 32, 4)
+    assert descend(weight, gram, start, 3, 0, 0.01) is start
