@@ -2,8 +2,11 @@
 
 A tensor of `bits`-wide codes is stored as bit planes whose widths are powers of two: 2, 4 and 8 bits are one plane,
 3 bits are a plane of the low two bits followed by a plane of the high bit. Within a plane, code `i` of the last
-dimension sits in 32-bit word `i * width // 32`, lowest field first. The last dimension is padded with zero codes to a
-multiple of 32, so a row of `n` codes takes `ceil(n / 32) * bits` words: nothing is wasted when 32 divides `n`.
+dimension sits in 32-bit word `i * width // 32`, lowest field first, except in the plane of single bits: there, the bit
+of code 16b + 4j + i (i < 4, j < 4, b < 2) of a word is bit 8j + 4b + i. A shift and a mask then bring four codes and
+their high bits into the same four bytes, which is what byte-wise dot products (dp4a, VNNI) take. The last dimension is
+padded with zero codes to a multiple of 32, so a row of `n` codes takes `ceil(n / 32) * bits` words: nothing is wasted
+when 32 divides `n`.
 
     codes   int32 (out_features, words)          one row per output feature
     scales  fp16  (out_features, groups)
@@ -21,6 +24,12 @@ from torch import Tensor
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 ZERO_OFFSET = 0.5
 WORD = 32
+
+
+def _offsets(width: int, device: torch.device) -> Tensor:
+    """Bit at which each code's field starts in its word, int32 (32 / width,)."""
+    offsets = torch.arange(0, WORD, width, dtype=torch.int32, device=device)
+    return offsets.view(4, 2, 4).transpose(0, 1).flatten() if width == 1 else offsets
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -43,8 +52,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for width in PLANES[bits]:
         field = (padded >> shift) & ((1 << width) - 1)
         field = field.unflatten(-1, (-1, WORD // width))
-        offsets = torch.arange(0, WORD, width, device=codes.device)
-        words.append((field << offsets).sum(-1))
+        words.append((field << _offsets(width, codes.device)).sum(-1))
         shift += width
     packed = torch.cat(words, -1)
     # int64 -> int32 keeps the low 32 bits: the top bit becomes the sign, as the unpacker's mask expects.
@@ -57,8 +65,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     codes, start, shift = None, 0, 0
     for width in PLANES[bits]:
         plane = packed[..., start : start + blocks * width].unsqueeze(-1)
-        offsets = torch.arange(0, WORD, width, dtype=torch.int32, device=packed.device)
-        field = ((plane >> offsets) & ((1 << width) - 1)).flatten(-2)
+        field = ((plane >> _offsets(width, packed.device)) & ((1 << width) - 1)).flatten(-2)
         codes = field if codes is None else codes | (field << shift)
         start += blocks * width
         shift += width

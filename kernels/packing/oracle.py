@@ -7,6 +7,14 @@ import numpy as np
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
+def _bit(index: int, width: int) -> int:
+    """Bit of its word at which the field of code `index` starts."""
+    if width > 1:
+        return index * width % 32
+    place = index % 32
+    return 8 * (place % 16 // 4) + 4 * (place // 16) + place % 4
+
+
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack a 1-D array of codes into uint32 words."""
     blocks = (len(codes) + 31) // 32
@@ -16,7 +24,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         plane = [0] * (blocks * width)
         for i, code in enumerate(int(c) for c in codes):
             field = (code >> shift) % (1 << width)
-            plane[i * width // 32] |= field << (i * width % 32)
+            plane[i * width // 32] |= field << _bit(i, width)
         words += plane
         shift += width
     return np.array(words, dtype=np.uint32)
@@ -30,7 +38,7 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     for width in _PLANES[bits]:
         for i in range(count):
             word = int(words[start + i * width // 32])
-            codes[i] |= ((word >> (i * width % 32)) % (1 << width)) << shift
+            codes[i] |= ((word >> _bit(i, width)) % (1 << width)) << shift
         start += blocks * width
         shift += width
     return np.array(codes, dtype=np.int64)

@@ -16,7 +16,7 @@ from lopro_fx.files import write_json
 
 MANIFEST = "lopro_fx.json"
 FORMAT = "lopro_fx checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 def write_manifest(folder: Path, kind: str, files: Sequence[str]) -> None:
