@@ -29,7 +29,8 @@ def packed_linear(
         bias: (out_features,) or None.
         latent: (..., rank), the output of `lopro::project`, or None.
         up: int8 or fp16 (out_features, rank), with `latent`.
-        up_scale: fp16 (rank,), or None for fp16 factors.
+        up_scale: fp16 (rank,), or (parts, rank) where `parts` runs of equally many rows of `up` have scales of their
+            own (merged Linears), or None for fp16 factors.
         bits: 2, 3, 4 or 8.
         group_size: input columns per scale; -1 is the whole row.
 

@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def dense_factor(values: Tensor, scale: Tensor | None, dim: int) -> Tensor:
-    """fp32 factor from int8 or fp16 `values` and a scale per row (`dim` 0) or per column (`dim` 1), if any."""
+    """fp32 factor from int8 or fp16 `values` and a scale per row (`dim` 0) or per column (`dim` 1), if any.
+
+    A `scale` (parts, columns) holds one scale per column for each of `parts` runs of equally many rows.
+    """
     dense = values.to(torch.float32)
-    return dense if scale is None else dense * scale.to(torch.float32).unsqueeze(1 - dim)
+    if scale is None:
+        return dense
+    if scale.dim() == 2:
+        return (dense.unflatten(0, (scale.shape[0], -1)) * scale.to(torch.float32).unsqueeze(1)).flatten(0, 1)
+    return dense * scale.to(torch.float32).unsqueeze(1 - dim)
 
 
 def project(x: Tensor, down: Tensor, scale: Tensor | None) -> Tensor:

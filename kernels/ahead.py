@@ -1,0 +1,112 @@
+"""Compile the Triton launches of an operator for a GPU that isn't there, and read what they cost.
+
+Registers, spills and shared memory decide whether a kernel can reach the memory limit, and are known without a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int16: "*i16",
+    torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch that an operator's Python function asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def record(function: Callable[..., Any], module: Any, *args: Any) -> list[Launch]:
+    """Launches of `function(*args)`, the plain Python function of a `triton_op` defined in `module`; none is run."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: launches.append(Launch(self.kernel, grid, args, options))
+
+    with mock.patch.object(module, "wrap_triton", Recorder):
+        function(*args)
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile for `sm_<capability>`; raises whatever Triton or ptxas raises."""
+    # Under the interpreter a kernel is wrapped in another class; the compiler needs the real one.
+    kernel = triton.JITFunction(launch.kernel.fn) if not isinstance(launch.kernel, triton.JITFunction) else launch.kernel
+    names = kernel.arg_names
+    values = {**dict(zip(names, launch.args, strict=False)), **launch.options}
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    options = {key: values[key] for key in ("num_warps", "num_stages") if key in values}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _resources(kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _resources(name: str, cubin: bytes, shared: int) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    local = re.search(r"LOCAL:(\d+)", usage)
+    if registers is None or stack is None or local is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {name}: {usage}")
+    counts: dict[str, int] = {}
+    for opcode in re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)[ .;]", re.sub(r"/\*.*?\*/", "", code), re.MULTILINE):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return Resources(name, int(registers[1]), int(stack[1]) + int(local[1]), shared, counts)
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
+
+
+def compile_all(launches: Sequence[Launch], capability: int) -> list[Resources]:
+    """`compile_launch` for each."""
+    return [compile_launch(launch, capability) for launch in launches]

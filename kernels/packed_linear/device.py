@@ -1,0 +1,55 @@
+"""`lopro::packed_linear_device`: the Triton form of `lopro::packed_linear`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from lopro_fx.kernels.packed_linear.triton import matmul_kernel
+from lopro_fx.kernels.packing.format import WORD
+from lopro_fx.kernels.tiles import main_width
+
+# Larger than any row, so that every column lies in group 0.
+_WHOLE_ROW = 1 << 30
+# (tokens, features, columns of a step, warps, stages) by the most tokens that the shape is for.
+_SHAPES = {16: (16, 64, 64, 4, 3), 64: (64, 64, 64, 4, 3), 0: (128, 128, 32, 8, 3)}
+
+
+def launch(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
+    up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, tokens: int, splits: int,
+) -> Tensor:  # fmt: skip
+    """Packed product with `tl.dot`.
+
+    Args:
+        x: (M, K), contiguous.
+        codes, scales, zeros, bias, latent, up, up_scale, bits, group_size: as in `lopro::packed_linear`.
+        tokens: tile shape to use: 16, 64, or 0 for any number; it decides speed, not the result.
+        splits: parts of the columns, each with programs of its own, summed in fp32 in a fixed order.
+
+    Returns:
+        (M, N) of x's dtype.
+    """
+    (m, k), (n, weight_groups) = x.shape, scales.shape
+    width = main_width(bits)
+    block_m, block_n, block_k, warps, stages = _SHAPES[tokens]
+    if x.dtype == torch.float32:
+        block_k, stages = 32, 2
+    rank = 0 if up is None else up.shape[1]
+    y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
+    wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
+        x, codes, scales, zeros, x if bias is None else bias, x if latent is None else latent, x if up is None else up,
+        x if up_scale is None else up_scale, y, m,
+        N=n, K=k, R=rank, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
+        GROUP=_WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
+        HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y[0] if splits == 1 else y.sum(0).to(x.dtype)
+
+
+# The function above stays callable as it is, which is how launches are recorded without a device.
+packed_linear_device = triton_op("lopro::packed_linear_device", launch, mutates_args={})

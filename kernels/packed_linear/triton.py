@@ -1,0 +1,101 @@
+"""Packed product for many tokens: weights are dequantised in registers on their way into `tl.dot`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lopro_fx.kernels.tiles import load_zeros
+
+
+@triton.jit
+def load_codes(
+    tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
+    rows, start, inside,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Codes of columns [start, start + BLOCK_K) as fp32 (BLOCK_N, BLOCK_K); start is a multiple of 32."""
+    CODES: tl.constexpr = 32 // WIDTH
+    ROW: tl.constexpr = WORDS * BITS // WIDTH
+    row = tile_ptr + rows[:, None] * ROW
+    w = start // CODES + tl.arange(0, BLOCK_K // CODES)
+    inside = inside[:, None] & (w < WORDS)[None, :]
+    c = tl.arange(0, CODES)
+    main = tl.load(row + w[None, :], mask=inside, other=0)
+    codes = (main[:, :, None] >> (WIDTH * c)[None, None, :]) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        # Loaded once for each word of the main plane, two of which share it: the same layout, and no exchange.
+        high = tl.load(row + WORDS + (w >> 1)[None, :], mask=inside, other=0) >> (4 * (w & 1))[None, :]
+        codes |= ((high[:, :, None] >> (8 * (c >> 2) + (c & 3))[None, None, :]) & 1) << 2
+    # 2^23 + code by its bits, then minus 2^23: one mask and one addition at full rate, where a conversion runs at less.
+    wide = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.reshape(wide, (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def by_column(values, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Repeat (BLOCK_N, GROUPS) to (BLOCK_N, BLOCK_K)."""
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)), (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def matmul_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N, ROW) int32
+    scales_ptr,  # (N, WEIGHT_GROUPS) fp16
+    zeros_ptr,  # packed (N, WEIGHT_GROUPS)
+    bias_ptr,  # (N,)
+    latent_ptr,  # (M, R)
+    up_ptr,  # (N, R) int8 or fp16
+    up_scale_ptr,  # (R,) fp16
+    y_ptr,  # (SPLITS, M, N)
+    M,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M tokens by BLOCK_N output features, over one of SPLITS parts of the columns."""
+    # Neighbouring programs share weights: GROUP_M tiles of tokens for each tile of features, so that L2 serves them.
+    program, split = tl.program_id(0), tl.program_id(1)
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = program // (GROUP_M * n_tiles) * GROUP_M
+    height = min(m_tiles - first_m, GROUP_M)
+    inner = program % (GROUP_M * n_tiles)
+    # Tiles start at 64-bit addresses; inside a tile 32 bits are enough.
+    first_m, first_n = (first_m + inner % height) * BLOCK_M, inner // height * BLOCK_N
+    x_ptr += first_m.to(tl.int64) * K
+    codes_ptr += first_n.to(tl.int64) * (WORDS * BITS // WIDTH)
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    m, n = first_m + rows, first_n + cols
+    m_inside, n_inside = m < M, n < N
+    BLOCK_G: tl.constexpr = BLOCK_K // GROUP if GROUP < BLOCK_K else 1
+    dtype = x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    for tile in range(split * tiles, min((split + 1) * tiles, tl.cdiv(K, BLOCK_K))):
+        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0.0)
+        codes = load_codes(codes_ptr, cols, tile * BLOCK_K, n_inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
+        g = tile * BLOCK_K // GROUP + tl.arange(0, BLOCK_G)
+        inside = n_inside[:, None] & (g < WEIGHT_GROUPS)[None, :]
+        at = n[:, None] * WEIGHT_GROUPS + g[None, :]
+        scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        shift = -scale * load_zeros(zeros_ptr, at, inside, N * WEIGHT_GROUPS, BITS, WIDTH)
+        weight = codes * by_column(scale, BLOCK_G, BLOCK_N, BLOCK_K) + by_column(shift, BLOCK_G, BLOCK_N, BLOCK_K)
+        acc = tl.dot(x, tl.trans(weight.to(dtype)), acc, input_precision=PRECISION)
+    if split == 0:
+        if R > 0:
+            r = tl.arange(0, BLOCK_R)
+            latent = tl.load(
+                latent_ptr + m[:, None] * R + r[None, :], mask=m_inside[:, None] & (r < R)[None, :], other=0.0
+            )
+            up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=n_inside[:, None] & (r < R)[None, :], other=0)
+            up = up.to(tl.float32)
+            if HAS_SCALES:
+                up *= tl.load(up_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+            acc = tl.dot(latent, tl.trans(up.to(dtype)), acc, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+    y_ptr += (split.to(tl.int64) * M + first_m) * N
+    tl.store(y_ptr + rows[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])

@@ -1,0 +1,103 @@
+"""What the Triton kernels share: butterflies, fields of packed words, and four-way dot products of bytes.
+
+Names: `M` tokens, `N` output features, `K` input features; a *word* holds `32 / WIDTH` codes of the main plane, whose
+`WIDTH` is 2 for 2 and 3 bits, 4 and 8 for the others (see `kernels/packing/format.py`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def main_width(bits: int) -> int:
+    """Bits of a code in the main plane."""
+    return 2 if bits == 3 else bits
+
+
+@triton.jit
+def hadamard(x, SIZE: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
+    """Normalised Sylvester-Hadamard transform of each run of BLOCK entries of x (SIZE,) fp32."""
+    for i in tl.static_range(LOG_BLOCK):
+        y = tl.permute(tl.reshape(x, (SIZE // (2 << i), 2, 1 << i)), (0, 2, 1))
+        a, b = tl.split(y)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (SIZE,))
+    # 2^(-LOG/2) without a square root at run time: a power of two, times sqrt(1/2) where LOG is odd.
+    scale = 1.0 / (1 << (LOG_BLOCK // 2))
+    if LOG_BLOCK % 2:
+        scale = scale * 0.7071067811865476
+    return x * tl.full((), scale, tl.float32)
+
+
+@triton.jit
+def load_rotated(
+    x_ptr,  # (K,) of one token
+    perm_ptr,  # (K,) int16 or int32
+    signs_ptr,  # (ceil(K / 8),) uint8
+    start, limit, rotated,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
+):  # fmt: skip
+    """Entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
+
+    `rotated` is False for the leading columns that the rotation leaves alone; SIZE is a multiple of BLOCK.
+    """
+    k = start + tl.arange(0, SIZE)
+    inside = k < limit
+    source = k
+    if HAS_PERM:
+        source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
+    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    if BLOCK > 1:
+        y = x
+        if HAS_SIGNS:
+            byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
+            y = tl.where((byte >> (k % 8)) & 1 != 0, -x, x)
+        y = hadamard(y, SIZE, BLOCK, LOG_BLOCK)
+        x = tl.where(rotated, y, x)
+    return x
+
+
+@triton.jit
+def high_bit_offset(code):
+    """Bit of its word in the plane of single bits at which code `code` (0..31) lies."""
+    return 8 * ((code >> 2) & 3) + 4 * (code >> 4) + (code & 3)
+
+
+@triton.jit
+def load_zeros(
+    zeros_ptr,  # flattened (N, G) codes, packed
+    index, inside,
+    COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Zero points `code + 1/2`, fp32, of the flattened indices `index` (int32, not negative) of COUNT = N * G."""
+    CODES: tl.constexpr = 32 // WIDTH
+    LOG_CODES: tl.constexpr = 4 if WIDTH == 2 else 3 if WIDTH == 4 else 2
+    word = tl.load(zeros_ptr + (index >> LOG_CODES), mask=inside, other=0)
+    code = (word >> ((index & (CODES - 1)) * WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        high = tl.load(zeros_ptr + (COUNT + 31) // 32 * 2 + (index >> 5), mask=inside, other=0)
+        code = code | (((high >> high_bit_offset(index & 31)) & 1) << 2)
+    return code.to(tl.float32) + 0.5
+
+
+@triton.jit
+def dot4(a, b, acc, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
+    """acc + the dot product of four unsigned bytes of `a` and four bytes of `b`, signed or not, all int32.
+
+    NATIVE is one dp4a instruction; otherwise plain arithmetic, for the interpreter and for other vendors' devices.
+    """
+    if NATIVE and SIGNED:
+        acc = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif NATIVE:
+        acc = tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for j in tl.static_range(4):
+            byte = (b >> (8 * j)) & 255
+            if SIGNED:
+                byte = byte - 2 * (byte & 128)
+            acc += ((a >> (8 * j)) & 255) * byte
+    return acc
