@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,7 @@ def record(function: Callable[..., Any], module: Any, *args: Any) -> list[Launch
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compile for `sm_<capability>`; raises whatever Triton or ptxas raises."""
-    # Under the interpreter a kernel is wrapped in another class; the compiler needs the real one.
-    kernel = triton.JITFunction(launch.kernel.fn) if not isinstance(launch.kernel, triton.JITFunction) else launch.kernel
+    kernel = launch.kernel
     names = kernel.arg_names
     values = {**dict(zip(names, launch.args, strict=False)), **launch.options}
     signature, constants, attributes = {}, {}, {}
@@ -97,10 +97,8 @@ def _resources(name: str, cubin: bytes, shared: int) -> Resources:
     local = re.search(r"LOCAL:(\d+)", usage)
     if registers is None or stack is None or local is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {name}: {usage}")
-    counts: dict[str, int] = {}
-    for opcode in re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)[ .;]", re.sub(r"/\*.*?\*/", "", code), re.MULTILINE):
-        counts[opcode] = counts.get(opcode, 0) + 1
-    return Resources(name, int(registers[1]), int(stack[1]) + int(local[1]), shared, counts)
+    opcodes = re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)[ .;]", re.sub(r"/\*.*?\*/", "", code), re.MULTILINE)
+    return Resources(name, int(registers[1]), int(stack[1]) + int(local[1]), shared, dict(Counter(opcodes)))
 
 
 def _run(tool: str, *args: str) -> str:

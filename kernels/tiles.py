@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A group size larger than any row, so that every column lies in group 0.
+WHOLE_ROW = 1 << 30
+
 
 def main_width(bits: int) -> int:
     """Bits of a code in the main plane."""
@@ -16,8 +19,8 @@ def main_width(bits: int) -> int:
 
 
 @triton.jit
-def hadamard(x, SIZE: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
-    """Normalised Sylvester-Hadamard transform of each run of BLOCK entries of x (SIZE,) fp32."""
+def hadamard(x, SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr):
+    """Normalised Sylvester-Hadamard transform of each run of 2^LOG_BLOCK entries of x (SIZE,) fp32."""
     for i in tl.static_range(LOG_BLOCK):
         y = tl.permute(tl.reshape(x, (SIZE // (2 << i), 2, 1 << i)), (0, 2, 1))
         a, b = tl.split(y)
@@ -35,11 +38,11 @@ def load_rotated(
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
     start, limit, rotated,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
+    SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """Entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
 
-    `rotated` is False for the leading columns that the rotation leaves alone; SIZE is a multiple of BLOCK.
+    `rotated` is False for the leading columns that the rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
     """
     k = start + tl.arange(0, SIZE)
     inside = k < limit
@@ -47,12 +50,12 @@ def load_rotated(
     if HAS_PERM:
         source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
     x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
-    if BLOCK > 1:
+    if LOG_BLOCK > 0:
         y = x
         if HAS_SIGNS:
             byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
             y = tl.where((byte >> (k % 8)) & 1 != 0, -x, x)
-        y = hadamard(y, SIZE, BLOCK, LOG_BLOCK)
+        y = hadamard(y, SIZE, LOG_BLOCK)
         x = tl.where(rotated, y, x)
     return x
 
@@ -78,6 +81,36 @@ def load_zeros(
         high = tl.load(zeros_ptr + (COUNT + 31) // 32 * 2 + (index >> 5), mask=inside, other=0)
         code = code | (((high >> high_bit_offset(index & 31)) & 1) << 2)
     return code.to(tl.float32) + 0.5
+
+
+@triton.jit
+def load_codes(
+    tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
+    rows, start, inside,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Codes of columns [start, start + BLOCK_K) as fp32 (BLOCK_N, BLOCK_K); start is a multiple of 32."""
+    CODES: tl.constexpr = 32 // WIDTH
+    ROW: tl.constexpr = WORDS * BITS // WIDTH
+    row = tile_ptr + rows[:, None] * ROW
+    w = start // CODES + tl.arange(0, BLOCK_K // CODES)
+    inside = inside[:, None] & (w < WORDS)[None, :]
+    c = tl.arange(0, CODES)
+    main = tl.load(row + w[None, :], mask=inside, other=0)
+    codes = (main[:, :, None] >> (WIDTH * c)[None, None, :]) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        # Loaded once for each word of the main plane, two of which share it: the same layout, and no exchange.
+        high = tl.load(row + WORDS + (w >> 1)[None, :], mask=inside, other=0) >> (4 * (w & 1))[None, :]
+        codes |= ((high[:, :, None] >> (8 * (c >> 2) + (c & 3))[None, None, :]) & 1) << 2
+    # 2^23 + code by its bits, then minus 2^23: one mask and one addition at full rate, where a conversion runs at less.
+    wide = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.reshape(wide, (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def by_column(values, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Repeat (BLOCK_N, GROUPS) to (BLOCK_N, BLOCK_K)."""
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)), (BLOCK_N, BLOCK_K))
 
 
 @triton.jit

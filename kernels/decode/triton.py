@@ -25,16 +25,14 @@ def prepare_kernel(
     latent_ptr,  # (CHUNKS, M, R) fp32 partial sums of A x'
     M,
     K: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token."""
     m = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = chunk * CHUNK
-    x = load_rotated(
-        x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, BLOCK, LOG_BLOCK, HAS_PERM, HAS_SIGNS
-    )
+    x = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
     parts = tl.reshape(x, (CHUNK // GROUP, GROUP))
     top = tl.max(tl.abs(parts), axis=1)
     step = tl.where(top > 0, top, 1.0) * (1.0 / 32767)
@@ -80,7 +78,8 @@ def product_kernel(
     N: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr,
     WIDTH: tl.constexpr, WORDS_IN_GROUP: tl.constexpr, GROUPS: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
     CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N output features of one token, over one of SPLITS parts of the columns."""
     # A tile of weights starts at a 64-bit address; inside it 32 bits are enough.
@@ -142,8 +141,9 @@ def product_kernel(
                 mask=(c < CHUNKS)[:, None] & (r < R)[None, :], other=0.0,
             )  # fmt: skip
             latent = tl.sum(parts, axis=0)
-            if HAS_SCALES:
+            if HAS_DOWN_SCALE:
                 latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+            if HAS_UP_SCALE:
                 latent *= tl.load(up_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
             up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=n_inside & (r < R)[None, :], other=0)
             y += tl.sum(up.to(tl.float32) * latent[None, :], axis=1)

@@ -7,12 +7,11 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.packed_linear.triton import matmul_kernel
 from lopro_fx.kernels.packing.format import WORD
-from lopro_fx.kernels.tiles import main_width
+from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
 
-# Larger than any row, so that every column lies in group 0.
-_WHOLE_ROW = 1 << 30
 # (tokens, features, columns of a step, warps, stages) by the most tokens that the shape is for.
 _SHAPES = {16: (16, 64, 64, 4, 3), 64: (64, 64, 64, 4, 3), 0: (128, 128, 32, 8, 3)}
 
@@ -43,7 +42,8 @@ def launch(
         x, codes, scales, zeros, x if bias is None else bias, x if latent is None else latent, x if up is None else up,
         x if up_scale is None else up_scale, y, m,
         N=n, K=k, R=rank, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
-        GROUP=_WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m,
+        GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, SPLITS=splits,
+        BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
         HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
@@ -51,5 +51,16 @@ def launch(
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
 
 
-# The function above stays callable as it is, which is how launches are recorded without a device.
+def tile_for(tokens: int | torch.SymInt, rows: int, columns: int, processors: int) -> tuple[int, int]:
+    """Tile shape and parts of the columns for a number of tokens."""
+    for shape, (_, block_n, block_k, _, _) in _SHAPES.items():
+        if shape and dispatch.at_most(tokens, shape):
+            programs, splits = triton.cdiv(rows, block_n), 1
+            while programs * splits < 2 * processors and columns >= 4 * splits * 2 * block_k:
+                splits *= 2
+            return shape, splits
+    return 0, 1
+
+
+# `launch` stays callable as it is, which is how launches are recorded without a device.
 packed_linear_device = triton_op("lopro::packed_linear_device", launch, mutates_args={})

@@ -5,37 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lopro_fx.kernels.tiles import load_zeros
-
-
-@triton.jit
-def load_codes(
-    tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
-    rows, start, inside,
-    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Codes of columns [start, start + BLOCK_K) as fp32 (BLOCK_N, BLOCK_K); start is a multiple of 32."""
-    CODES: tl.constexpr = 32 // WIDTH
-    ROW: tl.constexpr = WORDS * BITS // WIDTH
-    row = tile_ptr + rows[:, None] * ROW
-    w = start // CODES + tl.arange(0, BLOCK_K // CODES)
-    inside = inside[:, None] & (w < WORDS)[None, :]
-    c = tl.arange(0, CODES)
-    main = tl.load(row + w[None, :], mask=inside, other=0)
-    codes = (main[:, :, None] >> (WIDTH * c)[None, None, :]) & ((1 << WIDTH) - 1)
-    if BITS == 3:
-        # Loaded once for each word of the main plane, two of which share it: the same layout, and no exchange.
-        high = tl.load(row + WORDS + (w >> 1)[None, :], mask=inside, other=0) >> (4 * (w & 1))[None, :]
-        codes |= ((high[:, :, None] >> (8 * (c >> 2) + (c & 3))[None, None, :]) & 1) << 2
-    # 2^23 + code by its bits, then minus 2^23: one mask and one addition at full rate, where a conversion runs at less.
-    wide = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return tl.reshape(wide, (BLOCK_N, BLOCK_K))
-
-
-@triton.jit
-def by_column(values, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Repeat (BLOCK_N, GROUPS) to (BLOCK_N, BLOCK_K)."""
-    return tl.reshape(tl.broadcast_to(values[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)), (BLOCK_N, BLOCK_K))
+from lopro_fx.kernels.tiles import by_column, load_codes, load_zeros
 
 
 @triton.jit
@@ -98,4 +68,8 @@ def matmul_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
     y_ptr += (split.to(tl.int64) * M + first_m) * N
-    tl.store(y_ptr + rows[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
+    tl.store(
+        y_ptr + rows[:, None] * N + n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=m_inside[:, None] & n_inside[None, :],
+    )

@@ -1,4 +1,4 @@
-"""The definition of `lopro::packed_site`: rotation, low-rank branch and packed product of one Linear, as one operator."""
+"""The definition of `lopro::packed_site`: rotation, low-rank branch and packed product of one Linear."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def launch(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, ski
     chunk = max(block, _CHUNK)
     wrap_triton(rotate_kernel)[(m, triton.cdiv(skip, chunk) + triton.cdiv(k - skip, chunk))](
         x, x if perm is None else perm, x if signs is None else signs, y,
-        K=k, SKIP=skip, CHUNK=chunk, BLOCK=block, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None,
+        K=k, SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None,
     )  # fmt: skip
     return y

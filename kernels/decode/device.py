@@ -1,7 +1,7 @@
 """`lopro::decode_prepare` and `lopro::decode_product`: the two launches of a packed site for a few tokens.
 
-Both are `triton_op`s, so Inductor and AOTInductor compile the kernels inside and an artifact needs no Python. Reference:
-`decode/reference.py`.
+Both are `triton_op`s, so Inductor and AOTInductor compile the kernels inside and an artifact needs no Python.
+`decode/reference.py` defines what they return.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def prepare(
     group = activation_group(group_size)
     chunk = max(block, group, _WIDE_GROUP)
     words, fields = -(-k // WORD) * width, 8 // width
-    groups, chunks = group_count(k, group), triton.cdiv(k, chunk)
+    groups, chunks = group_count(k, group), -(-k // chunk)
     rank = 0 if down is None else down.shape[0]
     out = x.new_empty((m, 2, fields, words), dtype=torch.int32)
     steps = x.new_empty((m, 2, groups), dtype=torch.float32)
     latent = x.new_empty((chunks, m, rank), dtype=torch.float32)
     wrap_triton(prepare_kernel)[(m, chunks)](
         x, x if perm is None else perm, x if signs is None else signs, x if down is None else down, out, steps, latent,
-        m, K=k, R=rank, WORDS=words, FIELDS=fields, GROUP=group, GROUPS=groups, CHUNK=chunk, BLOCK=block,
+        m, K=k, R=rank, WORDS=words, FIELDS=fields, GROUP=group, GROUPS=groups, CHUNK=chunk,
         LOG_BLOCK=block.bit_length() - 1, BLOCK_R=triton.next_power_of_2(max(rank, 1)), HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None,
     )  # fmt: skip
@@ -71,9 +71,10 @@ def product(
     """Product of a prepared activation with a packed weight, plus low-rank branch and bias.
 
     Args:
-        words, steps, latent: from `decode_prepare`.
+        words, steps: from `decode_prepare`.
+        latent: fp32 (parts, M, R), summed over its parts: from `decode_prepare`, or A x' itself.
         codes, scales, zeros, bias, up, up_scale, bits, group_size: as in `lopro::packed_linear`.
-        down_scale: fp16 (R,), with int8 factors.
+        down_scale: fp16 (R,), or None where `latent` holds it already.
         splits: parts of the columns, each with programs of its own; their sum is returned in `dtype`, so the result
             doesn't depend on the order in which programs finish.
         dtype: of the result.
@@ -98,7 +99,8 @@ def product(
         N=n, R=rank, WORDS=count, FIELDS=fields, BITS=bits, WIDTH=width, WORDS_IN_GROUP=group_words,
         GROUPS=steps.shape[2], WEIGHT_GROUPS=weight_groups, CHUNKS=chunks, SPLITS=splits, BLOCK_N=block_n,
         BLOCK_W=block_w, BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, NATIVE=_NATIVE, num_warps=8,
+        HAS_BIAS=bias is not None,
+        HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=_NATIVE, num_warps=8,
     )  # fmt: skip
     return y[0] if splits == 1 else y.sum(0).to(dtype)
 

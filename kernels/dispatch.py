@@ -1,0 +1,59 @@
+"""Which kernel an operator runs: the Triton form on CUDA, plain ATen elsewhere.
+
+A decision may depend on the number of tokens M only where it is known when the program is traced: a program with a free
+length must not be tied to the lengths that it was compiled with. Decode programs have a fixed M, so they get the
+kernels for few tokens; a free M gets those for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+# One token: weights are read once and never meet a tensor core.
+DECODE_TOKENS = 1
+# From here on, writing the weights out in full and calling the vendor's matmul moves fewer bytes a token than it saves.
+DENSE_TOKENS = 512
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Multiprocessors to plan for where no device can be asked.
+_PROCESSORS = 132
+_FORCED: ContextVar[bool] = ContextVar("forced", default=False)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton kernels serve this activation."""
+    return (x.is_cuda or _FORCED.get()) and x.dtype in _DTYPES and _has_triton()
+
+
+def at_most(tokens: int | torch.SymInt, limit: int) -> bool:
+    """Whether `tokens` is known to be at most `limit`, without a guard on it."""
+    return statically_known_true(tokens <= limit)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device, or those of the GPU that the kernels were planned for."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Send CPU tensors to the Triton kernels too; they run where TRITON_INTERPRET=1 was set before the import."""
+    token = _FORCED.set(True)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,32 @@
+"""The public operators on the Triton side of their switch, for every size class of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import lopro_fx  # noqa: F401  registers the operators
+from lopro_fx.kernels import dispatch
+from lopro_fx.kernels.packed_site.reference import packed_site
+from tests.helpers import assert_close
+from tests.triton.conftest import INTERPRETED
+from tests.triton.problems import problem
+
+ops = torch.ops.lopro
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 200, dispatch.DENSE_TOKENS + 3])
+@pytest.mark.parametrize(("bits", "skip"), [(3, 0), (4, 64)])
+def test_operators_agree_with_their_references(device: torch.device, tokens: int, bits: int, skip: int) -> None:
+    p = problem(tokens, 192, 72, bits, 64, rank=4, block=64, skip=skip, permuted=True, biased=True)
+    expected = packed_site(*p.args())
+    x, perm, signs, block, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    with dispatch.triton_on_cpu() if INTERPRETED else contextlib.nullcontext():
+        whole = ops.packed_site(*p.args(device))
+        rotated = ops.rotate(x.view(1, tokens, -1), perm, signs, block, skip)
+        latent = ops.project(rotated, down, down_scale)
+        parts = ops.packed_linear(rotated, codes, scales, zeros, bias, latent, up, up_scale, bits, 64)
+    assert_close("packed_site", expected, whole.cpu(), 5e-4)
+    assert_close("rotate, project, packed_linear", expected, parts[0].cpu(), 5e-4)

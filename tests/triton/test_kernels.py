@@ -1,0 +1,181 @@
+"""Each Triton kernel against its reference, over widths that nothing divides, with uninitialised memory poisoned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+from lopro_fx.kernels.decode import reference as decode_reference
+from lopro_fx.kernels.decode.device import activation_group, decode_prepare, decode_product
+from lopro_fx.kernels.packed_linear.device import packed_linear_device
+from lopro_fx.kernels.packed_linear.reference import packed_linear
+from lopro_fx.kernels.packed_site.reference import packed_site
+from lopro_fx.kernels.packing.device import dequantize_device
+from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.kernels.project.reference import project
+from lopro_fx.kernels.rotate.device import rotate_device
+from lopro_fx.kernels.rotate.reference import rotate
+from lopro_fx.kernels.tiles import dot4
+from tests.helpers import TOLERANCE, assert_close, generator
+from tests.triton.conftest import INTERPRETED
+from tests.triton.problems import problem
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+# bf16 has no NumPy type, so the interpreter can't multiply it.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+# Fixed point rounds an activation by at most 2^-16 of its group's largest entry, which here is 30 times the others.
+DECODE_TOLERANCE = {dtype: max(ratio, 5e-4) for dtype, ratio in TOLERANCE.items()}
+
+
+@triton.jit
+def _dot4_kernel(a_ptr, b_ptr, y_ptr, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
+    at = tl.arange(0, 64)
+    acc = tl.full((64,), 5, tl.int32)
+    tl.store(y_ptr + at, dot4(tl.load(a_ptr + at), tl.load(b_ptr + at), acc, SIGNED, NATIVE))
+
+
+@pytest.mark.parametrize("native", [False] if INTERPRETED else [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_four_bytes_times_four_bytes(device: torch.device, signed: bool, native: bool) -> None:
+    a, b = torch.randint(-(2**31), 2**31, (2, 64), generator=generator(), dtype=torch.int32).to(device)
+    y = torch.empty(64, dtype=torch.int32, device=device)
+    _dot4_kernel[(1,)](a, b, y, SIGNED=signed, NATIVE=native)
+    left = a.cpu().numpy().view(np.uint8).reshape(64, 4).astype(np.int64)
+    right = b.cpu().numpy().view(np.int8 if signed else np.uint8).reshape(64, 4).astype(np.int64)
+    np.testing.assert_array_equal(y.cpu().numpy(), (left * right).sum(1) + 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "block", "skip", "permuted", "signed"),
+    [
+        (576, 64, 0, False, True),
+        (576, 256, 64, True, True),
+        (2880, 64, 0, True, False),
+        (640, 128, 256, False, False),
+        (48, 16, 0, True, True),
+        (1024, 1024, 0, False, True),
+        (99, 1, 0, True, False),
+        (96, 32, 64, True, True),
+    ],
+)
+def test_rotate(
+    device: torch.device, dtype: torch.dtype, k: int, block: int, skip: int, permuted: bool, signed: bool
+) -> None:
+    p = problem(3, k, 1, 2, 32, block=block, skip=skip, permuted=permuted, signed=signed, dtype=dtype)
+    arguments = p.args(device)[:5]
+    expected, got = rotate(*arguments), rotate_device(*arguments)
+    assert_close("rotated", expected, got, TOLERANCE[dtype])
+    assert torch.equal(expected[:, :skip], got[:, :skip])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "n"),
+    [(2, 32, 99, 33), (2, 64, 576, 40), (3, 64, 160, 17), (3, -1, 99, 5), (4, 128, 256, 20), (8, 32, 40, 130),
+     (8, 128, 130, 7)],
+)  # fmt: skip
+def test_dequantize(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, k: int, n: int) -> None:
+    p = problem(1, k, n, bits, group_size)
+    arguments = (p.codes.to(device), p.scales.to(device), p.zeros.to(device), bits, group_size, k, dtype)
+    assert torch.equal(dequantize(*arguments), dequantize_device(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "m", "block", "permuted"),
+    [(2, 64, 576, 2, 64, True), (3, 32, 99, 1, 1, False), (4, 128, 640, 3, 128, False), (8, -1, 260, 1, 4, True)],
+)
+def test_prepare(device: torch.device, bits: int, group_size: int, k: int, m: int, block: int, permuted: bool) -> None:
+    p = problem(m, k, 1, bits, group_size, rank=3, block=block, permuted=permuted)
+    x, perm, signs, _, _, down = p.args(device)[:6]
+    words, steps, latent = decode_prepare(x, perm, signs, block, down, bits, group_size)
+    expected_words, expected_steps = decode_reference.prepare(x, perm, signs, block, bits, activation_group(group_size))
+    assert_close("steps", expected_steps, steps, 1e-4)
+    # A value half-way between two integers may go either way, so a few words differ, by one step.
+    assert words.shape == expected_words.shape
+    assert (words != expected_words).float().mean() < 0.02
+    assert_close("latent", project(rotate(x, perm, signs, block, 0), down, None), latent.sum(0), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "n", "m", "rank", "block"),
+    [
+        (2, 64, 576, 40, 1, 4, 64),
+        (2, 32, 99, 33, 2, 0, 1),
+        (2, -1, 300, 70, 1, 3, 4),
+        (3, 64, 576, 40, 2, 3, 64),
+        (3, 32, 96, 5, 3, 2, 32),
+        (3, -1, 99, 33, 1, 5, 1),
+        (4, 128, 256, 17, 1, 0, 256),
+        (4, 64, 2880, 24, 1, 16, 64),
+        (8, 128, 640, 20, 1, 2, 128),
+        (8, -1, 20, 1, 1, 2, 4),
+    ],
+)
+def test_decode(
+    device: torch.device, dtype: torch.dtype, splits: int, bits: int, group_size: int, k: int, n: int, m: int,
+    rank: int, block: int,
+) -> None:  # fmt: skip
+    p = problem(m, k, n, bits, group_size, rank=rank, block=block, permuted=n % 2 == 0, biased=rank > 2, dtype=dtype,
+                factor_bits=16 if rank == 5 else 8)  # fmt: skip
+    expected = packed_site(*p.args())
+    x, perm, signs, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    words, steps, latent = decode_prepare(x, perm, signs, block, down, bits, group_size)
+    got = decode_product(
+        words, steps, latent, codes, scales, zeros, bias, down_scale, up, up_scale, bits, group_size, splits, dtype
+    )
+    assert got.dtype == dtype
+    assert_close("y", expected, got.cpu(), DECODE_TOLERANCE[dtype])
+
+
+def test_fixed_point_costs_less_than_half_precision_does(device: torch.device) -> None:
+    """The same numbers multiplied in fp64: 16-bit fixed point is closer to it than an fp16 activation is."""
+    p = problem(1, 2048, 64, 3, 64)
+    weight = dequantize(p.codes, p.scales, p.zeros, 3, 64, 2048, torch.float64)
+    exact = functional.linear(p.x.double(), weight)
+    words, steps, latent = decode_prepare(p.x.to(device), None, None, 1, None, 3, 64)
+    packed = (p.codes.to(device), p.scales.to(device), p.zeros.to(device))
+    got = decode_product(words, steps, latent, *packed, None, None, None, None, 3, 64, 1, torch.float32)
+    error = (got.cpu().double() - exact).norm()
+    assert error < 0.5 * (functional.linear(p.x.half().double(), weight) - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "n", "m", "rank", "tokens", "splits"),
+    [
+        (2, 64, 576, 40, 20, 4, 16, 1),
+        (2, 32, 99, 33, 2, 0, 16, 2),
+        (3, 64, 576, 70, 2, 3, 64, 2),
+        (3, -1, 99, 33, 1, 5, 16, 1),
+        (4, 128, 256, 17, 130, 0, 0, 1),
+        (4, 64, 1536, 24, 1, 16, 16, 4),
+        (8, 32, 96, 5, 3, 2, 16, 1),
+        (8, -1, 640, 20, 65, 2, 64, 1),
+    ],
+)
+def test_packed_linear(
+    device: torch.device, dtype: torch.dtype, bits: int, group_size: int, k: int, n: int, m: int, rank: int,
+    tokens: int, splits: int,
+) -> None:  # fmt: skip
+    p = problem(m, k, n, bits, group_size, rank=rank, biased=rank > 2, dtype=dtype, factor_bits=16 if rank == 5 else 8)
+    x, _, _, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    latent = project(x, down, down_scale) if down is not None else None
+    arguments = (x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
+    expected, got = packed_linear(*arguments), packed_linear_device(*arguments, tokens, splits)
+    assert got.dtype == dtype
+    assert_close("y", expected, got, 2 * TOLERANCE[dtype])
+
+
+def test_splits_do_not_depend_on_the_order_of_programs(device: torch.device) -> None:
+    p = problem(1, 4096, 64, 3, 64, rank=4, block=256)
+    x, perm, signs, block, _, down, down_scale, codes, scales, zeros, _, up, up_scale, _, _ = p.args(device)
+    prepared = decode_prepare(x, perm, signs, block, down, 3, 64)
+    rest = (codes, scales, zeros, None, down_scale, up, up_scale, 3, 64, 4, torch.float32)
+    assert torch.equal(decode_product(*prepared, *rest), decode_product(*prepared, *rest))
