@@ -7,6 +7,7 @@ from lopro_fx.__about__ import __version__
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.deploy import export_aoti, generate, load, load_state, save, save_state
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
+from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import Explanation, Report, explain, report
 from lopro_fx.state import QuantState
@@ -33,6 +34,7 @@ __all__ = [
     "generate",
     "load",
     "load_state",
+    "optimize",
     "quantize",
     "report",
     "save",

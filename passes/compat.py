@@ -6,6 +6,7 @@ Tried on torch 2.13.0. When a name moves, these two are the only files to change
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,12 +67,18 @@ def written_operands(node: Node) -> list[Node]:
 
 def viewed_operand(node: Node) -> Node | None:
     """The operand whose storage a call returns, or None if the result is its own."""
+    if node.target is operator.getitem:
+        views = node.args[0]
+        return views if isinstance(views, Node) and viewed_operand(views) is not None else None
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     shared = {name for result in node.target._schema.returns if result.alias_info
               for name in result.alias_info.before_set}  # fmt: skip
     for argument, value in _bound(node):
-        if argument.alias_info and shared & set(argument.alias_info.before_set):
+        # "*" is what the operand of a list of views (split, unbind) becomes; the list itself is not annotated.
+        if argument.alias_info and (
+            shared & set(argument.alias_info.before_set) or "*" in argument.alias_info.after_set
+        ):
             return value
     return None
 

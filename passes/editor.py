@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.nn import Parameter
 
 from lopro_fx.passes import compat
 
@@ -33,6 +35,29 @@ class ProgramEditor:
             name = getattr(spec.arg, "name", None)
             if name in self.by_name:
                 spec.arg.name = self.by_name[name].name
+        self._targets = {
+            spec.arg.name: spec.target
+            for spec in self._signature.input_specs
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
+        }
+
+    def tensor(self, placeholder: Node) -> Tensor | None:
+        """The parameter, buffer or constant that a placeholder stands for; None for any other node."""
+        fqn = self._targets.get(placeholder.name)
+        if fqn is None:
+            return None
+        tensor = self._state[fqn] if fqn in self._state else self._constants[fqn]
+        assert isinstance(tensor, Tensor), fqn
+        return tensor
+
+    def set_tensor(self, placeholder: Node, tensor: Tensor) -> None:
+        """Give a parameter, buffer or constant other values of the same shape and dtype; a parameter stays one."""
+        fqn = self._targets[placeholder.name]
+        owner = self._state if fqn in self._state else self._constants
+        old = owner[fqn]
+        assert isinstance(old, Tensor), fqn
+        assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), fqn
+        owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
     def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
         """Register a persistent buffer and return its placeholder."""
@@ -49,6 +74,7 @@ class ProgramEditor:
         node.meta["val"] = compat.fake_input(self._fake, tensor)
         specs.insert(position, InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True))
         self._state[fqn] = tensor
+        self._targets[node.name] = fqn
         return node
 
     def add_call(self, before: Node, name: str, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
@@ -70,8 +96,24 @@ class ProgramEditor:
                 spec.arg.name = new.name
         self.graph.erase_node(old)
 
+    def refresh_views(self, node: Node) -> bool:
+        """Compute the values of all views of `node` again, after its strides changed; False if one can't be taken."""
+        for user in node.users:
+            if compat.viewed_operand(user) is not node:
+                continue
+            args, kwargs = map_arg((user.args, user.kwargs), lambda operand: operand.meta["val"])
+            assert callable(user.target)
+            try:
+                with self._fake:
+                    user.meta["val"] = user.target(*args, **kwargs)
+            except (RuntimeError, ValueError):
+                return False
+            if not self.refresh_views(user):
+                return False
+        return True
+
     def drop_unused_weight(self, placeholder: Node) -> bool:
-        """Remove a parameter that no node reads any more; False if something still does."""
+        """Remove a parameter or buffer that no node reads any more; False if something still does."""
         if placeholder.users:
             return False
         for index, spec in enumerate(self._signature.input_specs):

@@ -125,7 +125,7 @@ class RewritePass(ProgramPass):
             node = editor.add_call(before, name, target, args, before)
             # Several modules read the value, so it belongs to the innermost one around them all.
             if len(group.members) > 1 and "nn_module_stack" in node.meta:
-                node.meta["nn_module_stack"] = _enclosing(node.meta["nn_module_stack"], group.members)
+                node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], group.members)
             node.meta[META] = {"group": group.name}
             counters[f"rewrite.{name.partition('_')[0]}"] += 1
             return node
@@ -144,7 +144,7 @@ class RewritePass(ProgramPass):
         return rotated, add(f"project_{before.name}", torch.ops.lopro.project.default, args)
 
 
-def _enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, Any]:
+def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, Any]:
     """The part of an `nn_module_stack` whose modules contain every member."""
     parents = [name.split(".")[:-1] for name in members]
     common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]

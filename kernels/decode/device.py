@@ -102,7 +102,7 @@ def product(
         HAS_BIAS=bias is not None,
         HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=_NATIVE, num_warps=8,
     )  # fmt: skip
-    return y[0] if splits == 1 else y.sum(0).to(dtype)
+    return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 
 
 # The functions above stay callable as they are, which is how launches are recorded without a device.

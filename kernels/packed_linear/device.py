@@ -48,7 +48,7 @@ def launch(
         HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return y[0] if splits == 1 else y.sum(0).to(x.dtype)
+    return y.view(m, n) if splits == 1 else y.sum(0).to(x.dtype)
 
 
 def tile_for(tokens: int | torch.SymInt, rows: int, columns: int, processors: int) -> tuple[int, int]:

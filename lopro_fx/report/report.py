@@ -74,7 +74,8 @@ def report(program: ExportedProgram) -> Report:
     meta = program.graph_module.meta.get(META)
     if meta is None:
         raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
-    owners = (*meta["sites"], *meta["groups"])
+    merged = [note["into"] for note in meta.get("optimized", ()) if "into" in note]
+    owners = (*meta["sites"], *meta["groups"], *merged)
     names = {f"{owner}.{key}" for owner in owners for key in _BUFFERS}
     state = program.state_dict
     packed = stored_bytes(tensor for name, tensor in state.items() if name in names)

@@ -20,7 +20,12 @@ def _factor(shape: tuple[int, int], dim: int, rng: torch.Generator) -> tuple[Ten
 
 
 def packed(
-    program: ExportedProgram, rank: int = 2, rotate: bool = True, include: tuple[str, ...] = ("*",)
+    program: ExportedProgram,
+    rank: int = 2,
+    rotate: bool = True,
+    include: tuple[str, ...] = ("*",),
+    bits: int = BITS,
+    group_size: int = GROUP_SIZE,
 ) -> tuple[dict[str, PackedGroup], dict[str, PackedSite]]:
     """Groups and sites of every Linear of the program, by name."""
     groups, sites, rng = {}, {}, generator()
@@ -34,19 +39,19 @@ def packed(
         block = largest_block(width, 16) if rotate else 1
         groups[group.name] = PackedGroup(group.name, members, width, block, 0, shared)
         for site in group.sites:
-            count = group_count(width, GROUP_SIZE)
+            count = group_count(width, group_size)
             own = {
-                "codes": pack(torch.randint(0, 16, (site.out_features, width), generator=rng), BITS),
+                "codes": pack(torch.randint(0, 1 << bits, (site.out_features, width), generator=rng), bits),
                 "scales": torch.full((site.out_features, count), 0.02).half(),
-                "zeros": pack(torch.full((site.out_features * count,), 7), BITS),
+                "zeros": pack(torch.full((site.out_features * count,), (1 << bits - 1) - 1), bits),
             }
             if rank:
                 own["up"], own["up_scale"] = _factor((site.out_features, rank), 1, rng)
             sites[site.name] = PackedSite(
                 site.name,
                 group.name,
-                BITS,
-                GROUP_SIZE,
+                bits,
+                group_size,
                 site.out_features,
                 width,
                 own,

@@ -33,6 +33,22 @@ def test_writes_are_found_through_views() -> None:
     assert not mutated_buffers(decoder()[1])
 
 
+def test_writes_are_found_through_lists_of_views() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(2, 4, WIDTH), persistent=False)
+            self.register_buffer("other", torch.zeros(2, 4, WIDTH), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys, values = self.cache.unbind(0)
+            values.copy_(x)
+            self.other.max(0)[0].add_(1)
+            return keys + values
+
+    assert mutated_buffers(export(Halves(), rows(4))) == {"cache"}
+
+
 def test_only_written_non_persistent_buffers_are_cleaned() -> None:
     program = export(seeded(Views()), rows(4))
     program.module()(rows(4))

@@ -1,0 +1,146 @@
+"""Permute the rows of packed Linears instead of the activation that elementwise operators make of their results.
+
+`down(silu(gate(x)) * up(x))` gathers the columns of the product by its permutation. The product's columns are rows of
+`gate` and `up`, so permuting those once, ahead of time, leaves nothing to gather.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.kernels.packing.format import pack, unpack
+from lopro_fx.passes.base import counters
+from lopro_fx.passes.calls import (
+    PACKED_LINEAR,
+    ROTATE,
+    Note,
+    PackedLinear,
+    PackedPass,
+    Rotate,
+    group_of,
+    operands,
+    sites_of,
+)
+from lopro_fx.passes.editor import ProgramEditor
+
+aten = torch.ops.aten
+
+# Column j of the result depends on column j of each operand alone, whatever the other arguments are.
+_ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.neg.default,
+        aten.pow.Tensor_Scalar,
+        aten.relu.default,
+        aten.gelu.default,
+        aten.silu.default,
+        aten.tanh.default,
+        aten.sigmoid.default,
+        aten.to.dtype,
+        aten._to_copy.default,
+    }
+)
+# These read the shape or the dtype, which a permutation keeps.
+_ANY_ORDER = frozenset({aten._assert_tensor_metadata.default, aten.sym_size.int})
+
+
+class FoldPermutationPass(PackedPass):
+    """Removes the permutation of each `lopro::rotate` whose input is an elementwise function of packed Linears.
+
+    Codes, scales, zeros, up factor and bias of those Linears are permuted by rows; a rotation that does nothing else
+    goes altogether. It must run before Linears are merged or fused, which hides their rows from it.
+    """
+
+    name = "fold_permutation"
+
+    def edit(self, editor: ProgramEditor) -> list[Note]:
+        notes: list[Note] = []
+        for node in editor.graph.find_nodes(op="call_function", target=ROTATE):
+            rotate = operands(Rotate, node)
+            if rotate.perm is None:
+                continue
+            cone, reason = _cone(node, rotate.x)
+            leaves = [member for member in editor.graph.nodes if member in cone and member.target is PACKED_LINEAR]
+            reason = reason or _reason_to_leave(editor, leaves)
+            if reason:
+                notes.append({"what": [group_of(node)], "reason": reason})
+                continue
+            notes.append({"what": [group_of(node)], "rows_of": [name for leaf in leaves for name in sites_of(leaf)]})
+            perm = editor.tensor(rotate.perm)
+            assert perm is not None
+            _permute(editor, leaves, perm.to(torch.int64))
+            if rotate.block == 1:
+                editor.replace(node, rotate.x)
+            else:
+                node.args, node.kwargs = rotate._replace(perm=None), {}
+            editor.drop_unused_weight(rotate.perm)
+            counters["fold_permutation.rotate"] += 1
+            counters["fold_permutation.linear"] += len(leaves)
+        return notes
+
+    def ensures(self, program: ExportedProgram) -> None:
+        rotations = [operands(Rotate, node)
+                     for node in program.graph.find_nodes(op="call_function", target=ROTATE)]  # fmt: skip
+        assert all(rotate.perm is not None or rotate.block > 1 for rotate in rotations)
+
+
+def _cone(rotate: Node, source: Node) -> tuple[set[Node], str | None]:
+    """The elementwise nodes and packed Linears that `source` is made of, or the reason why it is no such thing."""
+    cone: set[Node] = set()
+    pending = [source]
+    while pending:
+        node = pending.pop()
+        if node in cone:
+            continue
+        cone.add(node)
+        if node.target is PACKED_LINEAR:
+            continue
+        if node.target not in _ELEMENTWISE:
+            return cone, f"its input depends on '{node.name}', which is neither a packed Linear nor elementwise"
+        pending += [operand for operand in node.all_input_nodes if not _broadcasts(operand.meta["val"])]
+    for node in cone:
+        for user in node.users:
+            if user is not rotate and user not in cone and user.target not in _ANY_ORDER:
+                return cone, f"'{node.name}' is also read by '{user.name}', which needs the original order"
+    return cone, None
+
+
+def _broadcasts(value: object) -> bool:
+    """Whether an operand is the same for all columns: a number, or a tensor with one column."""
+    return not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] == 1
+
+
+def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
+    for leaf in leaves:
+        call = operands(PackedLinear, leaf)
+        for operand in (call.codes, call.bias):
+            if operand is None:
+                continue
+            if editor.tensor(operand) is None:
+                return f"the bias of '{sites_of(leaf)[0]}' is computed by the program"
+            if any(user not in leaves for user in operand.users):
+                return f"the weight or bias of '{sites_of(leaf)[0]}' is also applied elsewhere"
+    return None
+
+
+def _permute(editor: ProgramEditor, leaves: list[Node], perm: Tensor) -> None:
+    """Gather the rows of every Linear by `perm`, each of its tensors once however many nodes read it."""
+    for leaf in {operands(PackedLinear, leaf).codes: leaf for leaf in leaves}.values():
+        call = operands(PackedLinear, leaf)
+        scales, zeros = editor.tensor(call.scales), editor.tensor(call.zeros)
+        assert scales is not None
+        assert zeros is not None
+        grid = unpack(zeros, call.bits, scales.numel()).view(scales.shape)
+        editor.set_tensor(call.zeros, pack(grid[perm].flatten(), call.bits))
+    rows = {operand for leaf in leaves for call in [operands(PackedLinear, leaf)]
+            for operand in (call.codes, call.scales, call.up, call.bias) if operand is not None}  # fmt: skip
+    for operand in rows:
+        tensor = editor.tensor(operand)
+        assert tensor is not None
+        editor.set_tensor(operand, tensor.detach()[perm])

@@ -1,0 +1,194 @@
+"""One packed Linear for several that read the same activation: their rows below each other, its result taken apart.
+
+int8 up factors have one scale a component and Linear. Where these differ, the merged `up_scale` has a row for every
+gcd(rows) rows, so no factor is rounded again and the results are those of the separate Linears.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.kernels.packing.format import pack, unpack
+from lopro_fx.passes import compat
+from lopro_fx.passes.base import counters
+from lopro_fx.passes.calls import PACKED_LINEAR, Note, PackedLinear, PackedPass, group_of, operands, sites_of
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.passes.rewrite import META, enclosing
+
+aten = torch.ops.aten
+# What a merge may add to the stored bytes: scales of up factors whose row counts have a small common divisor.
+_GROWTH = 0.01
+
+
+class MergeLinearsPass(PackedPass):
+    """Merges packed Linears that read one tensor and agree in bits, group size and low-rank branch.
+
+    Left alone, with the reason in the record: a Linear without such a partner, one whose weight other nodes read too
+    (it would be stored twice), one whose bias is computed, and a merge that would store over 1% more.
+    """
+
+    name = "merge"
+
+    def edit(self, editor: ProgramEditor) -> list[Note]:
+        readers: dict[Node, list[Node]] = {}
+        for node in editor.graph.nodes:
+            if node.op == "call_function" and node.target is PACKED_LINEAR:
+                readers.setdefault(operands(PackedLinear, node).x, []).append(node)
+        return [note for nodes in readers.values() for note in _merge_readers(editor, nodes)]
+
+    def ensures(self, program: ExportedProgram) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
+            assert node.meta["val"].shape[-1] == operands(PackedLinear, node).codes.meta["val"].shape[0]
+
+
+def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
+    """Merge what can be merged among all packed Linears that read one tensor, in graph order."""
+    notes: list[Note] = []
+    alike: dict[tuple[tuple[str, Any], ...], list[Node]] = {}
+    for node in nodes:
+        reason = _reason_to_leave(editor, node)
+        if reason:
+            notes.append({"what": sites_of(node), "reason": reason})
+        else:
+            alike.setdefault(_key(node), []).append(node)
+    for key, members in alike.items():
+        note: Note = {"what": [name for node in members for name in sites_of(node)]}
+        if len(members) == 1:
+            note["reason"] = _reason_alone(key, [other for other in alike if other != key])
+        elif _written_between(members):
+            note["reason"] = "the program writes into their input between them"
+        else:
+            tensors = _merged(editor, members)
+            reason = _reason_of_size(editor, members, tensors)
+            if reason:
+                note["reason"] = reason
+            else:
+                note["into"] = f"{sites_of(members[0])[0]}.merged"
+                _merge(editor, members, tensors, note["into"])
+        notes.append(note)
+    return notes
+
+
+def _key(node: Node) -> tuple[tuple[str, Any], ...]:
+    """What the members of a merge have in common, with names for the record."""
+    call = operands(PackedLinear, node)
+    factor = None if call.up is None else (call.up.meta["val"].dtype, call.up_scale is None)
+    return ("bits", call.bits), ("group size", call.group_size), ("low-rank branch", (call.latent, factor))
+
+
+def _reason_to_leave(editor: ProgramEditor, node: Node) -> str | None:
+    call = operands(PackedLinear, node)
+    if set(call.codes.users) != {node}:
+        return "its weight is applied more than once"
+    if call.bias is not None and editor.tensor(call.bias) is None:
+        return "its bias is computed by the program"
+    return None
+
+
+def _reason_alone(key: tuple[tuple[str, Any], ...], others: list[tuple[tuple[str, Any], ...]]) -> str:
+    if not others:
+        return "no other Linear reads its input"
+    differing = {name: None for other in others for (name, mine), (_, theirs) in zip(key, other, strict=True)
+                 if mine != theirs}  # fmt: skip
+    return f"the other Linears that read its input differ in {', '.join(differing)}"
+
+
+def _written_between(members: list[Node]) -> bool:
+    """Whether something writes the members' input in place, directly or through a view, between the first and last."""
+    source, node = _base(operands(PackedLinear, members[0]).x), members[0]
+    while node is not members[-1]:
+        if any(_base(written) is source for written in compat.written_operands(node)):
+            return True
+        node = node.next
+    return False
+
+
+def _base(node: Node) -> Node:
+    while (viewed := compat.viewed_operand(node)) is not None:
+        node = viewed
+    return node
+
+
+def _stored(editor: ProgramEditor, node: Node) -> dict[str, Tensor]:
+    """Packed tensors and bias of a packed Linear, by the operand's name."""
+    call = operands(PackedLinear, node)
+    stored = {"codes": call.codes, "scales": call.scales, "zeros": call.zeros, "bias": call.bias, "up": call.up,
+              "up_scale": call.up_scale}  # fmt: skip
+    tensors = {key: editor.tensor(operand) for key, operand in stored.items() if operand is not None}
+    return {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
+
+
+def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor]:
+    parts = [_stored(editor, node) for node in members]
+    bits, rows = operands(PackedLinear, members[0]).bits, [part["codes"].shape[0] for part in parts]
+    zeros = torch.cat([unpack(part["zeros"], bits, part["scales"].numel()) for part in parts])
+    merged = {key: torch.cat([part[key] for part in parts]) for key in ("codes", "scales", "up") if key in parts[0]}
+    merged["zeros"] = pack(zeros, bits)
+    if "up_scale" in parts[0]:
+        merged["up_scale"] = _up_scale([part["up_scale"] for part in parts], rows)
+    known = next((part["bias"] for part in parts if "bias" in part), None)
+    if known is not None:
+        merged["bias"] = torch.cat([part.get("bias", known.new_zeros(count))
+                                    for part, count in zip(parts, rows, strict=True)])  # fmt: skip
+    return merged
+
+
+def _up_scale(scales: list[Tensor], rows: list[int]) -> Tensor:
+    """fp16 (rank,) if all agree, else (parts, rank) for parts of equally many rows, none of which spans two members."""
+    if all(torch.equal(scale, scales[0]) for scale in scales):
+        return scales[0]
+    step = math.gcd(*rows)
+    return torch.cat([scale.expand(count // step, -1) for scale, count in zip(scales, rows, strict=True)])
+
+
+def _reason_of_size(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor]) -> str | None:
+    def packed(values: dict[str, Tensor]) -> int:
+        return stored_bytes(tensor for key, tensor in values.items() if key != "bias")
+
+    before = sum(packed(_stored(editor, node)) for node in members)
+    growth = packed(tensors) / before - 1
+    return f"merged they would take {growth:.1%} more bytes, for scales of their factors" if growth > _GROWTH else None
+
+
+def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor], owner: str) -> None:
+    first, calls = members[0], [operands(PackedLinear, node) for node in members]
+    head = calls[0]
+    rows = [call.codes.meta["val"].shape[0] for call in calls]
+    names = [name for node in members for name in sites_of(node)]
+    buffers = {key: editor.add_buffer(f"{owner}.{key}", tensor) for key, tensor in tensors.items()}
+
+    def add(before: Node, sites: list[str], name: str, target: Any, *args: Any) -> Node:
+        node = editor.add_call(before, name, target, args, first)
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], tuple(names))
+        node.meta[META] = {"sites": sites, "group": group_of(first), "bits": head.bits}
+        return node
+
+    merged = add(first, names, f"merged_{first.name}", PACKED_LINEAR, head.x, buffers["codes"], buffers["scales"],
+                 buffers["zeros"], buffers.get("bias"), head.latent, buffers.get("up"), buffers.get("up_scale"),
+                 head.bits, head.group_size)  # fmt: skip
+    ends = list(accumulate(rows, initial=0))
+    parts = [add(first, sites_of(node), f"{node.name}_rows", aten.slice.Tensor, merged, -1, start, end)
+             for node, (start, end) in zip(members, pairwise(ends), strict=True)]  # fmt: skip
+    for node, part in zip(members, parts, strict=True):
+        node.meta["val"] = part.meta["val"]
+        if not editor.refresh_views(node):
+            # A reader takes a view that only the contiguous result of a Linear of its own allows.
+            part = add(part.next, sites_of(part), f"{node.name}_dense", aten.contiguous.default, part)
+            node.meta["val"] = part.meta["val"]
+            editor.refresh_views(node)
+        editor.replace(node, part)
+    for call in calls:
+        for operand in (call.codes, call.scales, call.zeros, call.bias, call.up, call.up_scale):
+            if operand is not None:
+                editor.drop_unused_weight(operand)
+    counters["merge.group"] += 1
+    counters["merge.linear"] += len(members)
