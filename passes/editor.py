@@ -41,6 +41,10 @@ class ProgramEditor:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         }
 
+    def fqn(self, placeholder: Node) -> str:
+        """Name of the parameter, buffer or constant that a placeholder stands for."""
+        return self._targets[placeholder.name]
+
     def tensor(self, placeholder: Node) -> Tensor | None:
         """The parameter, buffer or constant that a placeholder stands for; None for any other node."""
         fqn = self._targets.get(placeholder.name)

@@ -71,7 +71,8 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
             if reason:
                 note["reason"] = reason
             else:
-                note["into"] = f"{sites_of(members[0])[0]}.merged"
+                first = editor.fqn(operands(PackedLinear, members[0]).codes)
+                note["into"] = f"{first.removesuffix('.codes')}.merged"
                 _merge(editor, members, tensors, note["into"])
         notes.append(note)
     return notes
@@ -145,8 +146,9 @@ def _up_scale(scales: list[Tensor], rows: list[int]) -> Tensor:
     """fp16 (rank,) if all agree, else (parts, rank) for parts of equally many rows, none of which spans two members."""
     if all(torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]
-    step = math.gcd(*rows)
-    return torch.cat([scale.expand(count // step, -1) for scale, count in zip(scales, rows, strict=True)])
+    runs = [(scale.view(-1, scale.shape[-1]), count) for scale, count in zip(scales, rows, strict=True)]
+    step = math.gcd(*[count // len(run) for run, count in runs])
+    return torch.cat([run.repeat_interleave(count // len(run) // step, 0) for run, count in runs])
 
 
 def _reason_of_size(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor]) -> str | None:

@@ -87,6 +87,7 @@ def product(
     width = main_width(bits)
     rank = 0 if up is None else up.shape[1]
     chunks = latent.shape[0]
+    parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     group_words = activation_group(group_size) * width // WORD
     block_w = max(min(_block_words(n), triton.next_power_of_2(count)), group_words)
     block_n = _BLOCK_N
@@ -96,8 +97,8 @@ def product(
         words, steps, latent, codes, scales, zeros, words if bias is None else bias,
         words if down_scale is None else down_scale, words if up is None else up,
         words if up_scale is None else up_scale, y, m,
-        N=n, R=rank, WORDS=count, FIELDS=fields, BITS=bits, WIDTH=width, WORDS_IN_GROUP=group_words,
-        GROUPS=steps.shape[2], WEIGHT_GROUPS=weight_groups, CHUNKS=chunks, SPLITS=splits, BLOCK_N=block_n,
+        N=n, R=rank, PART_ROWS=n // parts, WORDS=count, FIELDS=fields, BITS=bits, WIDTH=width,
+        WORDS_IN_GROUP=group_words, GROUPS=steps.shape[2], WEIGHT_GROUPS=weight_groups, CHUNKS=chunks, SPLITS=splits, BLOCK_N=block_n,
         BLOCK_W=block_w, BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         HAS_BIAS=bias is not None,
         HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=_NATIVE, num_warps=8,

@@ -72,12 +72,12 @@ def product_kernel(
     bias_ptr,  # (N,)
     down_scale_ptr,  # (R,) fp16
     up_ptr,  # (N, R) int8 or fp16
-    up_scale_ptr,  # (R,) fp16
+    up_scale_ptr,  # (N / PART_ROWS, R) fp16
     y_ptr,  # (SPLITS, M, N)
     M,
-    N: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, WORDS_IN_GROUP: tl.constexpr, GROUPS: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
-    CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, WORDS_IN_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -143,10 +143,12 @@ def product_kernel(
             latent = tl.sum(parts, axis=0)
             if HAS_DOWN_SCALE:
                 latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+            up_inside = n_inside & (r < R)[None, :]
+            up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
             if HAS_UP_SCALE:
-                latent *= tl.load(up_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
-            up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=n_inside & (r < R)[None, :], other=0)
-            y += tl.sum(up.to(tl.float32) * latent[None, :], axis=1)
+                part = (n // PART_ROWS)[:, None]
+                up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
+            y += tl.sum(up * latent[None, :], axis=1)
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + (split * M + m) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

@@ -37,11 +37,12 @@ def launch(
     if x.dtype == torch.float32:
         block_k, stages = 32, 2
     rank = 0 if up is None else up.shape[1]
+    parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
         x, codes, scales, zeros, x if bias is None else bias, x if latent is None else latent, x if up is None else up,
         x if up_scale is None else up_scale, y, m,
-        N=n, K=k, R=rank, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
+        N=n, K=k, R=rank, PART_ROWS=n // parts, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,

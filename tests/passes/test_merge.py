@@ -12,6 +12,7 @@ from torch.nn import functional
 from lopro_fx.kernels.packing.format import dequantize
 from lopro_fx.kernels.project.reference import dense_factor
 from lopro_fx.passes.base import counters
+from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.merge import MergeLinearsPass
 from lopro_fx.passes.rewrite import META, RewritePass
 from tests.helpers import generator
@@ -182,6 +183,29 @@ def test_a_weight_that_is_applied_twice_is_not_stored_twice() -> None:
     assert counters["merge.group"] == before
     assert reasons(merged) == {"shared": "its weight is applied more than once",
                                "other": "no other Linear reads its input"}  # fmt: skip
+
+
+def test_a_merged_linear_can_be_merged_again() -> None:
+    class Three(Pair):
+        def __init__(self) -> None:
+            super().__init__(_pair, 32, 64)
+            self.third = nn.Linear(WIDTH, 32)
+
+        def forward(self, x: Tensor):
+            return *super().forward(x), self.third(x)
+
+    program = rewritten(seeded(Three()), rows(4))
+    editor = ProgramEditor(program)
+    (codes,) = [node for node in editor.graph.nodes if node.name == "b_third_codes"]
+    editor.add_call(editor.graph.output_node(), "reader", torch.ops.aten.neg.default, (codes,), codes)
+    once = MergeLinearsPass()(editor.finish())
+    assert once.state_dict["first.merged.up_scale"].shape == (3, 2)
+    editor = ProgramEditor(once)
+    (reader,) = [node for node in editor.graph.nodes if node.name == "reader"]
+    editor.graph.erase_node(reader)
+    twice = MergeLinearsPass()(editor.finish())
+    assert twice.state_dict["first.merged.merged.up_scale"].shape == (4, 2)
+    assert_same(program, twice, rows(4, seed=1))
 
 
 def test_scales_of_the_factors_may_not_weigh_more_than_the_merge_is_worth() -> None:

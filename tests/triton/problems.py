@@ -39,10 +39,10 @@ class Problem:
 
 def problem(
     m: int, k: int, n: int, bits: int, group_size: int, *, rank: int = 0, block: int = 1, skip: int = 0,
-    permuted: bool = False, signed: bool = True, biased: bool = False, factor_bits: int = 8,
+    permuted: bool = False, signed: bool = True, biased: bool = False, factor_bits: int = 8, parts: int = 1,
     dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Activations (m, k) with a few outliers, a weight (n, k), and factors of `rank`."""
+    """Activations (m, k) with a few outliers, a weight (n, k), factors of `rank` whose up-scales differ in `parts`."""
     rng = generator(seed)
     groups = group_count(k, group_size)
     x = torch.randn(m, k, generator=rng)
@@ -53,7 +53,8 @@ def problem(
     if rank and factor_bits == 8:
         down = torch.randint(-127, 128, (rank, k), generator=rng, dtype=torch.int8)
         up = torch.randint(-127, 128, (n, rank), generator=rng, dtype=torch.int8)
-        down_scale, up_scale = ((torch.rand(rank, generator=rng) / 500 + 1e-3).half() for _ in range(2))
+        down_scale, up_scale = ((torch.rand(rows, rank, generator=rng) / 500 + 1e-3).half() for rows in (1, parts))
+        down_scale, up_scale = down_scale[0], up_scale if parts > 1 else up_scale[0]
     elif rank:
         down, up = (torch.randn(shape, generator=rng).half() / 8 for shape in ((rank, k), (n, rank)))
     return Problem(

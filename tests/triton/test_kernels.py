@@ -179,3 +179,18 @@ def test_splits_do_not_depend_on_the_order_of_programs(device: torch.device) -> 
     prepared = decode_prepare(x, perm, signs, block, down, 3, 64)
     rest = (codes, scales, zeros, None, down_scale, up, up_scale, 3, 64, 4, torch.float32)
     assert torch.equal(decode_product(*prepared, *rest), decode_product(*prepared, *rest))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_merged_linears_keep_scales_of_their_own(device: torch.device, parts: int) -> None:
+    p = problem(1, 192, 66, 3, 64, rank=3, block=64, parts=parts)
+    x, perm, signs, block, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    assert up_scale.shape == (parts, 3)
+    expected = packed_site(*p.args())
+    prepared = decode_prepare(x, perm, signs, block, down, 3, 64)
+    got = decode_product(*prepared, codes, scales, zeros, bias, down_scale, up, up_scale, 3, 64, 1, torch.float32)
+    assert_close("decode", expected, got.cpu(), 5e-4)
+    rotated = rotate(x, perm, signs, block, 0)
+    latent = project(rotated, down, down_scale)
+    got = packed_linear_device(rotated, codes, scales, zeros, bias, latent, up, up_scale, 3, 64, 16, 1)
+    assert_close("matmul", expected, got.cpu(), 1e-5)
