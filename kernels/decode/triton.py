@@ -77,7 +77,8 @@ def product_kernel(
     M,
     N: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, WORDS_IN_GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+    WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
