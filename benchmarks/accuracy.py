@@ -9,6 +9,7 @@ the weights. Rows are added to the result file as they finish; run with names of
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import time
@@ -17,7 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
 from benchmarks.common import DATA, RESULTS, save_result
 from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState, apply, calibrate
@@ -31,8 +34,8 @@ from lopro_fx.passes.packed import dense_weight
 _LOPRO = LoPRo(rank=18)
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
-    "gptq-3-g64": GPTQ(bits=3, act_order="column", token_clip=0),
-    "gptq-3-g64-token-clip": GPTQ(bits=3, act_order="column"),
+    "gptq-3-g64": GPTQ(bits=3),
+    "gptq-3-g64-column": GPTQ(bits=3, act_order="column"),
     "hadamard-3-g32": replace(_LOPRO, group_size=32, rank=0, sweeps=0),
     "lopro-3-g64": _LOPRO,
     "lopro-3-g64-partial": replace(_LOPRO, transforms=("partial",)),
@@ -42,6 +45,8 @@ ROWS: dict[str, Method] = {
     "lopro-2-g64-partial": replace(_LOPRO, bits=2, transforms=("partial",)),
     "lopro-paper-3-g64": LoPRo.paper(bits=3, group_size=64),
 }
+# Rounding to nearest by torchao, 3 bits in groups of 64 with 16-bit scales and zeros of 3 bits: what both store.
+TORCHAO = "torchao-rtn-3-g64"
 TASKS = {"hellaswag": "hellaswag_val", "piqa": "piqa_valid", "arc_easy": "arc_easy_test"}
 
 
@@ -55,6 +60,17 @@ def dense_program(program: ExportedProgram, state: QuantState) -> Callable[..., 
     return module
 
 
+def torchao_rounded(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """A copy of the model whose Linears but the output projection hold torchao's 3-bit weights."""
+    copied = copy.deepcopy(model)
+    config = IntxWeightOnlyConfig(
+        weight_dtype=torch.int3, granularity=PerGroup(64), mapping_type=MappingType.ASYMMETRIC,
+        scale_dtype=torch.float16,
+    )  # fmt: skip
+    quantize_(copied, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+    return lambda ids: copied(ids, use_cache=False).logits
+
+
 def tasks(scorer: Callable[..., Any], tokenizer: Any, items: int) -> dict[str, float]:
     """Accuracy by task."""
     results = {}
@@ -66,7 +82,7 @@ def tasks(scorer: Callable[..., Any], tokenizer: Any, items: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help=f"any of fp32, {', '.join(ROWS)}; default all")
+    parser.add_argument("rows", nargs="*", help=f"any of fp32, {TORCHAO}, {', '.join(ROWS)}; default all")
     parser.add_argument(
         "--tasks", nargs="*", default=("fp32", "gptq-3-g64", "lopro-3-g64"), help="rows to run tasks on"
     )
@@ -79,11 +95,14 @@ def main() -> None:
     calibration = token_windows(loaded.tokenizer, read_text(DATA / "c4_calib.txt"), 512, 32)
     windows = token_windows(loaded.tokenizer, read_text(DATA / "wikitext2_test.txt"), 512, 24)
 
-    for name in args.rows or ("fp32", *ROWS):
+    for name in args.rows or ("fp32", TORCHAO, *ROWS):
         row: dict[str, Any] = {"row": name}
         started = time.perf_counter()
         state = None
-        if name == "fp32":
+        if name == TORCHAO:
+            row |= {"bits_per_weight": 3 + (16 + 3) / 64}
+            row["perplexity"] = perplexity(torchao_rounded(loaded.model), windows).ppl
+        elif name == "fp32":
             row |= {"bits_per_weight": 32.0, "perplexity": perplexity(program.module(), windows).ppl}
         else:
             state = calibrate(program, list(calibration.split(1)), ROWS[name])
@@ -92,7 +111,7 @@ def main() -> None:
             row["perplexity"] = perplexity(apply(program, state).module(), windows).ppl
         row["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print({key: value for key, value in row.items() if key != "config"}, flush=True)
-        if name in args.tasks:
+        if name in args.tasks and name != TORCHAO:
             module = dense_program(scorer, state) if state else scorer.module()
             row |= tasks(module, loaded.tokenizer, args.items)
         # Read again at each row, so that two runs can share the file.

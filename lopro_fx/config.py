@@ -11,6 +11,7 @@ GROUP_SIZES = (32, 64, 128, -1)
 BITS = (2, 3, 4, 8)
 FACTOR_BITS = (8, 16)
 TRANSFORMS = ("identity", "act_order", "partial", "full")
+IMPORTANCE = ("none", "gradient")
 LOW_RANK = ("block_svd", "r1_sketch")
 
 
@@ -39,6 +40,8 @@ class Method:
         clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
         token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
             takes them as they are.
+        importance: "gradient" weighs tokens in the Gram by the size of the loss's gradient at the outputs of a group,
+            for one more forward and a backward run of the calibration batches; "none" counts them the same.
         sequential: solve each group on inputs that come from the layers quantised before it; False uses the
             unquantised model's inputs throughout.
         seed: of every random choice (signs, sketches).
@@ -50,6 +53,7 @@ class Method:
     exclude: tuple[str, ...] = ()
     clip_steps: int = 24
     token_clip: float = 16.0
+    importance: str = "none"
     sequential: bool = True
     seed: int = 0
     method: ClassVar[str]
@@ -62,6 +66,7 @@ class Method:
         _choice(self, "group_size", GROUP_SIZES)
         _at_least(self, "clip_steps", 0, 1000)
         _at_least(self, "token_clip", 0)
+        _choice(self, "importance", IMPORTANCE)
         _at_least(self, "seed", 0, 2**63 - 1)
 
     def to_dict(self) -> dict[str, Any]:

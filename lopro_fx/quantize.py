@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx import __about__
 from lopro_fx.calibration.batches import flatten_batches
+from lopro_fx.calibration.importance import token_importance
 from lopro_fx.calibration.schedule import run_calibrated, run_data_free
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, LoPRo, Method
@@ -85,7 +86,10 @@ def calibrate(
         if batches is None:
             run_data_free(program, selection.groups, run.solve)
         else:
-            run_calibrated(program, selection.groups, batches, run.solve, config)
+            importance = None
+            if config.importance == "gradient":
+                importance = token_importance(program, selection.groups, batches, config.seed, run.weighing)
+            run_calibrated(program, selection.groups, batches, run.solve, config, importance)
     info = {
         "lopro_fx": __about__.__version__,
         "torch": torch.__version__,
@@ -135,6 +139,10 @@ class _Run:
         self._total = sum(site.out_features * site.in_features for site in selection.sites)
         self._done = 0
         progress(0, self._total, "")
+
+    def weighing(self, done: int, batches: int, label: str) -> None:
+        """Report how far the importance of tokens is, while no weight is done."""
+        self._progress(0, self._total, f"{label}, batch {done} of {batches}")
 
     def solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
         packed, sites = self._finished(group) or self._solve(group, stats, weights)

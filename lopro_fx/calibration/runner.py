@@ -49,11 +49,17 @@ class LockstepRunner:
                 if not remaining:
                     return
             self._run(node)
-            for dead in last_use.get(node, ()):
-                self._shared.pop(dead, None)
-                self.weights.pop(dead.name, None)
-                for values in self._values:
-                    values.pop(dead, None)
+            self._free(last_use.get(node, ()))
+
+    def outputs(self) -> list[Any]:
+        """Run everything and return the program's outputs for every batch."""
+        last_use = _last_uses(self._nodes)
+        for node in self._nodes:
+            if node.op == "output":
+                return [self._resolve(node.args[0], values) for values in self._values]
+            self._run(node)
+            self._free(last_use.get(node, ()))
+        raise AssertionError("a graph without an output")
 
     def _bind(self, batches: Sequence[Sequence[Any]]) -> None:
         program = self._program
@@ -95,14 +101,23 @@ class LockstepRunner:
                 self._check_indices(node, values, index)
             values[node] = self._call(node, values)
 
-    def _call(self, node: Node, values: dict[Node, Any]) -> Any:
+    def _free(self, dead: Sequence[Node]) -> None:
+        for node in dead:
+            self._shared.pop(node, None)
+            self.weights.pop(node.name, None)
+            for values in self._values:
+                values.pop(node, None)
+
+    def _resolve(self, operands: Any, values: dict[Node, Any]) -> Any:
         def load(operand: Node) -> Any:
             if operand.name in self.weights:
                 return self.weights[operand.name]
             return values[operand] if operand in values else self._shared[operand]
 
-        args = torch.fx.map_arg(node.args, load)
-        kwargs = torch.fx.map_arg(node.kwargs, load)
+        return torch.fx.map_arg(operands, load)
+
+    def _call(self, node: Node, values: dict[Node, Any]) -> Any:
+        args, kwargs = self._resolve(node.args, values), self._resolve(node.kwargs, values)
         target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
         try:
             return target(*args, **kwargs)

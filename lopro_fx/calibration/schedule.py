@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ def run_data_free(program: ExportedProgram, groups: Sequence[Group], solve: Solv
 
 @torch.no_grad()
 def run_calibrated(
-    program: ExportedProgram, groups: Sequence[Group], batches: Sequence[Sequence[Any]], solve: Solve, config: Method
+    program: ExportedProgram,
+    groups: Sequence[Group],
+    batches: Sequence[Sequence[Any]],
+    solve: Solve,
+    config: Method,
+    importance: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Solve every group in graph order on the activations of `batches`.
 
@@ -42,13 +47,14 @@ def run_calibrated(
         solve: called once a group.
         config: its `token_clip` and `sequential` apply. Sequentially, quantised results replace the weights before the
             graph goes on; otherwise every group is measured on the unquantised model.
+        importance: weight of each token by group and batch, see `token_importance`.
     """
     runner = LockstepRunner(program, batches)
     first = {group.sites[0].nodes[0]: group for group in groups}
     placeholders = {site.weight: str(site.nodes[0].args[1]) for group in groups for site in group.sites}
     for node, inputs in runner.stops(set(first)):
         group = first[node]
-        stats = measure(inputs, group.name, group.source.name, config.token_clip)
+        stats = measure(inputs, group.name, group.source.name, config.token_clip, (importance or {}).get(group.name))
         weights = [weight_of(program, site) for site in group.sites]
         solved = solve(group, stats, weights)
         if config.sequential:

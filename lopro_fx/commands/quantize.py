@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 import lopro_fx
 from lopro_fx.commands import data, output, target
 from lopro_fx.commands.source import DTYPES, Source, add_model, export
-from lopro_fx.config import GROUP_SIZES, METHODS, Method, from_dict
+from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.models.load import SMOLLM2, load_model
@@ -29,6 +29,9 @@ def add(parser: ArgumentParser) -> None:
     sizes = ", ".join(map(str, GROUP_SIZES))
     parser.add_argument("--group-size", type=int, metavar="N", help=f"columns that share a scale: {sizes}")
     parser.add_argument("--rank", type=int, metavar="N", help="of LoPRo's low-rank branch")
+    parser.add_argument(
+        "--importance", choices=IMPORTANCE, help="gradient weighs tokens by the loss's gradient (default: none)"
+    )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
     parser.add_argument("--seed", type=int, help="of every random choice (default: 0)")
@@ -83,7 +86,7 @@ def run(args: Namespace) -> None:
 
 
 def _config(args: Namespace) -> Method:
-    names = ("bits", "group_size", "rank", "include", "exclude", "seed")
+    names = ("bits", "group_size", "rank", "importance", "include", "exclude", "seed")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method != "lopro" and "rank" in values:
         raise ConfigError(f"--rank {args.rank}: only lopro has a low-rank branch; leave it out for {args.method}")

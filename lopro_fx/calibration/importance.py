@@ -1,0 +1,115 @@
+"""How much a token's error at the output of a Linear matters to the result of the whole program.
+
+The second-order effect of an error e in an output y on the divergence of the program's predictions is E[(gᵀe)²], with g
+the gradient of the log-likelihood of a prediction drawn from the program itself (the Fisher matrix). A Gram whose
+tokens are weighted by |g|² is its best scalar-per-token form (GuidedQuant, 2505.07004, with one group of outputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from lopro_fx.calibration.runner import LockstepRunner
+from lopro_fx.errors import CalibrationError
+from lopro_fx.passes.sites import Group
+from lopro_fx.progress import Progress, silent
+
+# The weight is |g|: with |g|² a few attention-sink tokens are most of some layers' Grams, which generalises worse.
+_POWER = 0.5
+# Part of the mean below which no token's |g|² falls, so that every direction that was seen stays in the Gram.
+_FLOOR = 1e-3
+
+
+def token_importance(
+    program: ExportedProgram,
+    groups: Sequence[Group],
+    batches: Sequence[Sequence[Any]],
+    seed: int,
+    progress: Progress = silent,
+) -> dict[str, list[Tensor]]:
+    """Weight of every token at every group, from one forward and one backward run of each batch.
+
+    Args:
+        program: unquantised; its first floating-point output is taken as logits over its last dimension.
+        groups: what to weigh; a group's sites count the same.
+        batches: flattened user inputs.
+        seed: of the predictions that are drawn.
+        progress: called as (batches done, batches, label).
+
+    Returns:
+        For each group's name, fp32 (tokens,) for each batch; the mean over all tokens is 1.
+
+    Raises:
+        CalibrationError: no output depends on a group, or a gradient is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    squared: dict[Node, list[Tensor]] = {site.nodes[0]: [] for group in groups for site in group.sites}
+    for index, batch in enumerate(batches):
+        for node, gradient in _squared_gradients(program, set(squared), batch, generator).items():
+            squared[node].append(gradient)
+        progress(index + 1, len(batches), "importance of tokens")
+    return {group.name: _weights(group, [squared[site.nodes[0]] for site in group.sites]) for group in groups}
+
+
+class _Recorder(LockstepRunner):
+    """Runs one batch with gradients, and keeps the squared norm of the gradient of every row of the watched outputs."""
+
+    def __init__(self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node]) -> None:
+        super().__init__(program, [batch])
+        self.found: dict[Node, Tensor] = {}
+        self._watched = watched
+        # Added to an output, it starts the graph there and leaves the output free for writes in place.
+        self._start = torch.zeros((), requires_grad=True)
+
+    def _run(self, node: Node) -> None:
+        super()._run(node)
+        if node in self._watched:
+            values = self._shared if node in self._shared else self._values[0]
+            y = values[node] + self._start.to(values[node].dtype)
+            self.found[node] = y.new_zeros(y.numel() // y.shape[-1], dtype=torch.float32)
+            y.register_hook(lambda gradient: self._keep(node, gradient))
+            values[node] = y
+
+    def _keep(self, node: Node, gradient: Tensor) -> None:
+        self.found[node] += gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square().sum(-1)
+
+
+@torch.enable_grad()
+def _squared_gradients(
+    program: ExportedProgram, watched: set[Node], batch: Sequence[Any], generator: torch.Generator
+) -> dict[Node, Tensor]:
+    recorder = _Recorder(program, batch, watched)
+    (outputs,) = recorder.outputs()
+    floating = [
+        value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if not floating or not floating[0].requires_grad:
+        raise CalibrationError(
+            "importance='gradient' needs a program whose first floating-point output depends on its Linears; use "
+            "importance='none'"
+        )
+    logits = floating[0].reshape(-1, floating[0].shape[-1]).to(torch.float32)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+    torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return recorder.found
+
+
+def _weights(group: Group, squared: list[list[Tensor]]) -> list[Tensor]:
+    """`squared` holds, for each site, the squared gradient norms (tokens,) of each batch."""
+    sizes = [len(batch) for batch in squared[0]]
+    total = torch.zeros(sum(sizes))
+    for site in squared:
+        every = torch.cat(site)
+        if not torch.isfinite(every).all():
+            raise CalibrationError(f"the gradient at '{group.name}' is not finite; use importance='none' or float32")
+        mean = every.mean()
+        total += every / mean if mean > 0 else 1.0
+    weight = (total / total.mean()).clamp_min(_FLOOR).pow(_POWER)
+    return list((weight / weight.mean()).split(sizes))

@@ -1,0 +1,110 @@
+"""The importance of tokens: the gradients that it stands for, and programs that have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lopro_fx
+from lopro_fx import GPTQ, CalibrationError, LoPRo
+from lopro_fx.calibration.importance import _FLOOR, _POWER, token_importance
+from lopro_fx.passes.sites import find_sites
+from tests.helpers import assert_close, generator
+from tests.programs import VOCAB, WIDTH, decoder, export, ids, rows, seeded
+
+
+def _importance(program, *batches: Tensor, seed: int = 0) -> dict[str, list[Tensor]]:
+    return token_importance(program, find_sites(program, ("*",), ()).groups, [[batch] for batch in batches], seed)
+
+
+def _expected(module: nn.Module, batches: list[Tensor], names: list[str]) -> list[Tensor]:
+    """The same by autograd's own hooks on the module."""
+    rng, kept = generator(0), {name: [] for name in names}
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _m, _i, y, name=name: (
+                y.register_hook(lambda g: kept[name].append(g.flatten(0, -2).square().sum(-1))) and None
+            )
+        )
+        for name in names
+    ]
+    for batch in batches:
+        logits = module(batch).flatten(0, -2)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=rng).flatten()
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    total = sum(torch.cat(kept[name]) / torch.cat(kept[name]).mean() for name in names)
+    weight = (total / total.mean()).clamp_min(_FLOOR).pow(_POWER)
+    return list((weight / weight.mean()).split([batch.numel() for batch in batches]))
+
+
+@pytest.mark.parametrize(("group", "names"), [("blocks.0.q", ["q", "k", "v"]), ("blocks.0.down", ["down"])])
+def test_weights_are_gradient_norms_at_the_outputs_of_a_group(group: str, names: list[str]) -> None:
+    module, program = decoder()
+    batches = [ids(2, 9), ids(1, 5, seed=1)]
+    got = _importance(program, *batches)[group]
+    expected = _expected(module, batches, [f"blocks.0.{name}" for name in names])
+    for want, have in zip(expected, got, strict=True):
+        assert_close("weights", want, have, 1e-4)
+
+
+def test_the_mean_is_one_and_runs_repeat() -> None:
+    _, program = decoder()
+    first, again, other = (_importance(program, ids(2, 9), seed=seed) for seed in (0, 0, 1))
+    for name, batches in first.items():
+        assert torch.cat(batches).mean().item() == pytest.approx(1, rel=1e-5)
+        assert (torch.cat(batches) > 0).all()
+        assert torch.equal(batches[0], again[name][0])
+    assert any(not torch.equal(batches[0], other[name][0]) for name, batches in first.items())
+
+
+class _LastToken(nn.Module):
+    """Only the last token reaches the logits; a write in place follows the Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).relu_()[:, -1])
+
+
+def test_tokens_that_nothing_depends_on_weigh_next_to_nothing() -> None:
+    (weights,) = _importance(export(seeded(_LastToken()), rows(3, 8)), rows(3, 8))["first"]
+    last = weights.view(3, 8)[:, -1]
+    assert (last > 5 * weights.view(3, 8)[:, :-1].max()).all()
+
+
+def test_weights_reach_the_gram() -> None:
+    """Weighted towards the last token, a layer keeps that token's output better."""
+    module = seeded(_LastToken())
+    program = export(module, rows(3, 8))
+    batches = [rows(3, 8, seed=i) for i in range(8)]
+    errors = []
+    for importance in ("none", "gradient"):
+        config = GPTQ(bits=2, group_size=32, include="first", importance=importance)
+        quantised = lopro_fx.quantize(program, batches, config).module()
+        with torch.no_grad():
+            errors.append(sum((quantised(x) - module(x)).square().sum() for x in batches).item())
+    assert errors[1] < errors[0]
+
+
+def test_lopro_takes_them() -> None:
+    state = lopro_fx.calibrate(decoder()[1], [ids()], LoPRo(bits=4, group_size=32, rank=2, importance="gradient"))
+    assert state.config["importance"] == "gradient"
+
+
+class _Ids(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).argmax(-1)
+
+
+def test_a_program_without_a_differentiable_output_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="importance='gradient' needs a program whose first floating-point"):
+        _importance(export(seeded(_Ids()), rows(2, 3)), rows(2, 3))
