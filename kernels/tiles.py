@@ -84,12 +84,12 @@ def load_zeros(
 
 
 @triton.jit
-def load_codes(
+def load_integers(
     tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
     rows, start, inside,
     WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Codes of columns [start, start + BLOCK_K) as fp32 (BLOCK_N, BLOCK_K); start is a multiple of 32."""
+    """Codes of columns [start, start + BLOCK_K) as int32 (BLOCK_N, BLOCK_K); start is a multiple of 32."""
     CODES: tl.constexpr = 32 // WIDTH
     ROW: tl.constexpr = WORDS * BITS // WIDTH
     row = tile_ptr + rows[:, None] * ROW
@@ -102,9 +102,19 @@ def load_codes(
         # Loaded once for each word of the main plane, two of which share it: the same layout, and no exchange.
         high = tl.load(row + WORDS + (w >> 1)[None, :], mask=inside, other=0) >> (4 * (w & 1))[None, :]
         codes |= ((high[:, :, None] >> (8 * (c >> 2) + (c & 3))[None, None, :]) & 1) << 2
+    return tl.reshape(codes, (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def load_codes(
+    tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
+    rows, start, inside,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`load_integers` as fp32."""
+    codes = load_integers(tile_ptr, rows, start, inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
     # 2^23 + code by its bits, then minus 2^23: one mask and one addition at full rate, where a conversion runs at less.
-    wide = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return tl.reshape(wide, (BLOCK_N, BLOCK_K))
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 
 import lopro_fx  # noqa: F401  registers the operators
 from lopro_fx.kernels import dispatch
+from lopro_fx.kernels.packed_int8.reference import packed_int8
 from lopro_fx.kernels.packed_site.reference import packed_site
 from tests.helpers import assert_close
 from tests.triton.conftest import INTERPRETED
@@ -30,3 +31,23 @@ def test_operators_agree_with_their_references(device: torch.device, tokens: int
         parts = ops.packed_linear(rotated, codes, scales, zeros, bias, latent, up, up_scale, bits, 64)
     assert_close("packed_site", expected, whole.cpu(), 5e-4)
     assert_close("rotate, project, packed_linear", expected, parts[0].cpu(), 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "act_bits", "act_group", "k", "tokens", "skip"),
+    [(4, 64, 8, 64, 192, 5, 0), (4, 128, 8, -1, 300, 1, 0), (8, -1, 8, -1, 260, 70, 0), (4, 32, 4, 128, 256, 20, 0),
+     (3, 64, 8, 32, 192, 3, 64), (2, -1, 8, 32, 96, 2, 0)],
+)  # fmt: skip
+def test_integer_activations(
+    device: torch.device, bits: int, group_size: int, act_bits: int, act_group: int, k: int, tokens: int, skip: int
+) -> None:
+    block = 64 if k % 64 == 0 else 4
+    p = problem(tokens, k, 70, bits, group_size, rank=3, block=block, skip=skip, permuted=True, biased=True, parts=2)
+    x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    latent = ops.project(ops.rotate(x, perm, signs, block, skip), down, down_scale)
+    rest = (codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, act_bits, act_group)
+    expected = packed_int8(x, perm, signs, block, skip, *rest)
+    with dispatch.triton_on_cpu() if INTERPRETED else contextlib.nullcontext():
+        got = ops.packed_int8(x, perm, signs, block, skip, *rest)
+    # A value half-way between two integers may go either way in the two rotations.
+    assert_close("packed_int8", expected, got, 2e-3 if act_bits == 8 else 2e-2)

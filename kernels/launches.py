@@ -1,0 +1,70 @@
+"""Every launch of every Triton kernel at the shapes of large models, recorded without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.ahead import Launch, record
+from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.packed_linear import device as packed_linear
+from lopro_fx.kernels.packing import device as packing
+from lopro_fx.kernels.packing.format import group_count, packed_words
+from lopro_fx.kernels.rotate import device as rotate
+from lopro_fx.kernels.tiles import main_width
+
+# Hadamard block of the rotation.
+_BLOCK = 256
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(n: int, k: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = group_count(k, group_size)
+    return (
+        _empty(n, packed_words(k, bits), dtype=torch.int32),
+        _empty(n, groups, dtype=torch.float16),
+        _empty(packed_words(n * groups, bits), dtype=torch.int32),
+    )
+
+
+def launches(
+    bits: int, group_size: int = 128, n: int = 28672, k: int = 8192, rank: int = 16, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Launch]]:
+    """(what it is, launch) of a whole site: rotation, decode, every tile of the matmul, dequantisation.
+
+    Args:
+        bits, group_size: of the packed weight (n, k).
+        rank: of the int8 low-rank factors.
+        dtype: of the activations; decoding takes one token.
+    """
+    x, weight = _empty(1, k, dtype=dtype), _weight(n, k, bits, group_size)
+    signs = _empty(-(-k // 8), dtype=torch.uint8)
+    down, up = _empty(rank, k, dtype=torch.int8), _empty(n, rank, dtype=torch.int8)
+    scale = _empty(rank, dtype=torch.float16)
+    yield "rotate", record(rotate.launch, rotate, x, None, signs, _BLOCK, 0)[0]
+    yield "decode, prepare", record(decode.prepare, decode, x, None, signs, _BLOCK, down, bits, group_size)[0]
+    group = decode.activation_group(group_size)
+    words = _empty(1, 2, 8 // main_width(bits), packed_words(k, bits) * main_width(bits) // bits, dtype=torch.int32)
+    steps = _empty(1, 2, group_count(k, group), dtype=torch.float32)
+    latent = _empty(-(-k // _BLOCK), 1, rank, dtype=torch.float32)
+    yield (
+        "decode, product",
+        record(
+            decode.product, decode, words, steps, latent, *weight, None, scale, up, scale, bits, group_size, 1, dtype
+        )[0],
+    )
+    for tokens in packed_linear._SHAPES:
+        rows = _empty(tokens or 2048, k, dtype=dtype)
+        latent = _empty(tokens or 2048, rank, dtype=dtype)
+        yield (
+            f"matmul, {tokens or 'many'} tokens",
+            record(
+                packed_linear.launch, packed_linear, rows, *weight, None, latent, up, scale, bits, group_size, tokens, 1
+            )[0],
+        )
+    yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype)[0]

@@ -1,0 +1,102 @@
+"""Integer activations on integer tensor cores: `tl.dot` of int8, scaled once a group."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lopro_fx.kernels.tiles import load_integers, load_rotated, load_zeros
+
+
+@triton.jit
+def round_kernel(
+    x_ptr,  # (M, K)
+    perm_ptr,  # (K,) int16 or int32
+    signs_ptr,  # (ceil(K / 8),) uint8
+    y_ptr,  # (M, K) int8
+    step_ptr,  # (M, ACT_GROUPS) fp32
+    sum_ptr,  # (M, SUM_GROUPS) int32: sums of the integers of each SUM_SIZE columns
+    K: tl.constexpr, TOP: tl.constexpr, ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, SUM_SIZE: tl.constexpr,
+    SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr,
+    HAS_SIGNS: tl.constexpr,
+):  # fmt: skip
+    """One program: CHUNK columns of one token, rotated and rounded."""
+    m = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    start = chunk * CHUNK
+    x = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
+    parts = tl.reshape(x, (CHUNK // ACT_GROUP, ACT_GROUP))
+    top = tl.max(tl.abs(parts), axis=1)
+    step = tl.where(top > 0, top, 1.0) * (1.0 / TOP)
+    codes = tl.reshape(tl.floor(parts / step[:, None] + 0.5).to(tl.int32), (CHUNK,))
+    g = chunk * (CHUNK // ACT_GROUP) + tl.arange(0, CHUNK // ACT_GROUP)
+    tl.store(step_ptr + m * ACT_GROUPS + g, step, mask=g < ACT_GROUPS)
+    k = start + tl.arange(0, CHUNK)
+    tl.store(y_ptr + m * K + k, codes.to(tl.int8), mask=k < K)
+    s = chunk * (CHUNK // SUM_SIZE) + tl.arange(0, CHUNK // SUM_SIZE)
+    sums = tl.sum(tl.reshape(codes, (CHUNK // SUM_SIZE, SUM_SIZE)), axis=1)
+    tl.store(sum_ptr + m * SUM_GROUPS + s, sums, mask=s < SUM_GROUPS)
+
+
+@triton.jit
+def int8_matmul_kernel(
+    x_ptr,  # (M, K) int8
+    step_ptr,  # (M, ACT_GROUPS) fp32
+    sum_ptr,  # (M, tiles of BLOCK_K) int32
+    codes_ptr,  # (N, ROW) int32
+    scales_ptr,  # (N, WEIGHT_GROUPS) fp16
+    zeros_ptr,  # packed (N, WEIGHT_GROUPS)
+    bias_ptr,  # (N,)
+    latent_ptr,  # (M, R)
+    up_ptr,  # (N, R) int8 or fp16
+    up_scale_ptr,  # (N / PART_ROWS, R) fp16
+    y_ptr,  # (M, N)
+    M,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
+    ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M tokens by BLOCK_N output features; BLOCK_K columns share a scale and a step."""
+    program = tl.program_id(0)
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group_m = program // (GROUP_M * n_tiles) * GROUP_M
+    height = min(m_tiles - group_m, GROUP_M)
+    inner = program % (GROUP_M * n_tiles)
+    # Tiles start at 64-bit addresses; inside a tile 32 bits are enough.
+    first_m, first_n = (group_m + inner % height) * BLOCK_M, inner // height * BLOCK_N
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    x_ptr += first_m.to(tl.int64) * K
+    codes_ptr += first_n.to(tl.int64) * (WORDS * BITS // WIDTH)
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    m, n = first_m + rows, first_n + cols
+    m_inside, n_inside = m < M, n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(TILES):
+        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0)
+        codes = load_integers(codes_ptr, cols, tile * BLOCK_K, n_inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
+        # Codes of 8 bits don't fit int8, so half their range is taken off and put back with the zero point.
+        weight = (codes - (1 << (BITS - 1))).to(tl.int8)
+        product = tl.dot(x, tl.trans(weight)).to(tl.float32)
+        at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
+        scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
+        offset = (1 << (BITS - 1)) - load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
+        total = tl.load(sum_ptr + m * TILES + tile, mask=m_inside, other=0).to(tl.float32)
+        step = tl.load(step_ptr + m * ACT_GROUPS + tile * BLOCK_K // ACT_GROUP, mask=m_inside, other=0.0)
+        acc += (product + total[:, None] * offset[None, :]) * (step[:, None] * scale[None, :])
+    if R > 0:
+        r = tl.arange(0, BLOCK_R)
+        latent = tl.load(latent_ptr + m[:, None] * R + r[None, :], mask=m_inside[:, None] & (r < R)[None, :], other=0.0)
+        up_inside = n_inside[:, None] & (r < R)[None, :]
+        up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
+        if HAS_SCALES:
+            part = (n // PART_ROWS)[:, None]
+            up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
+        acc = tl.dot(latent, tl.trans(up.to(latent.dtype)), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+    y_ptr += first_m.to(tl.int64) * N
+    inside = m_inside[:, None] & n_inside[None, :]
+    tl.store(y_ptr + rows[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,140 @@
+"""Which kernels an operator launches, and what each reads and writes: its own code, run on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Operands of `lopro::` operators that have one row a token.
+_ACTIVATIONS = ("x", "latent")
+# Rows of an activation while a free number of tokens is traced: small ones would be taken for sizes that broadcast.
+_TRACED_ROWS = 7
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: bytes that it reads and writes, by operand of the operator, "output" or "intermediate"."""
+
+    name: str
+    read: dict[str, int]
+    written: dict[str, int]
+
+
+@dataclass
+class _Step:
+    """A launch while it is recorded: tensors by the address of their storage, and partial sums in fp32."""
+
+    name: str
+    read: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[int, Tensor] = field(default_factory=dict)
+    splits: int = 1
+
+
+def plan(
+    operator: torch._ops.OpOverload, args: Sequence[Any], tokens: int, free: bool, device: torch.device
+) -> tuple[Kernel, ...]:
+    """Launches of one call of a `lopro::` operator; no device is needed, and nothing is computed.
+
+    Triton operators are one launch each, and one more where partial sums are added up. Products of ATen are one launch
+    each. What ATen does between them counts as one launch, "aten", which is what a compiler makes of it; eager mode
+    launches every operator alone. A launch reads each operand and writes each result once.
+
+    Args:
+        operator: such as `torch.ops.lopro.packed_site.default`.
+        args: its positional arguments. Tensors stand for shape and dtype; the last dimension alone of activations.
+        tokens: rows of the activations.
+        free: decide as where the number of tokens isn't known when the program is traced; `tokens` is still counted.
+        device: type "cuda" or "cpu".
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    rows: int | torch.SymInt = tokens
+    if free:
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        rows = mode.from_tensor(torch.empty(_TRACED_ROWS, device="meta"), symbolic_context=context).shape[0]
+    names: dict[int, str] = {}
+    with torch.no_grad(), mode:
+        operands: list[Any] = []
+        for argument, value in zip(operator._schema.arguments, args, strict=True):
+            if isinstance(value, Tensor):
+                shape = (rows, value.shape[-1]) if argument.name in _ACTIVATIONS else value.shape
+                value = torch.empty(shape, dtype=value.dtype, device=device)
+                names[_storage(value)] = argument.name
+            operands.append(value)
+        with _Recorder() as recorder:
+            result = operator(*operands)
+    names[_storage(result)] = "output"
+    steps = _live(recorder.steps, _storage(result))
+    return tuple(kernel for step in steps for kernel in _kernels(step, names, tokens))
+
+
+class _Recorder(TorchDispatchMode):
+    """Everything that reaches the dispatcher's end and makes a tensor, consecutive small operators as one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[_Step] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, made = (
+            {_storage(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+            for tree in ((args, kwargs), result)
+        )
+        # A view launches nothing.
+        if not made.keys() <= read.keys():
+            ours = func.namespace == "lopro"
+            if ours or func.overloadpacket in _PRODUCTS:
+                names = [argument.name for argument in func._schema.arguments]
+                splits = args[names.index("splits")] if "splits" in names else 1
+                self.steps.append(_Step(func.overloadpacket.__name__, splits=splits))
+            elif not self.steps or self.steps[-1].name != "aten":
+                self.steps.append(_Step("aten"))
+            step = self.steps[-1]
+            step.read.update({key: leaf for key, leaf in read.items() if key not in step.written})
+            step.written.update(made)
+        return result
+
+
+def _live(steps: list[_Step], result: int) -> list[_Step]:
+    """The steps, each writing only what a later one or the caller reads."""
+    wanted = {result}
+    for step in reversed(steps):
+        if step.name == "aten":
+            step.written = {key: leaf for key, leaf in step.written.items() if key in wanted}
+        wanted |= step.read.keys()
+    return [step for step in steps if step.written]
+
+
+def _kernels(step: _Step, names: dict[int, str], tokens: int) -> list[Kernel]:
+    def total(tensors: dict[int, Tensor]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for key, tensor in tensors.items():
+            name = names.get(key, "intermediate")
+            found[name] = found.get(name, 0) + _count(tensor.untyped_storage().nbytes(), tokens)
+        return found
+
+    read, written = total(step.read), total(step.written)
+    if step.splits == 1:
+        return [Kernel(step.name, read, written)]
+    parts = {"intermediate": sum(4 * step.splits * _count(tensor.numel(), tokens) for tensor in step.written.values())}
+    return [Kernel(step.name, read, parts), Kernel("sum", parts, written)]
+
+
+def _count(size: int | torch.SymInt, tokens: int) -> int:
+    """A size of which nothing but the number of tokens may be free."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, tokens)))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
