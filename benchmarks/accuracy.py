@@ -31,16 +31,18 @@ from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 from lopro_fx.passes.packed import dense_weight
 
-_LOPRO = LoPRo(rank=18)
+_LOPRO = LoPRo(rank=19, importance="gradient")
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
     "gptq-3-g64": GPTQ(bits=3),
     "gptq-3-g64-column": GPTQ(bits=3, act_order="column"),
-    "hadamard-3-g32": replace(_LOPRO, group_size=32, rank=0, sweeps=0),
+    "hadamard-3-g32": LoPRo(group_size=32, rank=0, sweeps=0),
     "lopro-3-g64": _LOPRO,
+    "lopro-3-g64-unweighted": replace(_LOPRO, importance="none"),
     "lopro-3-g64-partial": replace(_LOPRO, transforms=("partial",)),
-    "hadamard-2-g32": replace(_LOPRO, bits=2, group_size=32, rank=0, sweeps=0),
+    "hadamard-2-g32": LoPRo(bits=2, group_size=32, rank=0, sweeps=0),
     "lopro-2-g64": replace(_LOPRO, bits=2),
+    "lopro-2-g64-unweighted": replace(_LOPRO, bits=2, importance="none"),
     "lopro-3-g64-guard": replace(_LOPRO, transforms=("act_order", "partial", "full")),
     "lopro-2-g64-partial": replace(_LOPRO, bits=2, transforms=("partial",)),
     "lopro-paper-3-g64": LoPRo.paper(bits=3, group_size=64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def save_result(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
         "benchmark": name,
         "date": date.today().isoformat(),
         "device": f"{device}, {torch.get_num_threads()} threads",
-        "versions": {key: version(key) for key in ("lopro_fx", "torch", "transformers", "torchao")},
+        "versions": {key: _version(key) for key in ("lopro_fx", "torch", "triton", "transformers", "torchao")},
         "settings": settings,
         "rows": rows,
     }
@@ -31,3 +31,10 @@ def save_result(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # Triton exists on some platforms only
+        return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.ahead import Launch, record
 from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.packed_int8 import device as packed_int8
 from lopro_fx.kernels.packed_linear import device as packed_linear
 from lopro_fx.kernels.packing import device as packing
 from lopro_fx.kernels.packing.format import group_count, packed_words
@@ -35,7 +36,7 @@ def _weight(n: int, k: int, bits: int, group_size: int) -> tuple[Tensor, Tensor,
 def launches(
     bits: int, group_size: int = 128, n: int = 28672, k: int = 8192, rank: int = 16, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[str, Launch]]:
-    """(what it is, launch) of a whole site: rotation, decode, every tile of the matmul, dequantisation.
+    """(what it is, launch) of a whole site: rotation, decode, every tile of the matmuls, dequantisation.
 
     Args:
         bits, group_size: of the packed weight (n, k).
@@ -66,5 +67,20 @@ def launches(
             record(
                 packed_linear.launch, packed_linear, rows, *weight, None, latent, up, scale, bits, group_size, tokens, 1
             )[0],
+        )
+    size = packed_int8.columns(group_size, group_size)
+    yield "int8, round", record(packed_int8.round_rows, packed_int8, x, None, signs, _BLOCK, 8, group_size, size)[0]
+    for tokens in packed_int8._SHAPES:
+        count = tokens or 2048
+        rows = (
+            _empty(count, k, dtype=torch.int8),
+            _empty(count, group_count(k, group_size), dtype=torch.float32),
+            _empty(count, -(-k // size), dtype=torch.int32),
+        )
+        latent = _empty(count, rank, dtype=dtype)
+        branch = (None, latent, up, scale, bits, group_size, group_size, tokens, dtype)
+        yield (
+            f"int8, matmul, {tokens or 'many'} tokens",
+            record(packed_int8.matmul, packed_int8, *rows, *weight, *branch)[0],
         )
     yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype)[0]

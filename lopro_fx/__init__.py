@@ -9,12 +9,13 @@ from lopro_fx.deploy import export_aoti, generate, load, load_state, save, save_
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize
-from lopro_fx.report import Explanation, Report, explain, report
+from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
 from lopro_fx.state import QuantState
 
 __all__ = [
     "GPTQ",
     "RTN",
+    "BackendReport",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "__version__",
     "apply",
+    "backend_report",
     "calibrate",
     "explain",
     "export_aoti",

@@ -41,7 +41,8 @@ class Method:
         token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
             takes them as they are.
         importance: "gradient" weighs tokens in the Gram by the size of the loss's gradient at the outputs of a group,
-            for one more forward and a backward run of the calibration batches; "none" counts them the same.
+            for one more forward and a backward run of the calibration batches, in a program that returns logits; "none"
+            counts them the same.
         sequential: solve each group on inputs that come from the layers quantised before it; False uses the
             unquantised model's inputs throughout.
         seed: of every random choice (signs, sketches).
@@ -123,7 +124,7 @@ class LoPRo(Method):
         power_iterations: of the sketch, each two passes over the matrix.
         refits: times the factors are solved again for the rounding error and the weights rounded again around them;
             the best iterate is kept. 0 is the paper: factors once, from the weights alone.
-        sweeps: coordinate-descent passes over the codes after each rounding.
+        sweeps: coordinate-descent passes over the codes, each with a fit of the scales, after each rounding.
         damp: as in GPTQ.
     """
 
@@ -136,7 +137,7 @@ class LoPRo(Method):
     low_rank: str = "block_svd"
     power_iterations: int = 2
     refits: int = 2
-    sweeps: int = 1
+    sweeps: int = 2
     damp: float = 0.01
     method: ClassVar[str] = "lopro"
 

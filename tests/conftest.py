@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 from tests.helpers import SHARED
 
+# The deterministic algorithms of `poisoned_memory` need it on a GPU, before cuBLAS starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Several threads that share few cores cost more than they bring at these sizes.
 torch.set_num_threads(1)
 

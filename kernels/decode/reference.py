@@ -34,6 +34,6 @@ def prepare(
     count, fields = -(-k // WORD) * width, 8 // width
     flat = torch.nn.functional.pad(fixed.flatten(1), (0, 4 * fields * count))[:, : 4 * fields * count]
     flat = flat.view(m, count, 4, fields)
-    place = 8 * torch.arange(4, dtype=torch.int32).view(4, 1)
+    place = 8 * torch.arange(4, dtype=torch.int32, device=x.device).view(4, 1)
     high, low = (((part & 255).to(torch.int64) << place).sum(2) for part in (flat >> 8, flat))
     return torch.stack([high, low], 1).transpose(2, 3).to(torch.int32).contiguous(), steps

@@ -13,15 +13,15 @@ from lopro_fx.kernels.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
 
 _CHUNK = 256
-# Columns of a step of the matmul where neither weights nor activations have groups.
-_WIDE = 128
+# Most columns of an integer product: wider ones spill registers.
+_WIDE = 64
 # (tokens, features, warps) of a tile by the most tokens that it is for.
-_SHAPES = {16: (16, 64, 4), 64: (64, 64, 4), 0: (128, 128, 8)}
+_SHAPES = {16: (16, 64, 4), 64: (64, 64, 4), 0: (128, 64, 8)}
 
 
 def columns(group_size: int, act_group: int) -> int:
-    """Columns of one integer product: the narrower of the two groups."""
-    return min(_WIDE if size == -1 else size for size in (group_size, act_group))
+    """Columns of one integer product, which divide the groups of both sides."""
+    return min([_WIDE, *(size for size in (group_size, act_group) if size != -1)])
 
 
 def round_rows(

@@ -8,6 +8,7 @@ tokens are weighted by |g|² is its best scalar-per-token form (GuidedQuant, 250
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,12 +74,14 @@ class _Recorder(LockstepRunner):
         if node in self._watched:
             values = self._shared if node in self._shared else self._values[0]
             y = values[node] + self._start.to(values[node].dtype)
-            self.found[node] = y.new_zeros(y.numel() // y.shape[-1], dtype=torch.float32)
-            y.register_hook(lambda gradient: self._keep(node, gradient))
+            self.found[node] = torch.zeros(y.numel() // y.shape[-1])
+            # The hook holds the sum alone: with the runner in it, the graph of every batch would live on in a cycle.
+            y.register_hook(partial(_add_squared, self.found[node]))
             values[node] = y
 
-    def _keep(self, node: Node, gradient: Tensor) -> None:
-        self.found[node] += gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square().sum(-1)
+
+def _add_squared(total: Tensor, gradient: Tensor) -> None:
+    total += gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square().sum(-1)
 
 
 @torch.enable_grad()
@@ -96,9 +99,14 @@ def _squared_gradients(
             "importance='none'"
         )
     logits = floating[0].reshape(-1, floating[0].shape[-1]).to(torch.float32)
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-    torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    return recorder.found
+    # The gradient of the summed cross-entropy, written down: softmax minus one-hot. Logits are large; this is one copy.
+    gradient = logits.detach().softmax(-1)
+    drawn = torch.multinomial(gradient, 1, generator=generator)
+    del outputs, floating
+    logits.backward(gradient.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0)))
+    # One block instead of hundreds of small ones, which would lie in the holes that the next batch needs whole.
+    compact = torch.cat(list(recorder.found.values())).split([len(total) for total in recorder.found.values()])
+    return dict(zip(recorder.found, compact, strict=True))
 
 
 def _weights(group: Group, squared: list[list[Tensor]]) -> list[Tensor]:

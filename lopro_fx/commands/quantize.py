@@ -30,7 +30,9 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help=f"columns that share a scale: {sizes}")
     parser.add_argument("--rank", type=int, metavar="N", help="of LoPRo's low-rank branch")
     parser.add_argument(
-        "--importance", choices=IMPORTANCE, help="gradient weighs tokens by the loss's gradient (default: none)"
+        "--importance",
+        choices=IMPORTANCE,
+        help="gradient weighs tokens by the loss's gradient (default for lopro; none for the others)",
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
@@ -90,6 +92,9 @@ def _config(args: Namespace) -> Method:
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method != "lopro" and "rank" in values:
         raise ConfigError(f"--rank {args.rank}: only lopro has a low-rank branch; leave it out for {args.method}")
+    # A language model's output is logits, which the gradient needs and a program in general needn't have.
+    if args.method == "lopro":
+        values.setdefault("importance", "gradient")
     return from_dict({"method": args.method, **values})
 
 

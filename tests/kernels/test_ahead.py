@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 from lopro_fx.kernels.ahead import compile_launch
-from tests.kernels.launches import launches
+from lopro_fx.kernels.launches import launches
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -16,9 +16,9 @@ def test_no_kernel_spills(capability: int, bits: int) -> None:
     for name, launch in launches(bits):
         resources = compile_launch(launch, capability)
         assert resources.spill_bytes == 0, (name, resources)
-        # Two programs of the largest kernel, 256 threads each, have to fit into 65,536 registers to hide latency.
-        threads = 32 * launch.options.get("num_warps", 4)
-        assert resources.registers * threads <= 65536 // 1, (name, resources)
+        # Decoding hides latency by having at least two programs on a multiprocessor, which has 65,536 registers.
+        programs = 65536 // (resources.registers * 32 * launch.options.get("num_warps", 4))
+        assert programs >= (2 if "decode" in name else 1), (name, resources)
         assert resources.shared_bytes <= 160 * 1024, (name, resources)
 
 
@@ -32,4 +32,5 @@ def test_decode_uses_the_byte_dot_product() -> None:
 def test_prefill_uses_tensor_cores() -> None:
     kernels = dict(launches(4))
     assert compile_launch(kernels["matmul, many tokens"], 90).instructions.get("HGMMA", 0) > 0
+    assert compile_launch(kernels["int8, matmul, many tokens"], 90).instructions.get("IGMMA", 0) > 0
     assert compile_launch(kernels["matmul, 16 tokens"], 80).instructions.get("HMMA", 0) > 0

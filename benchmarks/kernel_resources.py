@@ -1,0 +1,54 @@
+"""What every Triton kernel takes on GPUs that needn't be here: registers, spills, shared memory, hot instructions.
+
+A site of 28672 x 8192, groups of 128, rank 16, bf16, is compiled for each number of bits and each GPU; nothing is run.
+IDP is the byte dot product of decoding; HMMA (sm_80), HGMMA (sm_90) and UTCHMMA (sm_100) are the tensor cores; LOP3
+takes codes out of their words.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks.common import save_result
+from lopro_fx.kernels.ahead import Launch, compile_launch
+from lopro_fx.kernels.launches import launches
+from lopro_fx.report.table import render
+
+_OPCODES = ("IDP", "HMMA", "HGMMA", "UTCHMMA", "LOP3")
+
+
+def measure(name: str, launch: Launch, bits: int, capability: int) -> dict[str, Any]:
+    """One row: what the kernel of a launch takes when compiled for `sm_<capability>`."""
+    taken = compile_launch(launch, capability)
+    return {
+        "kernel": name,
+        "bits": bits,
+        "sm": capability,
+        "warps": launch.options.get("num_warps", 4),
+        "registers": taken.registers,
+        "spill_bytes": taken.spill_bytes,
+        "shared_bytes": taken.shared_bytes,
+        **{opcode: taken.instructions.get(opcode, 0) for opcode in _OPCODES},
+        "instructions": sum(taken.instructions.values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[2, 3, 4, 8])
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100])
+    args = parser.parse_args()
+    rows = [
+        measure(name, launch, bits, capability)
+        for capability in args.sm
+        for bits in args.bits
+        for name, launch in launches(bits)
+    ]
+    spilled = sum(row["spill_bytes"] > 0 for row in rows)
+    print(render(f"{len(rows)} kernels, {spilled} spill", tuple(rows[0]), [tuple(row.values()) for row in rows]))
+    save_result("kernel_resources", rows, shape=[28672, 8192], group_size=128, rank=16, dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    main()

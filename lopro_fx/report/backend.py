@@ -1,0 +1,192 @@
+"""`backend_report`: the kernels that each packed layer runs, and what they move and compute."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.errors import ConfigError, GraphError
+from lopro_fx.kernels.plan import Kernel, plan
+from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, group_of, sites_of
+from lopro_fx.passes.rewrite import META
+from lopro_fx.report.table import render
+
+_DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What a quantised program's operators launch, in graph order.
+
+    `rows` is one dict an operator: operator, layers (names of Linears, or of the group that a rotation or projection
+    serves), shape, bits, tokens, free, kernels, launches, read and written (bytes by operand, "output" or
+    "intermediate", what one launch leaves for another), bytes (all of them), flops and, with a bandwidth, microseconds.
+    `str()` draws the table.
+    """
+
+    device: str
+    tokens: int | None
+    bandwidth: float | None
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all rows: launches, read, written, bytes, flops and, with a bandwidth, microseconds."""
+        sums: dict[str, Any] = {key: sum(row[key] for row in self.rows) for key in ("launches", "bytes", "flops")}
+        for key in ("read", "written"):
+            sums[key] = sum(sum(row[key].values()) for row in self.rows)
+        if self.bandwidth is not None:
+            sums["microseconds"] = _microseconds(sums["bytes"], self.bandwidth)
+        return sums
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**vars(self), "rows": list(self.rows), "totals": self.totals}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True)
+
+    def __str__(self) -> str:
+        columns = ["operator", "layers", "shape", "bits", "kernels", "launches", "read", "written", "flops"]
+        if self.bandwidth is not None:
+            columns.append("microseconds")
+        shown = [
+            {
+                **row,
+                "layers": ", ".join(row["layers"]),
+                "shape": "x".join(map(str, row["shape"])),
+                "kernels": ", ".join(row["kernels"]),
+                "read": sum(row["read"].values()),
+                "written": sum(row["written"].values()),
+            }
+            for row in self.rows
+        ]
+        rows = [[row[column] for column in columns] for row in (*shown, {**dict.fromkeys(columns, ""), **self.totals})]
+        rows[-1][0] = "total"
+        tokens = "tokens as in the program" if self.tokens is None else f"tokens {self.tokens:,}"
+        limit = "" if self.bandwidth is None else f", at {self.bandwidth / 1e9:,.0f} GB/s"
+        return render(f"{self.device}, {tokens}{limit}", columns, rows)
+
+
+def backend_report(
+    program: ExportedProgram, *, tokens: int | None = 1, device: str = "cuda", bandwidth: float | None = None
+) -> BackendReport:
+    """List the kernels of each packed layer of a program, with bytes, FLOPs and the time that memory allows.
+
+    Nothing is run, and the device needn't be here. A rotation or projection that several layers share is one row. Each
+    launch reads each of its operands and writes each of its results once, which is the least that it can move; ATen's
+    small operators between two products count as one launch, as compilers make of them. FLOPs are those of the
+    definition: two for each multiply-add of product and low-rank branch, one for each addition of the Hadamard
+    transform; unpacking and scaling codes isn't counted.
+
+    Args:
+        program: from `quantize`, `apply`, `load` or `optimize`.
+        tokens: rows of every activation. Kernels are those of eager mode, or of a program exported with so many. None
+            takes each layer's own number from the program; where that is free, as compiled code must take it, kernels
+            are those for an unknown number, and figures are for one token.
+        device: "cuda" or "cpu".
+        bandwidth: bytes per second for the time at the memory limit, which is left out without one. Vendors' data
+            sheets give 4.8e12 for the H200 and 3.35e12 for the H100 SXM.
+
+    Raises:
+        ConfigError: a value is out of range.
+        GraphError: the program is not quantised, or was decomposed since.
+    """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"tokens is {tokens}; give 1 or more, or None for the program's own number")
+    if device not in _DEVICES:
+        raise ConfigError(f"device is '{device}'; known devices: {', '.join(_DEVICES)}")
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise ConfigError(f"bandwidth is {bandwidth}; give bytes per second, more than 0")
+    if META not in program.graph_module.meta:
+        raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
+    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT, PACKED_LINEAR, PACKED_SITE)]
+    if not any(node.target in (PACKED_LINEAR, PACKED_SITE) for node in nodes):
+        raise GraphError("this program holds no packed Linear; report before it is decomposed")
+    plans: dict[Any, tuple[Kernel, ...]] = {}
+    rows = tuple(_row(node, tokens, device, bandwidth, plans) for node in nodes)
+    return BackendReport(device, tokens, bandwidth, rows)
+
+
+def _row(
+    node: Node, tokens: int | None, device: str, bandwidth: float | None, plans: dict[Any, tuple[Kernel, ...]]
+) -> dict[str, Any]:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    named = _arguments(node, node.target)
+    rows = math.prod(named["x"].shape[:-1])
+    free = tokens is None and not isinstance(rows, int)
+    count = tokens or (1 if free else rows)
+    # Layers of one shape run the same kernels, and models have hundreds of them.
+    key = (node.target, count, free, *[_shape(value) for value in named.values()])
+    if key not in plans:
+        plans[key] = plan(node.target, list(named.values()), count, free, torch.device(device))
+    kernels = plans[key]
+    read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
+    moved = sum(read.values()) + sum(written.values())
+    packed = node.target in (PACKED_LINEAR, PACKED_SITE)
+    row = {
+        "operator": node.target.overloadpacket.__name__,
+        "layers": list(sites_of(node)) if packed else [group_of(node)],
+        "shape": _rows_of(named),
+        "bits": named.get("bits", ""),
+        "tokens": count,
+        "free": free,
+        "kernels": [kernel.name for kernel in kernels],
+        "launches": len(kernels),
+        "read": read,
+        "written": written,
+        "bytes": moved,
+        "flops": _flops(named, count),
+    }
+    return row if bandwidth is None else {**row, "microseconds": _microseconds(moved, bandwidth)}
+
+
+def _arguments(node: Node, operator: torch._ops.OpOverload) -> dict[str, Any]:
+    """Operands by name; a node stands for the tensor that it makes, without data."""
+    names = [argument.name for argument in operator._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    values = [given[name] for name in names]
+    return {name: value.meta["val"] if isinstance(value, Node) else value
+            for name, value in zip(names, values, strict=True)}  # fmt: skip
+
+
+def _shape(value: Any) -> Any:
+    """What a plan knows of an operand; the leading sizes of activations, which may be free, aren't part of it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.dtype, tuple(size for size in value.shape if isinstance(size, int))
+
+
+def _rows_of(named: dict[str, Any]) -> list[int]:
+    columns = named["x"].shape[-1]
+    for key in ("scales", "down"):
+        if named.get(key) is not None:
+            return [named[key].shape[0], columns]
+    return [columns]
+
+
+def _flops(named: dict[str, Any], tokens: int) -> int:
+    columns, block = named["x"].shape[-1], named.get("block", 1)
+    flops = tokens * (columns - named.get("skip", 0)) * (block.bit_length() - 1)
+    if "scales" in named:
+        flops += 2 * tokens * named["scales"].shape[0] * columns
+    for factor in (named.get("down"), named.get("up")):
+        if factor is not None:
+            flops += 2 * tokens * factor.numel()
+    return flops
+
+
+def _merged(parts: list[dict[str, int]]) -> dict[str, int]:
+    keys = {key: None for part in parts for key in part}
+    return {key: sum(part.get(key, 0) for part in parts) for key in keys}
+
+
+def _microseconds(moved: int, bandwidth: float) -> float:
+    return 1e6 * moved / bandwidth

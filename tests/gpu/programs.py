@@ -1,0 +1,44 @@
+"""A small decoder, quantised once, as optimised programs of any type, shape and device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+import lopro_fx
+from tests.programs import Decoder, export, ids, seeded
+
+# Error of a whole decoder after rounding every intermediate to the type; decode adds 16-bit fixed point to fp32.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def _export(dtype: torch.dtype, shape: tuple[int, int], dynamic: bool) -> ExportedProgram:
+    return export(seeded(Decoder(bias=True)).to(dtype), ids(*shape), dynamic=dynamic)
+
+
+@functools.cache
+def state() -> lopro_fx.QuantState:
+    """The decoder after LoPRo on one batch: 3 bits, every column rotated, rank 4."""
+    config = lopro_fx.LoPRo(bits=3, group_size=32, rank=4, refits=0)
+    return lopro_fx.calibrate(_export(torch.float32, (2, 9), True), [ids(4, 16)], config)
+
+
+def optimized(
+    dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 9), dynamic: bool = False
+) -> ExportedProgram:
+    """The quantised decoder exported for `shape` on the CPU; `dynamic` frees both sizes."""
+    return lopro_fx.optimize(lopro_fx.apply(_export(dtype, shape, dynamic), state()))
+
+
+def on_cuda(program: ExportedProgram) -> ExportedProgram:
+    """The program moved to the GPU; the one that is passed in is used up."""
+    return move_to_device_pass(program, "cuda")
+
+
+def run(program: ExportedProgram, input_ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return program.module()(input_ids)
