@@ -23,7 +23,7 @@ def main() -> None:
 
     text, _ = builtin_text()
     batches = token_windows(loaded.tokenizer, text, seq_len=512, max_windows=32).split(1)
-    quantized = lopro_fx.quantize(program, batches, lopro_fx.LoPRo(bits=3, group_size=64, rank=16))
+    quantized = lopro_fx.quantize(program, batches, lopro_fx.LoPRo(bits=3, importance="gradient"))
     print(lopro_fx.report(quantized))
     lopro_fx.save(quantized, "quantized")
 
@@ -33,7 +33,7 @@ def main() -> None:
         next_token = compiled(prompt)[0, -1].argmax()
     print(loaded.tokenizer.decode(next_token))
 
-    print(export_aoti(quantized, "quantized.pt2"))
+    print(export_aoti(lopro_fx.optimize(quantized), "quantized.pt2"))
 
 
 if __name__ == "__main__":

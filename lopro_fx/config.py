@@ -96,7 +96,7 @@ class GPTQ(Method):
     """
 
     damp: float = 0.01
-    act_order: str = "column"
+    act_order: str = "static"
     token_clip: float = 0.0
     method: ClassVar[str] = "gptq"
 

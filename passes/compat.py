@@ -1,12 +1,13 @@
-"""Every private torch call of the project but those of `serde.py`, with the versions that it was tried on.
+"""Private torch calls of the graph passes, but for those of `serde.py`, with the versions that they were tried on.
 
-Tried on torch 2.13.0. When a name moves, these two are the only files to change.
+Tried on torch 2.13.0. When a name moves, these two and `kernels/plan.py` are the files to change.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,10 @@ def rebuild(
     constants: Mapping[str, Any],
 ) -> ExportedProgram:
     """A new, validated program around an edited graph (`ExportedProgram._update`, used by torch's own passes)."""
-    return program._update(graph_module, signature, state_dict=dict(state_dict), constants=dict(constants))
+    with warnings.catch_warnings():
+        # torch copies its own deprecated class, about which a user of ours can do nothing.
+        warnings.filterwarnings("ignore", r".*LeafSpec.*", FutureWarning)
+        return program._update(graph_module, signature, state_dict=dict(state_dict), constants=dict(constants))
 
 
 def copied(graph_module: GraphModule) -> GraphModule:

@@ -10,7 +10,7 @@ import lopro_fx
 from lopro_fx import GPTQ, CalibrationError, LoPRo
 from lopro_fx.calibration.importance import _FLOOR, _POWER, token_importance
 from lopro_fx.passes.sites import find_sites
-from tests.helpers import assert_close, generator
+from tests.helpers import assert_close
 from tests.programs import VOCAB, WIDTH, decoder, export, ids, rows, seeded
 
 
@@ -20,7 +20,7 @@ def _importance(program, *batches: Tensor, seed: int = 0) -> dict[str, list[Tens
 
 def _expected(module: nn.Module, batches: list[Tensor], names: list[str]) -> list[Tensor]:
     """The same by autograd's own hooks on the module."""
-    rng, kept = generator(0), {name: [] for name in names}
+    kept = {name: [] for name in names}
     handles = [
         module.get_submodule(name).register_forward_hook(
             lambda _m, _i, y, name=name: (
@@ -30,9 +30,8 @@ def _expected(module: nn.Module, batches: list[Tensor], names: list[str]) -> lis
         for name in names
     ]
     for batch in batches:
-        logits = module(batch).flatten(0, -2)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=rng).flatten()
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        logits, labels = module(batch)[:, :-1].flatten(0, -2), batch[:, 1:].flatten()
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
     total = sum(torch.cat(kept[name]) / torch.cat(kept[name]).mean() for name in names)
@@ -50,9 +49,9 @@ def test_weights_are_gradient_norms_at_the_outputs_of_a_group(group: str, names:
         assert_close("weights", want, have, 1e-4)
 
 
-def test_the_mean_is_one_and_runs_repeat() -> None:
-    _, program = decoder()
-    first, again, other = (_importance(program, ids(2, 9), seed=seed) for seed in (0, 0, 1))
+def test_without_labels_they_are_drawn_from_the_seed() -> None:
+    program = export(seeded(_LastToken()), rows(3, 8))
+    first, again, other = (_importance(program, rows(3, 8), seed=seed) for seed in (0, 0, 1))
     for name, batches in first.items():
         assert torch.cat(batches).mean().item() == pytest.approx(1, rel=1e-5)
         assert (torch.cat(batches) > 0).all()

@@ -29,7 +29,7 @@ assert not any(name.startswith("lopro_fx") for name in sys.modules), "the packag
 
 @pytest.fixture(scope="module")
 def program():
-    return quantized_lm(**SIZES)
+    return lopro_fx.optimize(quantized_lm(**SIZES))
 
 
 @pytest.fixture(scope="module")
