@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx import __about__
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.importance import token_importance
+from lopro_fx.calibration.importance import measure_importance
 from lopro_fx.calibration.schedule import run_calibrated, run_data_free
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, LoPRo, Method
@@ -88,7 +88,7 @@ def calibrate(
         else:
             importance = None
             if config.importance == "gradient":
-                importance = token_importance(program, selection.groups, batches, config.seed, run.weighing)
+                importance = measure_importance(program, selection.groups, batches, config.seed, run.weighing)
             run_calibrated(program, selection.groups, batches, run.solve, config, importance)
     info = {
         "lopro_fx": __about__.__version__,

@@ -1,8 +1,8 @@
-"""How much a token's error at the output of a Linear matters to the result of the whole program.
+"""How much an error at the output of a Linear matters to the result of the whole program, by token and by output.
 
 The second-order effect of an error e in an output y on the loss is E[(gᵀe)²], with g the gradient of the log-likelihood
-(the empirical Fisher matrix). A Gram whose tokens are weighted by |g|² is its best scalar-per-token form (GuidedQuant,
-2505.07004, with one group of outputs).
+(the empirical Fisher matrix). Weights of |g|² on the Gram's tokens, and on the rows of the weights that compete for one
+low-rank branch, are its diagonal forms (GuidedQuant, 2505.07004, with one group of outputs).
 
 Labels are the next tokens where an integer input has the shape of the logits' positions, as in a language model.
 Elsewhere they are drawn from the program's own predictions; that measured worse on a language model.
@@ -11,6 +11,7 @@ Elsewhere they are drawn from the program's own predictions; that measured worse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,14 +32,22 @@ _POWER = 0.5
 _FLOOR = 1e-3
 
 
-def token_importance(
+@dataclass(frozen=True)
+class Importance:
+    """Weights with mean 1: `tokens`, fp32 (tokens,) for each batch, and `rows`, fp32 (features of all sites,)."""
+
+    tokens: list[Tensor]
+    rows: Tensor
+
+
+def measure_importance(
     program: ExportedProgram,
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     seed: int,
     progress: Progress = silent,
-) -> dict[str, list[Tensor]]:
-    """Weight of every token at every group, from one forward and one backward run of each batch.
+) -> dict[str, Importance]:
+    """Weights of every token and output of every group, from one forward and one backward run of each batch.
 
     Args:
         program: unquantised; its first floating-point output is taken as logits over its last dimension.
@@ -48,7 +57,7 @@ def token_importance(
         progress: called as (batches done, batches, label).
 
     Returns:
-        For each group's name, fp32 (tokens,) for each batch; the mean over all tokens is 1.
+        `Importance` by the group's name.
 
     Raises:
         CalibrationError: no output depends on a group, or a gradient is not finite.
@@ -63,7 +72,10 @@ def token_importance(
 
 
 class _Recorder(LockstepRunner):
-    """Runs one batch with gradients, and keeps the squared norm of the gradient of every row of the watched outputs."""
+    """Runs one batch with gradients, and keeps sums of the squared gradient g (tokens, features) of watched outputs.
+
+    `found` holds, for each, fp32 (tokens + features,): sums over features, then sums over tokens.
+    """
 
     def __init__(self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node]) -> None:
         super().__init__(program, [batch])
@@ -77,14 +89,15 @@ class _Recorder(LockstepRunner):
         if node in self._watched:
             values = self._shared if node in self._shared else self._values[0]
             y = values[node] + self._start.to(values[node].dtype)
-            self.found[node] = torch.zeros(y.numel() // y.shape[-1])
+            self.found[node] = torch.zeros(y.numel() // y.shape[-1] + y.shape[-1])
             # The hook holds the sum alone: with the runner in it, the graph of every batch would live on in a cycle.
             y.register_hook(partial(_add_squared, self.found[node]))
             values[node] = y
 
 
 def _add_squared(total: Tensor, gradient: Tensor) -> None:
-    total += gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square().sum(-1)
+    squared = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
+    total += torch.cat((squared.sum(1), squared.sum(0)))
 
 
 @torch.enable_grad()
@@ -124,15 +137,23 @@ def _next_tokens(batch: Sequence[Any], logits: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=-1).reshape(-1, 1)
 
 
-def _weights(group: Group, squared: list[list[Tensor]]) -> list[Tensor]:
-    """`squared` holds, for each site, the squared gradient norms (tokens,) of each batch."""
-    sizes = [len(batch) for batch in squared[0]]
-    total = torch.zeros(sum(sizes))
-    for site in squared:
-        every = torch.cat(site)
+def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
+    """`squared` holds, for each site, what `_Recorder` found in each batch."""
+    widths = [site.out_features for site in group.sites]
+    sizes = [len(batch) - widths[0] for batch in squared[0]]
+    tokens, rows = torch.zeros(sum(sizes)), []
+    for site, width in zip(squared, widths, strict=True):
+        every = torch.cat([batch[:-width] for batch in site])
         if not torch.isfinite(every).all():
             raise CalibrationError(f"the gradient at '{group.name}' is not finite; use importance='none' or float32")
         mean = every.mean()
-        total += every / mean if mean > 0 else 1.0
-    weight = (total / total.mean()).clamp_min(_FLOOR).pow(_POWER)
-    return list((weight / weight.mean()).split(sizes))
+        tokens += every / mean if mean > 0 else 1.0
+        rows.append(torch.stack([batch[-width:] for batch in site]).sum(0))
+    return Importance(list(_tempered(tokens).split(sizes)), _tempered(torch.cat(rows)))
+
+
+def _tempered(squared: Tensor) -> Tensor:
+    """Weights with mean 1."""
+    mean = squared.mean()
+    weight = (squared / mean if mean > 0 else torch.ones_like(squared)).clamp_min(_FLOOR).pow(_POWER)
+    return weight / weight.mean()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lopro_fx.calibration.importance import Importance
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.statistics import Statistics, data_free, measure
 from lopro_fx.config import Method
@@ -36,7 +38,7 @@ def run_calibrated(
     batches: Sequence[Sequence[Any]],
     solve: Solve,
     config: Method,
-    importance: Mapping[str, Sequence[Tensor]] | None = None,
+    importance: Mapping[str, Importance] | None = None,
 ) -> None:
     """Solve every group in graph order on the activations of `batches`.
 
@@ -47,14 +49,17 @@ def run_calibrated(
         solve: called once a group.
         config: its `token_clip` and `sequential` apply. Sequentially, quantised results replace the weights before the
             graph goes on; otherwise every group is measured on the unquantised model.
-        importance: weight of each token by group and batch, see `token_importance`.
+        importance: of tokens and rows, by group, see `measure_importance`.
     """
     runner = LockstepRunner(program, batches)
     first = {group.sites[0].nodes[0]: group for group in groups}
     placeholders = {site.weight: str(site.nodes[0].args[1]) for group in groups for site in group.sites}
     for node, inputs in runner.stops(set(first)):
         group = first[node]
-        stats = measure(inputs, group.name, group.source.name, config.token_clip, (importance or {}).get(group.name))
+        weight = importance[group.name] if importance else None
+        tokens = weight.tokens if weight else None
+        stats = measure(inputs, group.name, group.source.name, config.token_clip, tokens)
+        stats = replace(stats, rows=weight.rows if weight else None)
         weights = [weight_of(program, site) for site in group.sites]
         solved = solve(group, stats, weights)
         if config.sequential:

@@ -13,11 +13,15 @@ from lopro_fx.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Statistics:
-    """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free."""
+    """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free.
+
+    `rows` fp32 (m,) weighs the error of each output feature of all Linears; None counts them the same.
+    """
 
     gram: Tensor
     magnitude: Tensor
     tokens: int
+    rows: Tensor | None = None
 
 
 def data_free(in_features: int) -> Statistics:

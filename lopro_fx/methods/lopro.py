@@ -27,7 +27,7 @@ _SCALE_POWER = 2.4
 
 @dataclass(frozen=True)
 class _Problem:
-    """One candidate: W T, Tᵀ H T, its feedback, and the sequence in which columns are rounded."""
+    """One candidate: W T, Tᵀ H T, its feedback, the sequence in which columns are rounded, the scale of its rows."""
 
     name: str
     transform: Transform
@@ -35,6 +35,7 @@ class _Problem:
     gram: Tensor
     fb: Feedback
     order: Tensor
+    rows: Tensor | float
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def solve(
     losses: dict[str, float] = {}
     for name in config.transforms:
         transform = transform_for(name, residual, stats.gram, config, generator)
-        problem = _pose(name, transform, joint, stats.gram, config)
+        problem = _pose(name, transform, joint, stats, config)
         branch = None if start is None else _rounded(start[0], transform.forward(start[1]), problem, rows, config)
         solution = _attempt(problem, branch, rows, config, generator)
         losses[name] = solution.loss
@@ -77,7 +78,7 @@ def solve(
         if again.loss >= solution.loss:
             break
         solution = again
-    whole = proxy_loss(joint, stats.gram)
+    whole = proxy_loss(joint * _row_scale(stats), stats.gram)
     return replace(solution, relative=solution.loss / whole if whole > 0 else 0.0, losses=losses)
 
 
@@ -90,7 +91,7 @@ def initial_factors(
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
     if config.low_rank == "block_svd":
-        down = gram_components(joint, stats.gram, config.rank, generator, config.power_iterations)
+        down = gram_components(joint * _row_scale(stats), stats.gram, config.rank, generator, config.power_iterations)
         return fit_up(joint, stats.gram, down), down
     scale = column_scale(stats.magnitude)
     left, right = r1_sketch(
@@ -130,12 +131,16 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
     return Transform(perm, signs if config.signs and block > 1 else None, block, skip if block > 1 else 0)
 
 
-def _pose(name: str, transform: Transform, joint: Tensor, gram: Tensor, config: LoPRo) -> _Problem:
-    moved = transform.gram(gram)
+def _row_scale(stats: Statistics) -> Tensor | float:
+    """(m, 1) by which an error's rows are multiplied, so that its squares weigh as `stats.rows` says."""
+    return 1.0 if stats.rows is None else stats.rows.sqrt().unsqueeze(1)
+
+
+def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo) -> _Problem:
+    moved = transform.gram(stats.gram)
     order = rotation.group_order(moved, config.group_size)
-    return _Problem(
-        name, transform, transform.forward(joint), moved, feedback(moved[order][:, order], config.damp), order
-    )
+    fb = feedback(moved[order][:, order], config.damp)
+    return _Problem(name, transform, transform.forward(joint), moved, fb, order, _row_scale(stats))
 
 
 def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
@@ -157,8 +162,8 @@ def _attempt(
     rounded = descend(target, problem.gram, rounded, config.bits, config.sweeps, config.damp)
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
-        up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator)
+        up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator, problem.rows)
         branch = _Branch(down, tuple(round_factor(part, config.factor_bits, 1) for part in up.split(rows)))
-    loss = proxy_loss(error if branch is None else error - branch.dense, problem.gram)
+    loss = proxy_loss((error if branch is None else error - branch.dense) * problem.rows, problem.gram)
     down, ups = (branch.down, branch.ups) if branch else (None, ())
     return GroupSolution(problem.transform, rounded, down, ups, loss, 0.0, problem.fb.damp, problem.name)

@@ -105,17 +105,17 @@ def gram_components(
 
 
 def correction(
-    error: Tensor, hessian: Tensor, rank: int, factor_bits: int, generator: torch.Generator
+    error: Tensor, hessian: Tensor, rank: int, factor_bits: int, generator: torch.Generator, rows: Tensor | float = 1.0
 ) -> tuple[Tensor, Factor]:
     """Best low-rank approximation of `error` (m, n) in the Gram norm, with the down factor rounded.
 
     The down factor is rounded first and the up factor solved for it by least squares, so only the up factor's own
-    rounding is left to pay.
+    rounding is left to pay. `rows` (m, 1) scales the rows among which the down factor is shared.
 
     Returns:
         up fp32 (m, r), not rounded (its caller rounds each site's rows), and the down `Factor` (r, n).
     """
-    factor = round_factor(gram_components(error, hessian, rank, generator), factor_bits, 0)
+    factor = round_factor(gram_components(error * rows, hessian, rank, generator), factor_bits, 0)
     return fit_up(error, hessian, factor.dense()), factor
 
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 import lopro_fx
 from lopro_fx import GPTQ, CalibrationError, LoPRo
-from lopro_fx.calibration.importance import _FLOOR, _POWER, token_importance
+from lopro_fx.calibration.importance import _FLOOR, _POWER, Importance, measure_importance
 from lopro_fx.passes.sites import find_sites
 from tests.helpers import assert_close
 from tests.programs import VOCAB, WIDTH, decoder, export, ids, rows, seeded
 
 
-def _importance(program, *batches: Tensor, seed: int = 0) -> dict[str, list[Tensor]]:
-    return token_importance(program, find_sites(program, ("*",), ()).groups, [[batch] for batch in batches], seed)
+def _importance(program, *batches: Tensor, seed: int = 0) -> dict[str, Importance]:
+    return measure_importance(program, find_sites(program, ("*",), ()).groups, [[batch] for batch in batches], seed)
 
 
 def _expected(module: nn.Module, batches: list[Tensor], names: list[str]) -> list[Tensor]:
@@ -43,7 +43,7 @@ def _expected(module: nn.Module, batches: list[Tensor], names: list[str]) -> lis
 def test_weights_are_gradient_norms_at_the_outputs_of_a_group(group: str, names: list[str]) -> None:
     module, program = decoder()
     batches = [ids(2, 9), ids(1, 5, seed=1)]
-    got = _importance(program, *batches)[group]
+    got = _importance(program, *batches)[group].tokens
     expected = _expected(module, batches, [f"blocks.0.{name}" for name in names])
     for want, have in zip(expected, got, strict=True):
         assert_close("weights", want, have, 1e-4)
@@ -52,11 +52,13 @@ def test_weights_are_gradient_norms_at_the_outputs_of_a_group(group: str, names:
 def test_without_labels_they_are_drawn_from_the_seed() -> None:
     program = export(seeded(_LastToken()), rows(3, 8))
     first, again, other = (_importance(program, rows(3, 8), seed=seed) for seed in (0, 0, 1))
-    for name, batches in first.items():
-        assert torch.cat(batches).mean().item() == pytest.approx(1, rel=1e-5)
-        assert (torch.cat(batches) > 0).all()
-        assert torch.equal(batches[0], again[name][0])
-    assert any(not torch.equal(batches[0], other[name][0]) for name, batches in first.items())
+    for name, weights in first.items():
+        for every in (torch.cat(weights.tokens), weights.rows):
+            assert every.mean().item() == pytest.approx(1, rel=1e-5)
+            assert (every > 0).all()
+        assert torch.equal(weights.tokens[0], again[name].tokens[0])
+        assert torch.equal(weights.rows, again[name].rows)
+    assert any(not torch.equal(weights.rows, other[name].rows) for name, weights in first.items())
 
 
 class _LastToken(nn.Module):
@@ -71,7 +73,7 @@ class _LastToken(nn.Module):
 
 
 def test_tokens_that_nothing_depends_on_weigh_next_to_nothing() -> None:
-    (weights,) = _importance(export(seeded(_LastToken()), rows(3, 8)), rows(3, 8))["first"]
+    (weights,) = _importance(export(seeded(_LastToken()), rows(3, 8)), rows(3, 8))["first"].tokens
     last = weights.view(3, 8)[:, -1]
     assert (last > 5 * weights.view(3, 8)[:, :-1].max()).all()
 
