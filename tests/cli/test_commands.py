@@ -112,7 +112,9 @@ def test_program_of_the_folder_computes_what_was_measured(model_folder, quantize
     loaded = load_model(str(model_folder), torch.float32)
     program = export_causal_lm(loaded.model)
     samples = token_windows(loaded.tokenizer, builtin_text()[0], 32, 4)
-    quantized = lopro_fx.quantize(program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4))
+    quantized = lopro_fx.quantize(
+        program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4, importance="gradient")
+    )
     with torch.no_grad():
         expected, got = (each.module()(samples[:1]) for each in (quantized, lopro_fx.load(quantized_folder)))
     assert torch.equal(got, expected)

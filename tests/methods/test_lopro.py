@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx.config import GPTQ, LoPRo
+from lopro_fx.methods.gptq import proxy_loss
 from lopro_fx.methods.lopro import column_scale, initial_factors, transform_for
+from lopro_fx.methods.solve import solve
 from tests.helpers import assert_close, generator
-from tests.methods.problems import check, ordinary, run, same, statistics
+from tests.methods.problems import approximation, check, ordinary, run, same, statistics
 
 CONFIG = LoPRo(
     bits=3, group_size=32, clip_steps=4, rank=4, salient=32, transforms=("identity", "act_order", "partial", "full")
@@ -102,3 +104,23 @@ def test_candidates_are_orthogonal_at_any_width(name: str, width: int) -> None:
     assert (matrix @ matrix.T - torch.eye(width)).abs().max() < 1e-12
     if name == "partial" and transform.block > 1:
         assert transform.skip == min(CONFIG.salient, width)
+
+
+@pytest.mark.parametrize("low_rank", ["block_svd", "r1_sketch"])
+def test_the_branch_goes_to_the_rows_that_matter(low_rank: str) -> None:
+    """Rows only meet in the down factor: the heavy ones gain by it, and the rounding of each stays its own."""
+    (first, second), x = ordinary((24, 24))
+    stats = statistics(x)
+    config = replace(CONFIG, transforms=("full",), rank=2, low_rank=low_rank)
+
+    def losses(rows: torch.Tensor | None) -> list[float]:
+        weighed = replace(stats, rows=rows)
+        solution = solve([first, second], weighed, config, generator())
+        error = torch.cat([first, second]) - approximation(solution)
+        return [proxy_loss(part, stats.gram) for part in error.split(24)]
+
+    even = losses(None)
+    heavy = losses(torch.tensor([1.9] * 24 + [0.1] * 24))
+    assert heavy[0] < even[0]
+    assert heavy[1] > even[1]
+    assert losses(torch.ones(48)) == pytest.approx(even, rel=1e-4)
