@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lopro_fx
-from lopro_fx.deploy.manifest import sha256
+from lopro_fx.deploy.manifest import VERSION, sha256
 from lopro_fx.errors import CheckpointError
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names
 
@@ -59,7 +59,7 @@ def test_foreign_manifest(copied):
 def test_unknown_version(copied):
     manifest = json.loads((copied / "lopro_fx.json").read_text())
     (copied / "lopro_fx.json").write_text(json.dumps({**manifest, "version": 99}))
-    _refused(copied, "format version 99, but lopro_fx .* reads version 1")
+    _refused(copied, f"format version 99, but lopro_fx .* reads version {VERSION}")
 
 
 def test_program_and_state_are_told_apart(saved):
