@@ -1,6 +1,6 @@
 """Time to solve one 4096 x 11008 layer (rank 16, 3 bits): LoPRo beside a full SVD followed by plain GPTQ.
 
-Weights and activations are random with outlier columns. Each part is timed once, in one process, after a warm-up.
+Weights and activations are random with outlier columns. Each part is timed once, in one process.
 """
 
 from __future__ import annotations
