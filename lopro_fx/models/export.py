@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
 
 from lopro_fx.deploy.manifest import first_line
 from lopro_fx.errors import ModelError
@@ -32,7 +33,7 @@ def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedPr
 
     example = (torch.zeros(2, max(example_length, 2), dtype=torch.int64),)
     shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1)}}
-    return _export(model, forward, example, shapes)
+    return export_view(model, forward, example, shapes)
 
 
 def export_scorer(model: nn.Module) -> ExportedProgram:
@@ -72,12 +73,20 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
         "mask": {2: sequence, 3: sequence},
         "keep": {0: Dim("kept", min=1)},
     }
-    return _export(model, forward, example, shapes)
+    return export_view(model, forward, example, shapes)
 
 
-def _export(
-    model: nn.Module, forward: Callable[..., Tensor], example: tuple[Tensor, ...], shapes: dict[str, dict[int, Dim]]
+def export_view(
+    model: nn.Module, forward: Callable[..., Tensor], example: tuple[Any, ...], shapes: dict[str, Any]
 ) -> ExportedProgram:
+    """Exports a model with `forward(self, …)` in place of its own.
+
+    Args:
+        example: positional inputs of `forward`, tensors or lists of them, on any device.
+        shapes: dynamic sizes by the name of the input, as in `torch.export.export`.
+
+    Raises: ModelError if torch.export can't trace the model.
+    """
     # A wrapper module would put its attribute's name before every weight's. This is the model itself, under a subclass
     # with another forward: the same modules, parameters and names, nothing copied.
     kind = type(model)
@@ -86,6 +95,6 @@ def _export(
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            return torch.export.export(view, tuple(t.to(device) for t in example), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(view, tree_map(lambda t: t.to(device), example), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise ModelError(f"{kind.__name__} can't be exported: {first_line(error)}") from error

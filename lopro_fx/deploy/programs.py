@@ -1,0 +1,97 @@
+"""The two programs that generate text, and what a caller has to know of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Sizes of the KV cache: for each tensor, in the order of the programs' inputs, its shape without the first two.
+
+    Args:
+        batch_size: rows of every tensor.
+        max_cache_len: slots that can be used, one a token, padding included.
+        keys, values: (heads, head_dim) of each layer that keeps any; a tensor is (batch_size, heads, max_cache_len + 1,
+            head_dim). The last slot stays empty: what is read is then never the whole tensor, and torch.export need not
+            tell these cases apart.
+        dtype: of all of them, e.g. "float32".
+        vocabulary: width of the logits.
+    """
+
+    batch_size: int
+    max_cache_len: int
+    keys: list[tuple[int, int]]
+    values: list[tuple[int, int]]
+    dtype: str
+    vocabulary: int
+
+    def allocate(self, device: torch.device | str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+        """Zeroed (keys, values)."""
+        dtype = getattr(torch, self.dtype)
+
+        def zeros(heads: int, width: int) -> Tensor:
+            return torch.zeros(self.batch_size, heads, self.max_cache_len + 1, width, dtype=dtype, device=device)
+
+        return [zeros(*size) for size in self.keys], [zeros(*size) for size in self.values]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CacheSpec:
+        """Inverse of `to_dict`, from JSON."""
+        sizes = {name: [(int(heads), int(width)) for heads, width in values[name]] for name in ("keys", "values")}
+        return cls(**{**values, **sizes})
+
+
+@dataclass(frozen=True)
+class GenerationPrograms:
+    """`prefill` takes a prompt of any length in one pass, `decode` one token; both have the same weights and inputs.
+
+    Inputs, all but the first two of int64 too:
+        input_ids: (B, S) int64; S is 1 in `decode`.
+        position: (1,) slot of the first of them; the others follow.
+        padding: (B,) slots at the start of each row that hold padding, not text.
+        slots: (L,) 0, 1, … L - 1, at least up to the last slot in use: the length decides how far attention reads.
+        keys, values: lists of the cache's tensors (see `CacheSpec`), written in place.
+    Output: logits (B, vocabulary) of the last token.
+    """
+
+    prefill: ExportedProgram
+    decode: ExportedProgram
+    cache: CacheSpec
+
+    def map(self, function: Callable[[ExportedProgram], ExportedProgram]) -> GenerationPrograms:
+        """Both programs after `function`, e.g. `lambda program: lopro_fx.apply(program, state)`, with weights shared.
+
+        A tensor that both programs have under one name and with the same values is one tensor afterwards.
+        """
+        prefill, decode = function(self.prefill), function(self.decode)
+        _share(prefill, decode)
+        return replace(self, prefill=prefill, decode=decode)
+
+    def items(self) -> tuple[tuple[str, ExportedProgram], tuple[str, ExportedProgram]]:
+        """(name, program) of both."""
+        return (PREFILL, self.prefill), (DECODE, self.decode)
+
+
+def _share(source: ExportedProgram, target: ExportedProgram) -> None:
+    for mine, theirs in ((source.state_dict, target.state_dict), (source.constants, target.constants)):
+        for name, tensor in theirs.items():
+            other = mine.get(name)
+            if isinstance(tensor, Tensor) and isinstance(other, Tensor) and _same(tensor, other):
+                theirs[name] = other
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)

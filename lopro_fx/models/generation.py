@@ -1,0 +1,147 @@
+"""Exports the prefill and decode programs of a Hugging Face causal language model, with a static KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
+from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.models.export import export_view
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: int = 1) -> GenerationPrograms:
+    """Export a model as the two programs that generate text with a KV cache.
+
+    Their weights are named as in the model, so a `QuantState` calibrated on `export_causal_lm`'s program fits both:
+    `export_for_generation(model, …).map(lambda program: lopro_fx.apply(program, state))`.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        max_cache_len: most tokens that prompt and text may have together, at least 2. A cache of that length costs
+            memory; time grows only with the tokens that are there.
+        batch_size: rows that are generated together.
+
+    Raises:
+        ConfigError: a size is out of range.
+        ModelError: the model has layers without a plain KV cache (recurrent or chunked ones), or can't be traced.
+    """
+    if max_cache_len < 2 or batch_size < 1:
+        raise ConfigError(f"max_cache_len={max_cache_len}, batch_size={batch_size}: at least 2 and 1 are needed")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_cache_len > limit:
+        raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
+    spec = _cache_spec(model, batch_size, max_cache_len)
+    windows = _windows(model.config)
+    forward = _forward(type(model).forward, windows)
+    device = next(model.parameters()).device
+
+    def example(tokens: int) -> tuple[Any, ...]:
+        zeros = torch.zeros(batch_size, tokens, dtype=torch.int64)
+        keys, values = spec.allocate(device)
+        small = (zeros, torch.zeros(1, dtype=torch.int64), zeros[:, 0].clone(), torch.arange(tokens + 2))
+        return (*(tensor.to(device) for tensor in small), keys, values)
+
+    tokens, slots = Dim("tokens", min=1, max=max_cache_len), Dim("slots", min=2, max=max_cache_len)
+    caches = {"keys": [None] * len(spec.keys), "values": [None] * len(spec.values)}
+    shapes: dict[str, Any] = {"input_ids": None, "position": None, "padding": None, "slots": {0: slots}, **caches}
+    prefill = export_view(model, forward, example(3), {**shapes, "input_ids": {1: tokens}})
+    decode = export_view(model, forward, example(1), shapes)
+    return GenerationPrograms(prefill, decode, spec)
+
+
+def _forward(plain_forward: Any, windows: dict[str, int | None]) -> Any:
+    def forward(
+        self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
+    ) -> Tensor:
+        written = position + torch.arange(input_ids.shape[1], device=position.device)
+        output = plain_forward(
+            self,
+            input_ids=input_ids,
+            position_ids=(written - padding[:, None]).clamp(min=0),
+            attention_mask=_masks(written, padding, slots, windows),
+            past_key_values=_cache(written, slots.shape[0], keys, values),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    return forward
+
+
+def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, int | None]) -> Any:
+    """Masks (B, 1, S, L), True where a token may look: at itself and at the text before it."""
+    mine, others = written[:, None], slots[None, :]
+    # A padding token looks at itself alone: a row of the softmax with nothing in it would be NaN.
+    visible = ((others <= mine) & (others >= padding[:, None, None])) | (others == mine)
+    masks = {
+        kind: (visible if window is None else visible & (others > mine - window))[:, None]
+        for kind, window in windows.items()
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
+    """transformers' cache over the programs' own tensors."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    class Slots(CacheLayerMixin):
+        is_sliding = False
+
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__()
+            self.keys, self.values, self.is_initialized = keys, values, True
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            raise AssertionError("the tensors are there from the start")
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.keys.index_copy_(2, written, key_states)
+            self.values.index_copy_(2, written, value_states)
+            return self.keys[:, :, :length], self.values[:, :, :length]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return length, 0
+
+        def get_seq_length(self) -> Any:
+            return written[0]
+
+        def get_max_length(self) -> int:
+            return self.keys.shape[2]
+
+        get_max_cache_shape = get_max_length
+
+    return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """How far back each kind of attention layer looks; None is everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [_SLIDING if window is not None else _FULL]
+    if getattr(config, "use_sliding_window", True) is False and getattr(config, "layer_types", None) is None:
+        kinds = [_FULL]
+    unknown = sorted(set(kinds) - {_FULL, _SLIDING})
+    if unknown:
+        raise ModelError(f"layers of type {', '.join(unknown)} keep no plain KV cache; they can't be exported with one")
+    return {kind: None if kind == _FULL else window for kind in dict.fromkeys(kinds)}
+
+
+def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheSpec:
+    """Sizes as the model's own cache has them after one token."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            output = model(input_ids=ids, use_cache=True)
+        layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
+        keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
+        values = [(layer.values.shape[1], layer.values.shape[3]) for layer in layers]
+        dtype = str(layers[0].keys.dtype).removeprefix("torch.")
+    except Exception as error:  # running the model's own code may raise anything
+        raise ModelError(f"{type(model).__name__} keeps no plain KV cache: {first_line(error)}") from error
+    return CacheSpec(batch_size, max_cache_len, keys, values, dtype, output.logits.shape[-1])
