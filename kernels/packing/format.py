@@ -73,6 +73,21 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes[..., :count]
 
 
+def unpack_at(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Codes at positions `index` (any shape) of one packed row, int32 (words,); no others are unpacked."""
+    blocks = packed.shape[-1] // bits
+    codes, start, shift = None, 0, 0
+    for width in PLANES[bits]:
+        fields = WORD // width
+        offset = _offsets(width, packed.device)[index % fields]
+        field = (packed[start + index // fields] >> offset) & ((1 << width) - 1)
+        codes = field if codes is None else codes | (field << shift)
+        start += blocks * width
+        shift += width
+    assert codes is not None
+    return codes
+
+
 def group_count(in_features: int, group_size: int) -> int:
     """Number of groups of input columns; the last one may be short. `group_size` -1 is the whole row."""
     return 1 if group_size == -1 else -(-in_features // group_size)
@@ -82,10 +97,14 @@ def dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """Packed weight to a dense (out_features, in_features) tensor of `dtype`; the arithmetic is fp32."""
-    out_features, groups = scales.shape
-    q = unpack(codes, bits, in_features).to(torch.float32)
-    zero = unpack(zeros, bits, out_features * groups).view(out_features, groups).to(torch.float32) + ZERO_OFFSET
-    scale = scales.to(torch.float32)
+    zero_codes = unpack(zeros, bits, scales.numel()).view(scales.shape)
+    return scaled(unpack(codes, bits, in_features), scales, zero_codes, group_size, dtype)
+
+
+def scaled(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Weights of `dtype` that unpacked codes (..., in_features) stand for, by scales and zero codes (..., groups)."""
+    in_features, groups = codes.shape[-1], scales.shape[-1]
+    q, zero, scale = codes.to(torch.float32), zeros.to(torch.float32) + ZERO_OFFSET, scales.to(torch.float32)
     if groups > 1:
         padding = groups * group_size - in_features
         if padding:
@@ -93,7 +112,7 @@ def dequantize(
         q = q.unflatten(-1, (groups, group_size))
         dense = ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
         if padding:
-            dense = dense[:, :in_features]
+            dense = dense[..., :in_features]
     else:
         dense = (q - zero) * scale
     return dense.to(dtype)

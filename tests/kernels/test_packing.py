@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx.kernels.packing import oracle
-from lopro_fx.kernels.packing.format import dequantize, group_count, pack, packed_words, unpack
+from lopro_fx.kernels.packing.format import dequantize, group_count, pack, packed_words, unpack, unpack_at
 from tests.helpers import generator
 
 BITS = (2, 3, 4, 8)
@@ -36,6 +36,13 @@ def test_round_trip_keeps_every_code(bits: int, rows: int, count: int, seed: int
     words = pack(codes, bits)
     assert words.shape == (rows, packed_words(count, bits))
     torch.testing.assert_close(unpack(words, bits, count), codes, rtol=0, atol=0)
+
+
+@given(bits=st.sampled_from(BITS), count=st.integers(1, 140), seed=st.integers(0, 999))
+def test_single_codes_are_those_of_the_whole_row(bits: int, count: int, seed: int) -> None:
+    codes = _codes((count,), bits, seed)
+    index = torch.randint(0, count, (3, 5), generator=generator(seed))
+    torch.testing.assert_close(unpack_at(pack(codes, bits), bits, index), codes[index], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)

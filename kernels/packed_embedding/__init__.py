@@ -1,0 +1,1 @@
+"""Rows of a packed table that an output projection multiplies with too."""
