@@ -11,6 +11,7 @@ from torch.export import Dim
 from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.models.attention import grouped_attention_in
 from lopro_fx.models.export import export_view
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -52,7 +53,8 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     caches = {"keys": [None] * len(spec.keys), "values": [None] * len(spec.values)}
     shapes: dict[str, Any] = {"input_ids": None, "position": None, "padding": None, "slots": {0: slots}, **caches}
     prefill = export_view(model, forward, example(3), {**shapes, "input_ids": {1: tokens}})
-    decode = export_view(model, forward, example(1), shapes)
+    with grouped_attention_in(model.config):
+        decode = export_view(model, forward, example(1), shapes)
     return GenerationPrograms(prefill, decode, spec)
 
 

@@ -1,0 +1,50 @@
+"""Attention of the decode program: queries that share a key head are rows of one product, so no key is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_NAME = "lopro_fx_grouped"
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention in the form of transformers' attention functions.
+
+    Args:
+        query: (B, heads, 1, D); key: (B, key_heads, L, D); value: (B, key_heads, L, E); key_heads divides heads.
+        attention_mask: bool (B, 1, 1, L), True where a query may look.
+        kwargs: `scaling` is used; dropout is for training.
+
+    Returns:
+        (B, 1, heads, E), and None for the weights.
+    """
+    batch, heads, length, width = query.shape
+    assert length == 1, "with several tokens a row, each would need a mask of its own"
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    out = nn.functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return out.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+@contextmanager
+def grouped_attention_in(config: Any) -> Iterator[None]:
+    """Let a model that uses PyTorch's attention use this one meanwhile; others (soft-capped, eager) keep theirs."""
+    from transformers import AttentionInterface
+
+    before = config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_NAME, grouped_attention)
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
