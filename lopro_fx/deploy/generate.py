@@ -2,87 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.deploy.generator import Generator, Recompute, TokenModel
+from lopro_fx.deploy.programs import GenerationPrograms
+from lopro_fx.deploy.sampling import Sampler
+from lopro_fx.errors import ConfigError
+
+Model = ExportedProgram | GenerationPrograms | Generator | Callable[[Tensor], Tensor]
 
 
-@torch.no_grad()
+@overload
 def generate(
-    program: ExportedProgram | Callable[[Tensor], Tensor],
+    program: Model, tokenizer: Any, prompt: str, max_new_tokens: int = ..., *, temperature: float = ...,
+    top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Collection[int] | None = ...,
+    stream: Callable[[str], None] | None = ...,
+) -> str: ...  # fmt: skip
+@overload
+def generate(
+    program: Model, tokenizer: Any, prompt: Sequence[str], max_new_tokens: int = ..., *, temperature: float = ...,
+    top_k: int = ..., top_p: float = ..., seed: int = ..., stop: Collection[int] | None = ...,
+    stream: Callable[[str], None] | None = ...,
+) -> list[str]: ...  # fmt: skip
+def generate(
+    program: Model,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[str],
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     stop: Collection[int] | None = None,
     stream: Callable[[str], None] | None = None,
-) -> str:
-    """Continue `prompt`.
-
-    The whole prefix runs again for every token, since the program keeps no KV cache: time grows with the square of the
-    length, which suits a few sentences.
+) -> str | list[str]:
+    """Continue a prompt, or several together.
 
     Args:
-        program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic; a program or anything callable, such as
-            a loaded AOTInductor package.
+        program: a `Generator` (see `load_package`) or `GenerationPrograms`, whose KV cache makes a token cost the same
+            however long the text is; or a program without a cache, token ids (1, S) int64 -> logits (1, S, vocabulary),
+            for which the whole prefix runs again for every token, which suits a few sentences.
         tokenizer: of Hugging Face, or with its `__call__`, `decode` and `eos_token_id`.
-        prompt: text; no chat template is put around it.
+        prompt: text; no chat template is put around it. Several need a batch size of at least as many, and are padded
+            on the left.
         max_new_tokens: most tokens to add.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        seed: of the draws.
-        stop: token ids that end the text; by default the tokenizer's end-of-sequence token.
-        stream: called with each piece of text as it comes; the pieces together are the result.
+        temperature, top_k, top_p, seed: see `Sampler`; by default the likeliest token is taken.
+        stop: token ids that end a text; by default the tokenizer's end-of-sequence token.
+        stream: called with each piece of text as it comes; the pieces together are the result. One prompt only.
 
     Returns:
-        The text added, without the prompt.
+        The text added, without the prompt; a list for a list.
 
     Raises:
-        ConfigError: the prompt has no token, or a number is out of range.
+        ConfigError: a prompt has no token or doesn't fit the cache, there are more prompts than rows, or a number is
+            out of range.
         ModelError: logits are not finite.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
-    if not temperature >= 0:
-        raise ConfigError(f"temperature={temperature:g}: must be 0 (greedy) or above")
-    ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
-    if not ids:
+    sampler = Sampler(temperature, top_k, top_p, seed)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if stream and len(prompts) != 1:
+        raise ConfigError(f"{len(prompts)} prompts can't be streamed together; stream one, or none")
+    ids = [list(tokenizer(text)["input_ids"]) if text else [] for text in prompts]
+    if not ids or not all(ids):
         raise ConfigError("the prompt is empty: give at least one character to continue")
     end = {tokenizer.eos_token_id} if stop is None else set(stop)
-    run = program.module() if isinstance(program, ExportedProgram) else program
-    generator = torch.Generator().manual_seed(seed)
-    start, text = len(ids), ""
-    for _ in range(max_new_tokens):
-        token = _pick(run(torch.tensor([ids]))[0, -1].float().cpu(), temperature, generator)
-        if token in end:
-            break
-        ids.append(token)
-        grown = _text(tokenizer, ids, start)
+    texts = [_Text(tokenizer, row) for row in ids]
+    for tokens in _tokens(_token_model(program), ids, max_new_tokens, sampler, end):
+        for text, token in zip(texts, tokens, strict=True):
+            if token is not None:
+                piece = text.add(token)
+                if stream and piece:
+                    stream(piece)
+    if stream and (rest := texts[0].rest()):
+        stream(rest)
+    results = [text.text() for text in texts]
+    return results[0] if isinstance(prompt, str) else results
+
+
+def _token_model(program: Model) -> TokenModel:
+    if isinstance(program, GenerationPrograms):
+        return Generator.from_programs(program)
+    return program if isinstance(program, Generator) else Recompute(program)
+
+
+def _tokens(
+    model: TokenModel, prompts: list[list[int]], count: int, sampler: Sampler, end: set[int]
+) -> Iterator[list[int | None]]:
+    """The next token of each prompt, None where it has ended, until all have."""
+    if len(prompts) > model.batch_size:
+        raise ConfigError(
+            f"{len(prompts)} prompts for a batch size of {model.batch_size}: export with batch_size={len(prompts)}"
+        )
+    # Rows that nobody asked for repeat the first prompt; what they say is dropped.
+    rows = prompts + [prompts[0]] * (model.batch_size - len(prompts))
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    ids = torch.tensor([[row[0]] * pad + row for row, pad in zip(rows, padding, strict=True)])
+    model.reset()
+    logits = model.prefill(ids, torch.tensor(padding) if any(padding) else None)
+    ended = [False] * len(prompts)
+    for index in range(count):
+        tokens = sampler.pick(logits)
+        chosen = tokens.tolist()[: len(prompts)]
+        ended = [over or token in end for over, token in zip(ended, chosen, strict=True)]
+        if all(ended):
+            return
+        yield [None if over else token for over, token in zip(ended, chosen, strict=True)]
+        if index + 1 < count:
+            logits = model.decode(tokens[:, None])
+
+
+class _Text:
+    """What the new tokens of one prompt say, so far."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer, self._ids, self._start, self._shown = tokenizer, list(prompt), len(prompt), ""
+
+    def text(self) -> str:
+        """Text as it continues the prompt: decoders drop a space at the start of what they are given."""
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return whole[len(self._tokenizer.decode(self._ids[: self._start], skip_special_tokens=True)) :]
+
+    def add(self, token: int) -> str:
+        """What the token adds to the text shown so far."""
+        self._ids.append(token)
+        grown = self.text()
         # A character whose bytes are spread over tokens shows as U+FFFD until its last one is there.
-        if stream and not grown.endswith("\ufffd"):
-            stream(grown[len(text) :])
-            text = grown
-    grown = _text(tokenizer, ids, start)
-    if stream and len(grown) > len(text):
-        stream(grown[len(text) :])
-    return grown
+        return "" if grown.endswith("\ufffd") else self._show(grown)
 
+    def rest(self) -> str:
+        """What was held back."""
+        return self._show(self.text())
 
-def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if not torch.isfinite(logits).all():
-        raise ModelError("the model's logits are not finite: check its weights, or use a wider dtype")
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-
-
-def _text(tokenizer: Any, ids: list[int], start: int) -> str:
-    """Text of the new tokens as it continues the prompt: decoders drop a space at the start of what they are given."""
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    return whole[len(tokenizer.decode(ids[:start], skip_special_tokens=True)) :]
+    def _show(self, grown: str) -> str:
+        piece, self._shown = grown[len(self._shown) :], grown
+        return piece

@@ -11,14 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lopro_fx.errors import CheckpointError
-
-
-def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tied tensors: the same elements of the same storage, in the same order."""
-    if not tensor.numel():
-        return (id(tensor),)
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return *place, tuple(tensor.shape), tensor.stride(), tensor.dtype
+from lopro_fx.passes.ties import identity
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

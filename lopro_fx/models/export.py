@@ -95,6 +95,7 @@ def export_view(
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            return torch.export.export(view, tree_map(lambda t: t.to(device), example), dynamic_shapes=shapes, strict=False)
+            example = tree_map(lambda tensor: tensor.to(device), example)
+            return torch.export.export(view, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise ModelError(f"{kind.__name__} can't be exported: {first_line(error)}") from error

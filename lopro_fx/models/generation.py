@@ -99,23 +99,25 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
             self.keys, self.values, self.is_initialized = keys, values, True
+            self._cache = keys, values
 
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
             raise AssertionError("the tensors are there from the start")
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            self.keys.index_copy_(2, written, key_states)
-            self.values.index_copy_(2, written, value_states)
-            return self.keys[:, :, :length], self.values[:, :, :length]
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            keys, values = self._cache
+            keys.index_copy_(2, written, key_states)
+            values.index_copy_(2, written, value_states)
+            return keys[:, :, :length], values[:, :, :length]
 
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
             return length, 0
 
         def get_seq_length(self) -> Any:
             return written[0]
 
         def get_max_length(self) -> int:
-            return self.keys.shape[2]
+            return self._cache[0].shape[2]
 
         get_max_cache_shape = get_max_length
 
