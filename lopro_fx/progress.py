@@ -26,7 +26,8 @@ def bar(title: str, enabled: bool | None = None) -> Iterator[Progress]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[label]}"))  # fmt: skip
-    with Bar(*columns, console=Console(stderr=True), transient=True) as shown:
+    # The stream as it is now: what runs inside may silence a library by putting another in its place.
+    with Bar(*columns, console=Console(file=sys.stderr), transient=True) as shown:
         task = shown.add_task(title, total=None, label="")
 
         def update(done: int, total: int, label: str) -> None:

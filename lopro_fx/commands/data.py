@@ -51,13 +51,14 @@ def evaluation_text(path: str | None) -> Text:
 
 def positive(parser: ArgumentParser, name: str, default: int, meaning: str) -> None:
     """An option that takes a whole number of at least 1."""
+    parser.add_argument(name, type=whole, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
-    def parse(value: str) -> int:
-        if not value.isdecimal() or int(value) < 1:
-            raise ArgumentTypeError(f"{value}: must be a whole number, at least 1")
-        return int(value)
 
-    parser.add_argument(name, type=parse, default=default, metavar="N", help=f"{meaning} (default: {default})")
+def whole(value: str) -> int:
+    """Reads a whole number of at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise ArgumentTypeError(f"{value}: must be a whole number, at least 1")
+    return int(value)
 
 
 def measure(title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor) -> PerplexityResult:

@@ -1,13 +1,28 @@
-"""`lopro-fx eval`: perplexity and bits per byte."""
+"""`lopro-fx eval`: perplexity, bits per byte, divergence from the original, multiple-choice and lm-eval tasks."""
 
 from __future__ import annotations
 
+import json
+import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from lopro_fx.commands import data, output
-from lopro_fx.commands.source import add_model, open_either
-from lopro_fx.report.table import render
+import torch
+from torch import Tensor
+
+from lopro_fx.commands import data, output, scores
+from lopro_fx.commands.source import Source, add_model, is_checkpoint, open_either
+from lopro_fx.deploy.checkpoint import load
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.errors import ConfigError, LoProError
+from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
+from lopro_fx.progress import bar
+
+_REPORT = "report.json"
+_Models = dict[str, Callable[[Tensor], Tensor]]
 
 
 def add(parser: ArgumentParser) -> None:
@@ -15,22 +30,127 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
     data.positive(parser, "--windows", 24, "evaluation windows")
     data.positive(parser, "--seq-len", 512, "tokens in a window")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument(
+        "--against", metavar="ORIGINAL", help="model to compare with (default for DIR: the one that it was made from)"
+    )
+    against.add_argument("--alone", action="store_true", help="compare with nothing")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="[NAME=]FILE", help="multiple-choice tasks, one item a line of JSON"
+    )
+    parser.add_argument("--lm-eval", metavar="TASK,TASK", help="tasks of EleutherAI's lm-eval (extra: lopro_fx[eval])")
+    parser.add_argument("--lm-eval-path", metavar="DIR", help="folder with more task definitions for --lm-eval")
+    parser.add_argument("--limit", type=data.whole, metavar="N", help="only the first N items of each task")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
 def run(args: Namespace) -> None:
     output.check_json_path(args.json)
+    tasks = _tasks(args.tasks, args.limit)
+    names = [name for name in (args.lm_eval or "").split(",") if name]
+    harness = _harness(names) if names else None
     text = data.evaluation_text(args.text)
-    source = open_either(args.model, args.dtype)
-    windows = text.windows(source.tokenizer, args.seq_len, args.windows)
-    result = data.measure("perplexity", source.program, source.tokenizer, windows)
-    figures = {"model": source.name, "text": text.name, "windows": len(windows), "seq_len": args.seq_len}
-    output.write_result(args.json, {**figures, **asdict(result)})
-    rows = [
-        ("model", source.name),
-        ("text", f"{text.name}, {len(windows)} x {args.seq_len} tokens"),
-        ("perplexity", f"{result.ppl:.3f}"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ("seconds", f"{result.seconds:.1f}"),
-    ]
-    output.say(render("evaluation", ("", ""), rows, width=120))
+    original = None if args.alone else _original(args.model, args.against, args.dtype)
+    source = _open(args.model, args.dtype, original)
+    tokenizer = source.tokenizer
+    windows = text.windows(tokenizer, args.seq_len, args.windows)
+    result = {"model": source.name, "text": text.name, "windows": len(windows), "seq_len": args.seq_len}
+    models: _Models = {"model": source.program.module()}
+    if original is None:
+        result |= asdict(data.measure("perplexity", source.program, tokenizer, windows))
+    else:
+        if not torch.equal(windows, text.windows(original.tokenizer, args.seq_len, args.windows)):
+            raise ConfigError(f"{args.model} and {original.name} split text into other tokens: they can't be compared")
+        models["original"] = original.program.module()
+        difference = asdict(_compare(models, tokenizer, windows))
+        result |= {
+            **difference.pop("program"),
+            "against": original.name,
+            "original": difference.pop("original"),
+            "divergence": difference,
+        }
+    if tasks:
+        result["tasks"] = {name: _score(name, task, models, tokenizer) for name, task in tasks.items()}
+    if harness is not None:
+        result["lm_eval"] = {}
+        for which, program in models.items():
+            with bar(f"lm-eval, {which}") as progress:
+                result["lm_eval"][which] = harness(
+                    program, tokenizer, names, include_path=args.lm_eval_path, limit=args.limit, progress=progress
+                )
+    output.write_result(args.json, result)
+    output.say(scores.tables(result))
+
+
+def _tasks(given: list[str], limit: int | None) -> dict[str, tuple[str, list[Item]]]:
+    """(file, items) by name, read before the long work starts."""
+    tasks = {}
+    for entry in given:
+        name, equals, file = entry.partition("=")
+        if not equals:
+            name, file = Path(entry).stem, entry
+        if name in tasks:
+            raise ConfigError(f"--tasks {entry}: {name} is there twice; name one of them with NAME=FILE")
+        tasks[name] = (file, read_task(file, limit))
+    return tasks
+
+
+def _harness(names: list[str]) -> Callable[..., dict[str, Any]]:
+    """What runs tasks of lm-eval.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from lopro_fx.evaluation.harness import run_tasks
+    except ImportError as error:
+        raise ConfigError(
+            f"--lm-eval {','.join(names)} needs lm-eval ({error}): pip install 'lopro_fx[eval]'"
+        ) from error
+    return run_tasks
+
+
+def _original(model: str, against: str | None, dtype: str) -> Source | None:
+    """The model to compare with: the one asked for, or else the one that the folder says it was made from."""
+    if against is not None:
+        return open_either(against, dtype)
+    report = Path(model) / _REPORT
+    if not (is_checkpoint(model) and report.is_file()):
+        return None
+    try:
+        made = json.loads(report.read_text())
+        # A folder may have been named relative to where quantize ran; its origin holds the whole path.
+        before, prefix, path = made["source"].partition("folder ")
+        return open_either(path if prefix and not before else made["model"], dtype)
+    except (OSError, ValueError, KeyError, LoProError) as error:
+        advice = "--against names the original, --alone leaves it out"
+        warnings.warn(f"{model} is not compared with its original: {first_line(error)} ({advice})", stacklevel=2)
+        return None
+
+
+def _open(model: str, dtype: str, original: Source | None) -> Source:
+    """The model to evaluate; a folder of `lopro_fx.save`, which holds no tokenizer, takes the original's."""
+    if original is None or not is_checkpoint(model) or any(Path(model).glob("tokenizer*")):
+        return open_either(model, dtype)
+    return Source(load(model), original.tokenizer, model, f"folder {Path(model).resolve()}")
+
+
+def _compare(models: _Models, tokenizer: Any, windows: Tensor) -> DivergenceResult:
+    with bar("divergence") as progress:
+        return divergence(
+            models["model"],
+            models["original"],
+            windows,
+            n_bytes=predicted_bytes(tokenizer, windows),
+            progress=progress,
+        )
+
+
+def _score(name: str, task: tuple[str, list[Item]], models: _Models, tokenizer: Any) -> dict[str, Any]:
+    """File and figures of a task, by model."""
+    file, items = task
+    figures: dict[str, Any] = {"file": file}
+    for which, program in models.items():
+        with bar(f"{name}, {which}") as progress:
+            figures[which] = asdict(zero_shot(program, tokenizer, items, branched=False, progress=progress))
+    return figures

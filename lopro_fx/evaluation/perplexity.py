@@ -47,8 +47,7 @@ def perplexity(
 
     Raises: ConfigError if there is nothing to predict; ModelError if logits are not finite.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ConfigError(f"windows of shape {tuple(windows.shape)}: (1 or more, 2 or more tokens) are needed")
+    require_windows(windows)
     started = time.perf_counter()
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -60,14 +59,20 @@ def perplexity(
                 raise ModelError(f"window {index}: the log-probabilities are not finite: check the model's weights")
             tokens += len(window) - 1
             progress(index + 1, len(windows), f"perplexity {_exp(total / tokens):.3f}")
-    nll = total / tokens
-    return PerplexityResult(
-        ppl=_exp(nll),
-        nll_mean=nll,
-        tokens=tokens,
-        bits_per_byte=None if n_bytes is None else total / math.log(2) / n_bytes,
-        seconds=time.perf_counter() - started,
-    )
+    return perplexity_of(total, tokens, n_bytes, time.perf_counter() - started)
+
+
+def require_windows(windows: Tensor) -> None:
+    """Raises: ConfigError unless `windows` is (1 or more, 2 or more tokens)."""
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ConfigError(f"windows of shape {tuple(windows.shape)}: (1 or more, 2 or more tokens) are needed")
+
+
+def perplexity_of(nats: float, tokens: int, n_bytes: int | None, seconds: float) -> PerplexityResult:
+    """The result for `tokens` predicted tokens whose -ln probabilities sum to `nats`."""
+    nll = nats / tokens
+    bits = None if n_bytes is None else nats / math.log(2) / n_bytes
+    return PerplexityResult(ppl=_exp(nll), nll_mean=nll, tokens=tokens, bits_per_byte=bits, seconds=seconds)
 
 
 def _exp(nll: float) -> float:

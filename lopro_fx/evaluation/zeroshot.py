@@ -1,8 +1,9 @@
 """Multiple-choice accuracy without examples, by the conventions of EleutherAI's lm-evaluation-harness.
 
-All endings of an item are scored in one forward pass: the tokens that they share come once, then each ending's own as a
-branch. Positions restart with each branch, and the mask lets a token see the shared part and its own branch only, so
-every ending gets the logits that a pass of its own would give.
+A scorer program (`export_scorer`) takes all endings of an item in one forward pass: the tokens that they share come
+once, then each ending's own as a branch. Positions restart with each branch, and the mask lets a token see the shared
+part and its own branch only, so every ending gets the logits that a pass of its own would give. A program that takes
+token ids only, such as a saved folder holds, does take a pass for each (`branched=False`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.evaluation.likelihood import continuation
 from lopro_fx.progress import Progress, silent
-
-Scorer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def read_task(path: str | Path, limit: int | None = None) -> list[Item]:
 
 
 def zero_shot(
-    scorer: Scorer,
+    scorer: Callable[..., Tensor],
     tokenizer: Any,
     items: Sequence[Item],
     *,
+    branched: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
@@ -89,9 +90,11 @@ def zero_shot(
     """Accuracy of a scorer program on a task.
 
     Args:
-        scorer: what `export_scorer` returns, as a callable (its `.module()`).
+        scorer: what `export_scorer` returns, as a callable (its `.module()`); without `branched`, what
+            `export_causal_lm` returns, or any callable (1, S) token ids -> (1, S, vocabulary) logits.
         tokenizer: the model's Hugging Face tokenizer.
         items: the questions (`read_task`).
+        branched: all endings of an item in one pass, or one pass for each.
         dtype: the mask's type, that of the model's activations.
         device: where the model is.
         progress: called after each item with (items done, all items, the accuracy so far).
@@ -103,7 +106,7 @@ def zero_shot(
     started = time.perf_counter()
     right = right_norm = 0
     for done, item in enumerate(items, 1):
-        scores = score_item(scorer, tokenizer, item, dtype=dtype, device=device)
+        scores = score_item(scorer, tokenizer, item, branched=branched, dtype=dtype, device=device)
         sizes = torch.tensor([max(1, len(choice.ending.lstrip().encode())) for choice in item.choices])
         right += int(scores.argmax()) == item.label
         right_norm += int((scores / sizes).argmax()) == item.label
@@ -119,10 +122,11 @@ def zero_shot(
 
 
 def score_item(
-    scorer: Scorer,
+    scorer: Callable[..., Tensor],
     tokenizer: Any,
     item: Item,
     *,
+    branched: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -131,6 +135,19 @@ def score_item(
     Arguments as in `zero_shot`. Raises: ConfigError if an ending has no tokens; ModelError if logits are not finite.
     """
     pairs = [_encode(tokenizer, choice, item.id) for choice in item.choices]
+    if branched:
+        scores = _one_pass(scorer, pairs, dtype, device)
+    else:
+        scores = torch.tensor([continuation(scorer, *pair, device)[0] for pair in pairs], dtype=torch.float64)
+    if not scores.isfinite().all():
+        raise ModelError(f"item {item.id}: the log-probabilities are not finite: check the model's weights")
+    return scores
+
+
+def _one_pass(
+    scorer: Callable[..., Tensor], pairs: list[tuple[list[int], int]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Sums of log-probabilities (choices,) of (tokens, how many of them are given)."""
     shared = min(given for _, given in pairs)
     shared = next((p for p in range(shared) if len({ids[p] for ids, _ in pairs}) > 1), shared)
     ids = list(pairs[0][0][:shared])
@@ -150,8 +167,6 @@ def score_item(
     with torch.no_grad():
         logits = scorer(*(tensor.to(device) for tensor in inputs)).float()
         logp = logits.log_softmax(-1).cpu().gather(1, torch.tensor(targets)[:, None])[:, 0].double()
-    if not logp.isfinite().all():
-        raise ModelError(f"item {item.id}: the log-probabilities are not finite: check the model's weights")
     return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, torch.tensor(owner), logp)
 
 

@@ -57,6 +57,13 @@ def test_contexts_may_differ(llama, tokenizer, scorer, contexts, ending):
     torch.testing.assert_close(score_item(scorer, tokenizer, item), expected, atol=1e-4, rtol=0)
 
 
+@given(contexts=st.lists(_TEXT, min_size=2, max_size=4), ending=_TEXT.map(lambda text: " " + text + "x"))
+def test_an_ordinary_program_scores_the_same(llama, tokenizer, scorer, contexts, ending):
+    item = Item(0, tuple(Choice(context, ending) for context in contexts), 0)
+    scores = score_item(lambda ids: llama(ids, use_cache=False).logits, tokenizer, item, branched=False)
+    torch.testing.assert_close(scores, score_item(scorer, tokenizer, item), atol=1e-4, rtol=0)
+
+
 def test_stories_model_prefers_sense(stories):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories).eval(), AutoTokenizer.from_pretrained(stories)
     scorer = export_scorer(model).module()
@@ -101,6 +108,9 @@ def test_errors_while_scoring(tokenizer):
         score_item(_uniform, tokenizer, _item("is", "", " a"))
     with pytest.raises(ModelError, match="item 0"):
         score_item(lambda *inputs: _uniform(*inputs) * torch.nan, tokenizer, _item("is", " b", " a"))
+    with pytest.raises(ModelError, match="item 0"):
+        score_item(lambda ids: torch.full((*ids.shape, 1000), torch.nan), tokenizer, _item("is", " b", " a"),
+                   branched=False)  # fmt: skip
 
 
 def _write(path, *rows):
