@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import lopro_fx.kernels.ops  # noqa: F401  registers the lopro:: operators
+from typing import Any
+
+import lopro_fx.kernels.ops  # registers the lopro:: operators
 from lopro_fx.__about__ import __version__
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.deploy import export_aoti, generate, load, load_state, save, save_state
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
+from lopro_fx.huggingface import pack_model, save_pretrained
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
@@ -37,8 +40,17 @@ __all__ = [
     "load",
     "load_state",
     "optimize",
+    "pack_model",
     "quantize",
     "report",
     "save",
+    "save_pretrained",
     "save_state",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Classes derived from those of transformers, which is imported when one of them is asked for.
+    if name in ("LoProConfig", "LoProQuantizer"):
+        return getattr(lopro_fx.huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

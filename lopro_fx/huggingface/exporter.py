@@ -1,0 +1,81 @@
+"""`LoProQuantizer`: quantises within the export of transformers' exporters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from transformers.exporters.configs import ExportFormat
+from transformers.exporters.quantizers.base import ExportQuantizer
+
+from lopro_fx.config import Method
+from lopro_fx.passes.sites import find_sites
+from lopro_fx.quantize import apply, calibrate
+from lopro_fx.state import QuantState
+
+
+class LoProQuantizer(ExportQuantizer):
+    """Quantises the program that `DynamoExporter` exports; give it as `DynamoConfig(quantizer=...)`.
+
+    Args:
+        config: `LoPRo` (default), `GPTQ` or `RTN`.
+        calibration_dataset: dicts of the model's inputs, or, for `export_for_generation`, of `generate`'s. Without it
+            the export's own sample inputs serve, with a warning of transformers.
+
+    A second program with the same weights, as `decode` after `prefill`, gets what was calibrated on the first. `states`
+    collects the QuantStates that were calibrated, in order, because exporters keep only the graph.
+    """
+
+    quantizes_fx_graph = True
+    supported_formats: Any = (ExportFormat.DYNAMO,)
+    required_packages = ("torch",)
+    min_versions = {"torch": "2.11.0"}  # noqa: RUF012  as the base class declares it
+
+    def __init__(
+        self, config: Method | None = None, calibration_dataset: Iterable[dict[str, Any]] | None = None
+    ) -> None:
+        super().__init__(calibration_dataset)
+        self.config = config
+        # Exporters quantise with shallow copies, which share both.
+        self.states: list[QuantState] = []
+        self._calibrated: dict[frozenset[tuple[str, int]], QuantState] = {}
+
+    def quantize(self, model: GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat) -> GraphModule:  # noqa: ARG002
+        """The graph with packed Linears, calibrated; sizes that were dynamic still are.
+
+        Raises:
+            GraphError: no Linear to quantise.
+            CalibrationError: a sample doesn't fit the program, or an activation is not finite.
+        """
+        inputs = dict(sample_inputs)
+        shapes = _dynamic_sizes(model, inputs).dynamic_shapes(model, (), inputs)
+        program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+        weights = _weights(program)
+        if weights not in self._calibrated:
+            batches = list(self.traced_calibration(inputs))
+            self._calibrated[weights] = calibrate(program, batches, self.config)
+            self.states.append(self._calibrated[weights])
+        quantized: Any = apply(program, self._calibrated[weights]).module()
+        return quantized
+
+
+def _dynamic_sizes(model: GraphModule, inputs: dict[str, Any]) -> ShapesCollection:
+    """The sizes that the graph left open, so that exporting it again leaves them open."""
+    sizes = ShapesCollection()
+    placeholders = model.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, pytree.tree_leaves(((), inputs)), strict=True):
+        if isinstance(value, torch.Tensor):
+            open_sizes = {index: Dim.AUTO for index, size in enumerate(node.meta["val"].shape)
+                          if not isinstance(size, int)}  # fmt: skip
+            if open_sizes:
+                sizes[value] = open_sizes
+    return sizes
+
+
+def _weights(program: ExportedProgram) -> frozenset[tuple[str, int]]:
+    """Name and place in memory of every Linear's weight: equal for programs of one model."""
+    return frozenset((site.name, program.state_dict[site.weight].data_ptr()) for site in find_sites(program).sites)

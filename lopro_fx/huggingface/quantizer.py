@@ -1,0 +1,165 @@
+"""What transformers calls to load a folder that lopro_fx wrote. Importing this registers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lopro_fx.__about__ import __version__
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.errors import CheckpointError, ConfigError, ModelError
+from lopro_fx.huggingface import layout
+from lopro_fx.huggingface.modules import ACTIVATIONS, PackedInput, PackedLinear
+from lopro_fx.huggingface.replace import linear_of, replace_linears, restore_linears
+from lopro_fx.huggingface.versions import require_transformers
+
+METHOD = "lopro_fx"
+FORMAT = 1
+
+
+class LoProConfig(QuantizationConfigMixin):
+    """`quantization_config` of a model that lopro_fx quantised.
+
+    To choose how a saved model computes, pass `from_pretrained(..., quantization_config=LoProConfig(activations=...))`;
+    the rest is read from the folder.
+
+    Args:
+        activations: "float", or "int8" to round each token's rotated activations inside the CPU kernel.
+        method: the method and its parameters, as `Method.to_dict` gives them.
+        groups, sites: see `lopro_fx/huggingface/layout.py`.
+        lopro_fx: version that wrote the folder.
+        format: version of this layout.
+
+    Raises:
+        ConfigError: `activations` is none of the two.
+        CheckpointError: another format.
+    """
+
+    def __init__(
+        self,
+        activations: str = "float",
+        *,
+        method: dict[str, Any] | None = None,
+        groups: dict[str, Any] | None = None,
+        sites: dict[str, Any] | None = None,
+        lopro_fx: str = __version__,
+        format: int = FORMAT,  # noqa: A002  the name in config.json
+        quant_method: str = METHOD,
+    ) -> None:
+        if format != FORMAT:
+            raise CheckpointError(
+                f"the model has format version {format}, but lopro_fx {__version__} reads version {FORMAT}: use the "
+                f"lopro_fx that wrote it ({lopro_fx})"
+            )
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"LoProConfig(activations={activations!r}): allowed are {', '.join(ACTIVATIONS)}")
+        self.quant_method: Any = quant_method
+        self.activations, self.method, self.groups, self.sites = activations, method, groups or {}, sites or {}
+        self.lopro_fx, self.format = lopro_fx, format
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What an argument of `from_pretrained` overrides in a saved configuration."""
+        return {"activations": self.activations}
+
+
+class LoProHfQuantizer(HfQuantizer):
+    """Replaces Linears by `PackedLinear` before their tensors are read, and refuses a folder that lacks any of them."""
+
+    requires_calibration = True
+    quantization_config: LoProConfig
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        require_transformers("loading a model that lopro_fx quantised")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        for path in checkpoint_files or ():
+            _require_readable(path)
+        config = self.quantization_config
+        names = _names_in(model, config.sites)
+
+        def size(name: str) -> tuple[int, int]:
+            linear = linear_of(model, name)
+            return linear.out_features, linear.in_features
+
+        try:
+            sites = {names[name]: {**entry, "group": names[entry["group"]]}
+                     for name, entry in config.sites.items() if name in names}  # fmt: skip
+            shared = {names[name]: entry for name, entry in config.groups.items() if name in names}
+            groups, made = layout.restore(shared, sites, size)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the quantization_config is damaged: {first_line(error)}") from error
+        replace_linears(model, groups, made, config.activations)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in model.named_modules():
+            if not isinstance(module, (PackedLinear, PackedInput)):
+                continue
+            for key, tensor in module.named_buffers(recurse=False):
+                # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(f"the model's files lack the tensor '{name}.{key}': save the model again")
+                if tensor.dtype != (expected := module.dtypes[key]):
+                    raise CheckpointError(f"'{name}.{key}' is {tensor.dtype} in the model's files, not {expected}")
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore_linears(model, dtype)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: Any, config: LoProConfig) -> None:
+    """Make transformers take a model whose Linears were replaced for one that it loaded with `config`."""
+    model.hf_quantizer = LoProHfQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.config.quantization_config = config
+
+
+def _names_in(model: Any, sites: dict[str, Any]) -> dict[str, str]:
+    """Saved name to the name in `model`, which may be the saved model or the base model inside it."""
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    names = {}
+    for name in sites:
+        inner = name.removeprefix(prefix)
+        if name in modules:
+            names[name] = name
+        elif inner in modules:
+            names[name] = inner
+        elif name.startswith(prefix) or model.base_model is not model:
+            raise ModelError(f"{type(model).__name__} has no module '{name}', which the saved model quantised")
+    return names
+
+
+def _require_readable(path: str) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {first_line(error)}") from error
+
+
+def register() -> None:
+    """Make transformers know the configuration and the quantizer."""
+    auto.register_quantization_config(METHOD)(LoProConfig)
+    auto.register_quantizer(METHOD)(LoProHfQuantizer)
+    # The one place that says which attributes of a saved configuration an argument may override.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, LoProConfig)

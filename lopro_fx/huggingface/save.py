@@ -1,0 +1,136 @@
+"""A quantised model as transformers holds it, and as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.files import replacing, write_json
+from lopro_fx.huggingface import layout
+from lopro_fx.huggingface.replace import replace_linears, untie
+from lopro_fx.huggingface.versions import require_transformers
+from lopro_fx.models.quiet import quiet
+from lopro_fx.passes.recover import recover
+from lopro_fx.state import QuantState
+
+REPORT = "lopro_fx_report.json"
+_CONFIG = "config.json"
+
+
+def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> Any:
+    """A copy of a transformers model whose Linears are packed; it shares every tensor that stays with `model`.
+
+    Args:
+        model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export.
+        state: from `lopro_fx.calibrate`.
+        activations: "float", or "int8" to round each token's rotated activations inside the CPU kernel.
+
+    Returns:
+        A model for `generate`, `pipeline`, `torch.compile` and `save_pretrained`.
+
+    Raises:
+        ConfigError: `activations` is none of the two.
+        ModelError: transformers is missing or too old, or `state` names what is no Linear of the model.
+    """
+    require_transformers("a packed transformers model")
+    from lopro_fx.huggingface.quantizer import LoProConfig, attach
+
+    groups, sites = layout.describe(state)
+    config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
+    # Tensors that the copy finds in its memo are not copied: only modules are.
+    kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    packed = copy.deepcopy(model, kept)
+    untie(packed, state.sites)
+    replace_linears(packed, state.groups.values(), state.sites, activations)
+    attach(packed, config)
+    return packed.eval()
+
+
+def save_pretrained(
+    model: Any,
+    state: QuantState,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    activations: str = "float",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once `lopro_fx` is imported.
+
+    It holds `config.json` with the quantisation's configuration, `generation_config.json`, weights in safetensors
+    shards with an index, the tokenizer's files, and what was done to each layer in `lopro_fx_report.json`. What was not
+    quantised keeps its dtype; tied weights stay tied.
+
+    Args:
+        model, state, activations: as in `pack_model`.
+        folder: new, empty, or a folder that this function wrote, which is then replaced.
+        tokenizer: written too, if given.
+        max_shard_size: bytes, or a text such as "5GB".
+
+    Raises:
+        CheckpointError: `folder` holds something else, or can't be written (nothing is left half-written).
+        ConfigError, ModelError: as in `pack_model`.
+    """
+    folder = Path(folder)
+    _require_replaceable(folder)
+    packed = pack_model(model, state, activations=activations)
+    with replacing(folder) as temporary, quiet():
+        packed.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write_json(temporary / REPORT, _report(state))
+
+
+def model_of(program: ExportedProgram, config: Any) -> Any:
+    """The transformers model that a quantised program was exported from, for `pack_model` and `save_pretrained`.
+
+    What was not quantised is the program's own; the Linears to replace hold no data (device meta).
+
+    Args:
+        program: from `quantize`, `apply` or `load`, exported with `export_causal_lm`.
+        config: the model's `PreTrainedConfig`.
+
+    Raises:
+        ModelError: transformers is missing or too old, or the program lacks a tensor of the model.
+    """
+    require_transformers("the model of a program")
+    import transformers
+
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    _, sites = recover(program)
+    kept = {name: tensor for name, tensor in program.state_dict.items() if name in model.state_dict()}
+    missing, _ = model.load_state_dict(kept, strict=False, assign=True)
+    if lacking := [name for name in missing if name.removesuffix(".weight") not in sites]:
+        raise ModelError(f"the program lacks '{lacking[0]}': was it exported from this {type(model).__name__}?")
+    return model
+
+
+def _report(state: QuantState) -> dict[str, Any]:
+    return {
+        "config": state.config,
+        "info": state.info,
+        "layers": [{"name": name, **site.row} for name, site in state.sites.items()],
+        "left": [list(item) for item in state.left],
+        "weights": state.weights,
+        "packed_bytes": state.packed_bytes,
+        "bits_per_weight": state.bits_per_weight,
+    }
+
+
+def _require_replaceable(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        ours = json.loads((folder / _CONFIG).read_text())["quantization_config"]["quant_method"] == "lopro_fx"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{folder} exists and was not written by lopro_fx; name another folder or delete it")
