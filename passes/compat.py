@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
@@ -47,6 +49,13 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
     """The mode that the program's placeholder values live in; new nodes must use the same one."""
     values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if "val" in node.meta]
     return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def propagation(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operators on fake tensors as export does: without it, composite ones fix sizes that are free."""
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def fake_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -111,8 +120,29 @@ def aot_compile(
     return files
 
 
-def write_package(path: str, files: list[Any]) -> None:
-    """A `.pt2` archive of AOTInductor's files."""
-    from torch._inductor.package.package import package_aoti
+def write_package(path: str, files: Mapping[str, list[Any]], extra: Mapping[str, str] | None = None) -> None:
+    """A `.pt2` archive of AOTInductor's files by program, and of text files.
 
-    package_aoti(path, files)
+    Tensors that are kept apart are written once however many programs share them, and as plain tensors, which readers
+    in C++ know.
+    """
+    from torch.export.pt2_archive._package import package_pt2
+    from torch.export.pt2_archive._package_weights import Weights
+
+    def plain(file: Any) -> Any:
+        if not isinstance(file, Weights):
+            return file
+        return Weights({name: (tensor.detach(), properties) for name, (tensor, properties) in file.items()})
+
+    package_pt2(
+        path, aoti_files={name: [plain(file) for file in listed] for name, listed in files.items()},
+        extra_files=dict(extra or {}),
+    )  # fmt: skip
+
+
+def load_package(path: str, device_index: int) -> dict[str, Any]:
+    """The compiled programs of a `.pt2` archive by name, with the tensors that it keeps apart."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    contents = load_pt2(path, run_single_threaded=True, device_index=device_index, load_weights_from_disk=True)
+    return contents.aoti_runners

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -26,6 +27,10 @@ _OPTIONS = {
     "always_keep_tensor_constants": True,
     # Debug tables weigh as much as the code.
     "aot_inductor.enable_line_tables": False,
+}
+_APART = {
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
 }
 # What a package may weigh beside its tensors, as a part of the packed bytes: code, alignment, the archive.
 _OVERHEAD = 0.05
@@ -55,14 +60,12 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
         GraphError: the program has no example inputs, or AOTInductor can't compile it.
     """
     path = check_name(path)
-    if program.example_inputs is None:
-        raise GraphError("the program has no example inputs, which AOTInductor needs; export it again")
     started = time.monotonic()
     with replacing(path) as temporary:
         # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
-        files = _compile(program, temporary.parent / "build")
+        files = compile_program(program, temporary.parent / "build")
         try:
-            compat.write_package(str(temporary), files)
+            compat.write_package(str(temporary), {"model": files})
         except RuntimeError as error:
             raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(program), time.monotonic() - started)
@@ -90,17 +93,32 @@ def size_bound(program: ExportedProgram) -> int:
     return total + int(_OVERHEAD * packed)
 
 
-def _compile(program: ExportedProgram, folder: Path) -> list[str]:
-    """Files of the package; the generated C++ is not among them, since the library is compiled from it already."""
+def compile_program(
+    program: ExportedProgram, folder: Path, *, apart: bool = False, metadata: dict[str, str] | None = None
+) -> list[Any]:
+    """AOTInductor's files for a package, the library compiled; `folder` is made for them.
+
+    Args:
+        apart: keep the tensors out of the library, so that several programs of a package can share them.
+        metadata: what the library tells of itself.
+
+    Raises:
+        GraphError: the program has no example inputs, or AOTInductor can't compile it.
+    """
+    if program.example_inputs is None:
+        raise GraphError("the program has no example inputs, which AOTInductor needs; export it again")
     folder.mkdir()
     graph_module = compat.copied(program.graph_module)
     constants = clean_constants(program)
     clean = compat.rebuild(program, graph_module, program.graph_signature, program.state_dict, constants)
     assert clean.example_inputs is not None
     args, kwargs = clean.example_inputs
+    options = {**_OPTIONS, **(_APART if apart else {}), "aot_inductor.output_path": str(folder),
+               "aot_inductor.metadata": metadata or {}}  # fmt: skip
     try:
         with torch.no_grad():
-            files = compat.aot_compile(clean, args, kwargs, {**_OPTIONS, "aot_inductor.output_path": str(folder)})
+            files = compat.aot_compile(clean, args, kwargs, options)
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
+    # The library is compiled from the generated C++, which therefore stays out.
     return [file for file in files if not str(file).endswith(".cpp")]

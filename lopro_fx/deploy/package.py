@@ -1,0 +1,213 @@
+"""One `.pt2` with the prefill and the decode program, their weights once, tokenizer and manifest.
+
+    data/aotinductor/prefill/…, data/aotinductor/decode/…   compiled programs
+    data/weights/…                                          every tensor once, in torch.save's form
+    extra/lopro_fx.json                                     manifest
+    extra/tokenizer/…                                       the tokenizer's text files
+
+A process without lopro_fx reads it with `load_pt2(path, load_weights_from_disk=True)` of
+`torch.export.pt2_archive._package`; one without Python as in `examples/cpp`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.__about__ import __version__
+from lopro_fx.deploy import processor
+from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_bound
+from lopro_fx.deploy.generator import Generator
+from lopro_fx.deploy.manifest import first_line
+from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
+from lopro_fx.errors import CheckpointError
+from lopro_fx.files import replacing
+from lopro_fx.passes import compat
+from lopro_fx.passes.optimize import optimize
+from lopro_fx.passes.rewrite import META
+
+FORMAT, VERSION = "lopro_fx package", 1
+_MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
+_EXTRA = "extra/"
+
+
+def package(
+    programs: GenerationPrograms, path: str | Path, tokenizer: Any = None, *, activations: str = "int8"
+) -> AotiResult:
+    """Compile both programs for the device that their weights are on and write them as one package.
+
+    Quantised programs are optimised first (`optimize`). Code for the CPU is for the processor that this runs on.
+
+    Args:
+        programs: from `export_for_generation`, quantised (`programs.map(lambda p: lopro_fx.apply(p, state))`) or not.
+        path: the file to write, ending in `.pt2`; one that exists is replaced when all went well.
+        tokenizer: of Hugging Face; its files travel in the package.
+        activations: on the CPU, "int8" rounds what a packed Linear reads to 8 bits, with a scale a token and block of
+            columns; "float" keeps it.
+
+    Returns:
+        Path, bytes, the bytes that it should not exceed, and the seconds that it took.
+
+    Raises:
+        CheckpointError: the name doesn't end in `.pt2`, or the file can't be written (nothing is left half-written).
+        GraphError: AOTInductor can't compile a program, or finds no C++ compiler.
+    """
+    path = check_name(path)
+    started = time.monotonic()
+    device = next(iter(programs.decode.state_dict.values())).device
+    programs = programs.map(lambda program: _prepared(program, device, activations))
+    with replacing(path) as temporary:
+        folder = temporary.parent
+        notes = _flat(programs.cache)
+        files = {
+            name: compile_program(program, folder / name, apart=True, metadata=notes)
+            for name, program in programs.items()
+        }
+        manifest = _manifest(programs, device, activations, tokenizer)
+        extra = {_MANIFEST: json.dumps(manifest, indent=1), **_tokenizer_files(tokenizer)}
+        try:
+            compat.write_package(str(temporary), files, extra)
+        except RuntimeError as error:
+            raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
+    return AotiResult(path, path.stat().st_size, size_bound(programs.decode), time.monotonic() - started)
+
+
+def load_package(path: str | Path, *, device_index: int = -1) -> Generator:
+    """The programs of a package, ready to generate; its tokenizer is `generator.tokenizer` if transformers is there.
+
+    Args:
+        path: what `package` wrote.
+        device_index: which GPU, for a package compiled for one.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, not a package of ours or of another version, or was
+            compiled for another processor or device.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    device = _require_device(path, manifest, device_index)
+    try:
+        programs = compat.load_package(str(path), device_index)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}, written by torch {manifest['torch']}, can't be loaded by torch {torch.__version__}: "
+            f"{first_line(error)}"
+        ) from error
+    cache = CacheSpec.from_dict(manifest["cache"])
+    tokenizer = _tokenizer(path)
+    return Generator(programs[PREFILL], programs[DECODE], cache, tokenizer=tokenizer, device=device, info=manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a package says of itself, after checking that every byte of it is as it was written.
+
+    Raises:
+        CheckpointError: as `load_package`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = {name.partition("/")[2]: name for name in archive.namelist()}
+            text = archive.read(names[_EXTRA + _MANIFEST]) if _EXTRA + _MANIFEST in names else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path} is a folder; a package is one file") from error
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is truncated, or no package ({first_line(error)}); write it again") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: {damaged} is not as it was written")
+    try:
+        manifest = json.loads(text) if text is not None else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its manifest is damaged: {first_line(error)}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by lopro_fx.package; torch._inductor.aoti_load_package loads a single program"
+        )
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')}, but lopro_fx {__version__} reads version {VERSION}: "
+            f"use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
+        )
+    return manifest
+
+
+def _prepared(program: ExportedProgram, device: torch.device, activations: str) -> ExportedProgram:
+    if META not in program.graph_module.meta:
+        return program
+    return optimize(program, target="cpu" if device.type == "cpu" else None, activations=activations)
+
+
+def _manifest(programs: GenerationPrograms, device: torch.device, activations: str, tokenizer: Any) -> dict[str, Any]:
+    record = programs.decode.graph_module.meta.get(META, {})
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "lopro_fx": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "machine": processor.machine(),
+        "instruction_sets": processor.instruction_sets() if device.type == "cpu" else [],
+        "activations": activations if device.type == "cpu" else "float",
+        "cache": programs.cache.to_dict(),
+        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
+        "config": record.get("config"),
+    }
+
+
+def _flat(cache: CacheSpec) -> dict[str, str]:
+    """The cache in words that a program without a JSON reader can take apart."""
+    shapes = [f"{heads}x{width}" for heads, width in (*cache.keys, *cache.values)]
+    return {
+        "batch_size": str(cache.batch_size),
+        "max_cache_len": str(cache.max_cache_len),
+        "cache_dtype": cache.dtype,
+        "cache_heads": " ".join(shapes),
+    }
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {}
+        for file in Path(folder).rglob("*"):
+            try:
+                files[_TOKENIZER + str(file.relative_to(folder))] = file.read_text()
+            except (UnicodeDecodeError, IsADirectoryError):  # tokenizer.json says what the older binary form does
+                continue
+    return files
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return None
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+        for name in archive.namelist():
+            inner = name.partition("/")[2]
+            if inner.startswith(_EXTRA + _TOKENIZER):
+                target = Path(folder, Path(inner).name)
+                target.write_bytes(archive.read(name))
+        return AutoTokenizer.from_pretrained(folder) if any(Path(folder).iterdir()) else None
+
+
+def _require_device(path: Path, manifest: dict[str, Any], device_index: int) -> torch.device:
+    if manifest["device"] == "cpu":
+        reason = processor.mismatch(manifest["machine"], manifest["instruction_sets"])
+        if reason:
+            raise CheckpointError(f"{path} was compiled for another processor: {reason}; package it on this machine")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise CheckpointError(f"{path} was compiled for {manifest['device']}, and torch sees no such device here")
+    return torch.device("cuda", max(device_index, 0))
