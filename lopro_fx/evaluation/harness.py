@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def run_tasks(
     """
     try:
         with quiet():
-            manager = TaskManager(include_path=include_path)
+            manager = _manager(include_path)
             if unknown := [task for task in tasks if not manager.match_tasks([task])]:
                 raise ConfigError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
             results = simple_evaluate(
@@ -67,6 +68,12 @@ def run_tasks(
     }
 
 
+@cache
+def _manager(include_path: str | None) -> TaskManager:
+    """All definitions of tasks; reading the thousands that the package has takes seconds."""
+    return TaskManager(include_path=include_path)
+
+
 class ProgramLM(TemplateLM):
     """A program and its tokenizer as lm-eval's model. Requests run one by one; texts are cut from the left to what the
     tokenizer says is the longest (`max_length`), generation is greedy."""
@@ -78,15 +85,15 @@ class ProgramLM(TemplateLM):
         self.max_length = longest if isinstance(longest, int) and longest < 1 << 30 else _MAX_LENGTH
 
     @property
-    def eot_token_id(self) -> int:
-        if self.tokenizer.eos_token_id is None:
-            raise ConfigError("lm-eval needs a token that ends a text, and the tokenizer has no EOS token")
+    def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        start = self.tokenizer.bos_token_id
+        if start is None and (start := self.eot_token_id) is None:
+            raise ConfigError("a text without context needs a token before it: the tokenizer has no BOS or EOS token")
+        return start
 
     @property
     def tokenizer_name(self) -> str:
