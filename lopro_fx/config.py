@@ -9,6 +9,7 @@ from lopro_fx.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128, -1)
 BITS = (2, 3, 4, 8)
+HEAD_BITS = (0, 4, 8)
 FACTOR_BITS = (8, 16)
 TRANSFORMS = ("identity", "act_order", "partial", "full")
 IMPORTANCE = ("none", "gradient")
@@ -36,7 +37,10 @@ class Method:
         group_size: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row.
         include: fnmatch patterns on a Linear's fully qualified name; naming one exactly overrides the default that
             keeps embeddings and the output projection.
-        exclude: patterns of Linears to leave alone; they win over `include`.
+        exclude: patterns of Linears to leave alone; they win over `include` and `head_bits`.
+        head_bits: width of a code of the output projection, rounded to nearest without data, rotation or factors, and
+            of an embedding that shares its weight: 4 or 8; 0 leaves both. An output projection that `include` names is
+            solved as the other Linears are, and its embedding kept.
         clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
         token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
             takes them as they are.
@@ -52,6 +56,7 @@ class Method:
     group_size: int = 64
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    head_bits: int = 0
     clip_steps: int = 24
     token_clip: float = 16.0
     importance: str = "none"
@@ -64,6 +69,7 @@ class Method:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         _choice(self, "bits", BITS)
+        _choice(self, "head_bits", HEAD_BITS)
         _choice(self, "group_size", GROUP_SIZES)
         _at_least(self, "clip_steps", 0, 1000)
         _at_least(self, "token_clip", 0)

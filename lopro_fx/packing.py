@@ -11,6 +11,8 @@ from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
 from lopro_fx.passes.sites import Group
 
+_ROWS = 8192
+
 
 def pack_solution(
     group: Group, solution: GroupSolution, method: str, bits: int
@@ -26,7 +28,8 @@ def pack_solution(
     sites = []
     for index, (site, (codes, scales, zeros)) in enumerate(zip(group.sites, parts, strict=True)):
         tensors = {
-            "codes": pack(codes, bits),
+            # Packing takes many times the codes' memory, and an output projection has the vocabulary's rows.
+            "codes": torch.cat([pack(part, bits) for part in codes.split(_ROWS)]),
             "scales": scales.to(torch.float16).contiguous(),
             "zeros": pack(zeros.flatten(), bits),
             **_factor("up", solution.ups[index] if solution.ups else None),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch.export import ExportedProgram
 from lopro_fx import __about__
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import measure_importance
-from lopro_fx.calibration.schedule import run_calibrated, run_data_free
+from lopro_fx.calibration.schedule import run_calibrated, run_data_free, weight_of
 from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.config import GPTQ, LoPRo, Method
+from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.errors import GraphError
+from lopro_fx.methods.rtn import solve_data_free
+from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.solve import solve
 from lopro_fx.packing import pack_solution
 from lopro_fx.passes.inline import InlineModesPass
@@ -50,7 +53,8 @@ def quantize(
         progress: called as (done, total, label); by default a bar on a terminal.
 
     Returns:
-        A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes.
+        A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes, and
+        with `head_bits` a tied embedding `lopro::packed_embedding`.
 
     Raises:
         GraphError: no Linear to quantise.
@@ -83,13 +87,15 @@ def calibrate(
     journal = Journal(resume, program, config, batches) if resume else None
     with ExitStack() as stack:
         run = _Run(selection, config, journal, progress or stack.enter_context(bar("quantise")))
-        if batches is None:
+        if batches is None or not selection.groups:
             run_data_free(program, selection.groups, run.solve)
         else:
             importance = None
             if config.importance == "gradient":
                 importance = measure_importance(program, selection.groups, batches, config.seed, run.weighing)
             run_calibrated(program, selection.groups, batches, run.solve, config, importance)
+        for head in selection.heads:
+            run.round_head(head, weight_of(program, head.sites[0]))
     info = {
         "lopro_fx": __about__.__version__,
         "torch": torch.__version__,
@@ -116,8 +122,8 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     Raises:
         GraphError: none is taken.
     """
-    selection = find_sites(program, config.include, config.exclude)
-    if not selection.groups:
+    selection = find_sites(program, config.include, config.exclude, heads=config.head_bits > 0)
+    if not selection.sites:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.left[:3]) or "it has no aten.linear"
         raise GraphError(f"nothing to quantise in this program ({reasons})")
     return selection
@@ -145,27 +151,49 @@ class _Run:
         self._progress(0, self._total, f"{label}, batch {done} of {batches}")
 
     def solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
-        packed, sites = self._finished(group) or self._solve(group, stats, weights)
-        self.groups[packed.name] = packed
-        self.sites.update((site.name, site) for site in sites)
+        config = self._config
+
+        def solved() -> tuple[GroupSolution, str, int]:
+            # One generator a group: a result doesn't depend on what was solved before it, so a resumed run is the same.
+            generator = torch.Generator().manual_seed(config.seed + len(self.groups))
+            return solve(weights, stats, config, generator), config.method, config.bits
+
+        packed, sites = self._finished(group) or self._solve(group, weights, solved)
         self.tokens = max(self.tokens, stats.tokens)
-        self._done += sum(site.out_features * site.in_features for site in sites)
-        self._progress(self._done, self._total, group.name)
+        self._record(packed, sites)
         # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
         return [dense_weight(packed, site) for site in sites]
+
+    def round_head(self, head: Group, weight: Tensor) -> None:
+        """Round an output projection to nearest; the embeddings that share its weight will read it too."""
+        config = self._config
+
+        def rounded() -> tuple[GroupSolution, str, int]:
+            solution = solve_data_free(weight, config.head_bits, config.group_size, config.clip_steps)
+            return solution, RTN.method, config.head_bits
+
+        packed, sites = self._finished(head) or self._solve(head, [weight], rounded)
+        self._record(packed, [replace(site, embedding=True) for site in sites])
+
+    def _record(self, packed: PackedGroup, sites: list[PackedSite]) -> None:
+        self.groups[packed.name] = packed
+        self.sites.update((site.name, site) for site in sites)
+        self._done += sum(site.out_features * site.in_features for site in sites)
+        self._progress(self._done, self._total, packed.name)
 
     def _finished(self, group: Group) -> tuple[PackedGroup, list[PackedSite]] | None:
         return self._journal.read(group.name) if self._journal else None
 
-    def _solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> tuple[PackedGroup, list[PackedSite]]:
+    def _solve(
+        self, group: Group, weights: list[Tensor], method: Callable[[], tuple[GroupSolution, str, int]]
+    ) -> tuple[PackedGroup, list[PackedSite]]:
+        """Run `method`, which returns a solution, what to call it and the width of its codes, and keep the result."""
         started = time.monotonic()
-        # One generator a group: a result doesn't depend on what was solved before it, so a resumed run is the same run.
-        generator = torch.Generator().manual_seed(self._config.seed + len(self.groups))
         for site, weight in zip(group.sites, weights, strict=True):
             if not torch.isfinite(weight).all():
                 raise GraphError(f"the weight of '{site.name}' holds NaN or infinity; exclude it or repair the model")
-        solution = solve(weights, stats, self._config, generator)
-        packed, sites = pack_solution(group, solution, self._config.method, self._config.bits)
+        solution, name, bits = method()
+        packed, sites = pack_solution(group, solution, name, bits)
         damp = getattr(self._config, "damp", None)
         for site in sites:
             site.row["seconds"] = (time.monotonic() - started) / len(sites)

@@ -85,7 +85,7 @@ class ProgramEditor:
         """Insert a call before a node; `nn_module_stack` and `stack_trace` are those of `like`."""
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args, name=name)
-        with self._fake:
+        with compat.propagation(self._fake):
             node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, Node) else arg for arg in args])
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn"):
             if key in like.meta:
@@ -108,7 +108,7 @@ class ProgramEditor:
             args, kwargs = map_arg((user.args, user.kwargs), lambda operand: operand.meta["val"])
             assert callable(user.target)
             try:
-                with self._fake:
+                with compat.propagation(self._fake):
                     user.meta["val"] = user.target(*args, **kwargs)
             except (RuntimeError, ValueError):
                 return False

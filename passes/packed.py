@@ -38,7 +38,7 @@ class PackedGroup:
 class PackedSite:
     """One Linear: `codes`, `scales`, `zeros` (see `kernels/packing/format.py`), and `up`, `up_scale` if it has a rank.
 
-    `row` is the site's line in the report.
+    `row` is the site's line in the report. With `embedding`, embeddings that share the weight read it packed too.
     """
 
     name: str
@@ -49,6 +49,7 @@ class PackedSite:
     in_features: int
     tensors: dict[str, Tensor]
     row: dict[str, Any] = field(default_factory=dict)
+    embedding: bool = False
 
 
 def dense_weight(group: PackedGroup, site: PackedSite) -> Tensor:

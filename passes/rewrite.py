@@ -1,8 +1,8 @@
-"""Replace each calibrated Linear by rotate → project → packed_linear."""
+"""Replace each calibrated Linear by rotate → project → packed_linear, and embeddings tied to it by packed_embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from itertools import takewhile
 from typing import Any
 
@@ -16,6 +16,7 @@ from lopro_fx.passes.base import ProgramPass, counters
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.passes.sites import Site, find_sites
+from lopro_fx.passes.ties import identity
 
 # Where a program keeps what was done to it: `graph_module.meta[META]` for the whole, `node.meta[META]` for a node.
 META = "lopro_fx"
@@ -23,6 +24,8 @@ META = "lopro_fx"
 
 class RewritePass(ProgramPass):
     """Rewrites every site of `sites` that the program has.
+
+    Embeddings that share the weight of a site with `embedding` look up its packed rows.
 
     Args:
         groups: packed groups by name.
@@ -67,6 +70,11 @@ class RewritePass(ProgramPass):
         for node, site in sorted(uses, key=lambda use: order[use[0]]):
             self._rewrite(editor, node, site, buffers, shared)
             counters["rewrite.linear"] += 1
+        for name, packed in self._sites.items():
+            for node in found[name].embeddings if packed.embedding else ():
+                _look_up(editor, editor.by_name[node.name], packed, buffers)
+                counters["rewrite.embedding"] += 1
+        _drop_weights(editor, {found[name].weight for name in self._sites})
         editor.graph_module.meta[META] = dict(self._info)
         return editor.finish()
 
@@ -88,10 +96,9 @@ class RewritePass(ProgramPass):
     ) -> None:
         packed = self._sites[site.name]
         group = self._groups[packed.group]
-        source, weight = linear.args[0], linear.args[1]
+        source = linear.args[0]
         bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
-        assert isinstance(weight, Node)
         if (group.name, source) not in shared:
             shared[group.name, source] = self._input_side(editor, linear, source, group, buffers)
         rotated, latent = shared[group.name, source]
@@ -109,7 +116,6 @@ class RewritePass(ProgramPass):
         )  # fmt: skip
         call.meta[META] = {"site": site.name, "group": group.name, "bits": packed.bits}
         editor.replace(linear, call)
-        editor.drop_unused_weight(weight)
 
     def _input_side(
         self,
@@ -142,6 +148,31 @@ class RewritePass(ProgramPass):
             return rotated, None
         args = (rotated, down, shared("down_scale"))
         return rotated, add(f"project_{before.name}", torch.ops.lopro.project.default, args)
+
+
+def _look_up(
+    editor: ProgramEditor, embedding: Node, packed: PackedSite, buffers: Mapping[tuple[str, str], Node]
+) -> None:
+    codes, scales, zeros = (buffers[packed.name, key] for key in ("codes", "scales", "zeros"))
+    args = (embedding.args[1], codes, scales, zeros, packed.bits, packed.group_size, packed.in_features,
+            embedding.meta["val"].dtype)  # fmt: skip
+    operator = torch.ops.lopro.packed_embedding.default
+    call = editor.add_call(embedding, f"packed_{embedding.name}", operator, args, embedding)
+    call.meta[META] = {"site": packed.name, "group": packed.group, "bits": packed.bits}
+    editor.replace(embedding, call)
+
+
+def _drop_weights(editor: ProgramEditor, weights: Set[str]) -> None:
+    """Remove those of the named weights that nothing reads any more, under every name that they have."""
+    names: dict[Any, list[Node]] = {}
+    for placeholder in editor.graph.find_nodes(op="placeholder"):
+        tensor = editor.tensor(placeholder)
+        if tensor is not None:
+            names.setdefault(identity(tensor), []).append(placeholder)
+    for tied in names.values():
+        if any(editor.fqn(name) in weights for name in tied) and not any(name.users for name in tied):
+            for name in tied:
+                editor.drop_unused_weight(name)
 
 
 def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
+from lopro_fx.passes.ties import identity
+
+_EMBEDDING = torch.ops.aten.embedding.default
 _LINEAR = torch.ops.aten.linear.default
 # Other products with a parameter: never rewritten, always listed.
 _PRODUCTS = {
@@ -35,7 +38,10 @@ OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_p
 
 @dataclass
 class Site:
-    """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it."""
+    """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
+
+    `embeddings` are the `aten.embedding` nodes whose table is the same tensor.
+    """
 
     name: str
     weight: str
@@ -44,6 +50,7 @@ class Site:
     in_features: int
     dtype: torch.dtype
     nodes: list[Node] = field(default_factory=list)
+    embeddings: list[Node] = field(default_factory=list)
 
 
 @dataclass
@@ -80,14 +87,15 @@ class Left:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `find_sites` decided: groups to rewrite, and everything left alone."""
+    """What `find_sites` decided: groups to rewrite, output projections to pack (each alone), and what is left."""
 
     groups: list[Group]
     left: list[Left]
+    heads: list[Group] = field(default_factory=list)
 
     @property
     def sites(self) -> list[Site]:
-        return [site for group in self.groups for site in group.sites]
+        return [site for group in (*self.groups, *self.heads) for site in group.sites]
 
 
 def parameter_fqns(program: ExportedProgram) -> dict[str, str]:
@@ -99,20 +107,25 @@ def parameter_fqns(program: ExportedProgram) -> dict[str, str]:
     }
 
 
-def find_sites(program: ExportedProgram, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
+def find_sites(
+    program: ExportedProgram, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), heads: bool = False
+) -> Selection:
     """List the Linears of `program` to rewrite and those to leave.
 
     Args:
         program: an exported program before decomposition (`aten.linear` nodes intact).
         include: name patterns (fnmatch, on the FQN of the module); a site must match one.
         exclude: name patterns that leave a site alone; they win over `include`.
+        heads: list output projections that `include` doesn't name as `heads`, whatever else it says, instead of leaving
+            them.
 
     Returns:
         A `Selection` in graph order.
     """
     fqns = parameter_fqns(program)
-    embedded = _embedding_storages(program, fqns)
+    embeddings = _embeddings(program, fqns)
     sites: dict[str, Site] = {}
+    outputs: set[str] = set()
     left: list[Left] = []
     rejected: set[str] = set()
     for node in program.graph.nodes:
@@ -132,7 +145,13 @@ def find_sites(program: ExportedProgram, include: Sequence[str] = ("*",), exclud
         if weight_fqn in rejected:
             continue
         tensor = _tensor(program, weight_fqn)
-        reason = _reason_to_leave(node, name, tensor, embedded, include, exclude)
+        kept = None if _matches(name, include, "*") else _reason_to_keep(name, tensor, embeddings)
+        reason = _reason_to_leave(node, tensor) or ("excluded by name" if _matches(name, exclude) else None)
+        if reason is None and heads and kept:
+            reason = _reason_of_reader(program, fqns, tensor)
+            outputs.add(name)
+        elif reason is None:
+            reason = kept if _matches(name, include) else "not in the include patterns"
         if reason:
             rejected.add(weight_fqn)
             left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
@@ -140,12 +159,14 @@ def find_sites(program: ExportedProgram, include: Sequence[str] = ("*",), exclud
         bias = node.args[2] if len(node.args) > 2 else None
         bias_fqn = fqns.get(bias.name) if isinstance(bias, Node) else None
         out_features, in_features = tensor.shape
-        sites[name] = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node])
+        tables = [reader for reader, table in embeddings.items() if identity(table) == identity(tensor)]
+        sites[name] = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node], tables)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
     ]
-    return Selection(_grouped(sites.values()), left)
+    grouped = _grouped(site for name, site in sites.items() if name not in outputs)
+    return Selection(grouped, left, [Group([site]) for name, site in sites.items() if name in outputs])
 
 
 def _tensor(program: ExportedProgram, fqn: str) -> torch.Tensor:
@@ -163,34 +184,53 @@ def _parameter_of(node: Node, fqns: dict[str, str]) -> str | None:
     return None
 
 
-def _reason_to_leave(
-    node: Node, name: str, tensor: torch.Tensor, embedded: set[int], include: Sequence[str], exclude: Sequence[str]
-) -> str | None:
+def _matches(name: str, patterns: Sequence[str], but: str | None = None) -> bool:
+    return any(pattern != but and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _reason_to_leave(node: Node, tensor: torch.Tensor) -> str | None:
     if node.target is not _LINEAR:
         return f"{node.target} is not aten.linear (Conv1D, experts and convolutions keep their weights)"
     if tensor.dim() != 2:
         return f"its weight has {tensor.dim()} dimensions"
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return f"its weight is {tensor.dtype}; fp32, bf16 and fp16 are quantised"
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
-        return "excluded by name"
-    if not any(fnmatchcase(name, pattern) for pattern in include):
-        return "not in the include patterns"
-    explicit = any(pattern != "*" and fnmatchcase(name, pattern) for pattern in include)
-    if not explicit and tensor.untyped_storage().data_ptr() in embedded:
-        return "its weight is tied to an embedding"
-    if not explicit and any(fnmatchcase(name, pattern) for pattern in OUTPUT_PATTERNS):
-        return "output projection, kept by default (name it in include to take it)"
     return None
 
 
-def _embedding_storages(program: ExportedProgram, fqns: dict[str, str]) -> set[int]:
-    storages = set()
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        table = node.args[0]
-        if isinstance(table, Node) and table.name in fqns:
-            storages.add(_tensor(program, fqns[table.name]).untyped_storage().data_ptr())
-    return storages
+def _reason_to_keep(name: str, tensor: torch.Tensor, embeddings: dict[Node, torch.Tensor]) -> str | None:
+    """Why a Linear is an output projection."""
+    if any(_share_storage(table, tensor) for table in embeddings.values()):
+        return "its weight is tied to an embedding"
+    if _matches(name, OUTPUT_PATTERNS):
+        return "output projection, kept by default (name it in include to take it, or set head_bits)"
+    return None
+
+
+def _reason_of_reader(program: ExportedProgram, fqns: dict[str, str], tensor: torch.Tensor) -> str | None:
+    """Why an output projection can't be packed: something besides Linears and embeddings reads its weight."""
+    for placeholder in program.graph.find_nodes(op="placeholder"):
+        other = _tensor(program, fqns[placeholder.name]) if placeholder.name in fqns else None
+        if other is None or not placeholder.users or not _share_storage(other, tensor):
+            continue
+        if identity(other) != identity(tensor):
+            return f"its weight shares memory with '{fqns[placeholder.name]}', which is another part or view of it"
+        for user in placeholder.users:
+            at = [index for index, operand in enumerate(user.args) if operand is placeholder]
+            if (user.target, at) not in ((_LINEAR, [1]), (_EMBEDDING, [0])):
+                return f"its weight is also read by '{user.name}' ({user.target}), which needs it whole"
+    return None
+
+
+def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _embeddings(program: ExportedProgram, fqns: dict[str, str]) -> dict[Node, torch.Tensor]:
+    """Table of every embedding that reads a parameter."""
+    nodes = program.graph.find_nodes(op="call_function", target=_EMBEDDING)
+    return {node: _tensor(program, fqns[node.args[0].name]) for node in nodes
+            if isinstance(node.args[0], Node) and node.args[0].name in fqns}  # fmt: skip
 
 
 def _nested_linears(root: GraphModule) -> Iterator[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx import GPTQ, RTN, ConfigError, LoPRo, Method
-from lopro_fx.config import BITS, GROUP_SIZES, LOW_RANK, TRANSFORMS, from_dict
+from lopro_fx.config import BITS, GROUP_SIZES, HEAD_BITS, LOW_RANK, TRANSFORMS, from_dict
 
 names = st.lists(st.text("abc.*?", min_size=1, max_size=8), max_size=3).map(tuple)
 
@@ -22,6 +22,7 @@ def configs(draw: st.DrawFn) -> Method:
         "group_size": draw(st.sampled_from(GROUP_SIZES)),
         "include": draw(names),
         "exclude": draw(names),
+        "head_bits": draw(st.sampled_from(HEAD_BITS)),
         "clip_steps": draw(st.integers(0, 1000)),
         "sequential": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**63 - 1)),
@@ -55,6 +56,7 @@ def test_defaults_are_allowed(config: Method) -> None:
         (GPTQ, {"group_size": 48}, r"GPTQ\(group_size=48\): allowed are 32, 64, 128, -1"),
         (LoPRo, {"rank": -1}, r"LoPRo\(rank=-1\): must be a number in \[0, 4096\]"),
         (LoPRo, {"rank": True}, r"LoPRo\(rank=True\)"),
+        (RTN, {"head_bits": 2}, r"RTN\(head_bits=2\): allowed are 0, 4, 8"),
         (LoPRo, {"factor_bits": 4}, r"LoPRo\(factor_bits=4\): allowed are 8, 16"),
         (LoPRo, {"transforms": ("full", "half")}, r"'half' is not one of identity, act_order, partial, full"),
         (LoPRo, {"transforms": ()}, "name at least one of identity"),

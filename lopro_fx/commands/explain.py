@@ -14,8 +14,9 @@ def add(parser: ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
+    parser.add_argument("--head-bits", type=int, default=0, metavar="N", help="as for quantize (default: 0)")
 
 
 def run(args: Namespace) -> None:
-    config = LoPRo(include=tuple(args.include or ("*",)), exclude=tuple(args.exclude or ()))
+    config = LoPRo(include=tuple(args.include or ("*",)), exclude=tuple(args.exclude or ()), head_bits=args.head_bits)
     output.say(lopro_fx.explain(open_model(args.model, args.dtype).program, config))

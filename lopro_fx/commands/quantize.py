@@ -36,6 +36,12 @@ def add(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        metavar="N",
+        help="of the output projection and an embedding tied to it: 8, 4, or 0 to keep them (default: 0)",
+    )
     parser.add_argument("--seed", type=int, help="of every random choice (default: 0)")
     parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
     data.positive(parser, "--calib-samples", 32, "calibration windows")
@@ -61,7 +67,7 @@ def run(args: Namespace) -> None:
     del loaded
     selection = select(source.program, config)
     if out is not None:
-        out.require_space(source.program, selection, config.bits)
+        out.require_space(source.program, selection, config)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)
     quantized, seconds = _quantize(source, samples, config, out)
     tokenizer, name, origin = source.tokenizer, source.name, source.origin
@@ -88,7 +94,7 @@ def run(args: Namespace) -> None:
 
 
 def _config(args: Namespace) -> Method:
-    names = ("bits", "group_size", "rank", "importance", "include", "exclude", "seed")
+    names = ("bits", "group_size", "rank", "importance", "include", "exclude", "head_bits", "seed")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method != "lopro" and "rank" in values:
         raise ConfigError(f"--rank {args.rank}: only lopro has a low-rank branch; leave it out for {args.method}")

@@ -15,6 +15,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from lopro_fx.commands.output import write_result
+from lopro_fx.config import Method
 from lopro_fx.deploy.checkpoint import save
 from lopro_fx.deploy.manifest import require_ours
 from lopro_fx.deploy.tensors import unique
@@ -23,6 +24,7 @@ from lopro_fx.files import replacing
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.sites import Selection
+from lopro_fx.passes.ties import identity
 
 
 class Target:
@@ -43,17 +45,19 @@ class Target:
         except OSError as error:
             raise CheckpointError(f"--out {folder}: its parent folder can't be written ({error.strerror})") from error
 
-    def require_space(self, program: ExportedProgram, selection: Selection, bits: int) -> None:
+    def require_space(self, program: ExportedProgram, selection: Selection, config: Method) -> None:
         """Refuse a disk that can't hold the journal and the result.
 
         Raises:
             CheckpointError: says how much there is and how much is needed.
         """
-        taken = {site.weight: site for site in selection.sites}
-        kept = stored_bytes(tensor for name, tensor in unique(program.state_dict) if name not in taken)
-        weights = sum(site.out_features * site.in_features for site in taken.values())
+        taken = {identity(program.state_dict[site.weight]) for site in selection.sites}
+        kept = stored_bytes(tensor for _, tensor in unique(program.state_dict) if identity(tensor) not in taken)
+        widths = {site.name: config.head_bits for head in selection.heads for site in head.sites}
         # Scales, zeros and factors take up to a bit a weight; packed tensors are in the journal and in the result.
-        needed = kept + 2 * weights * (bits + 1) // 8
+        packed = sum(site.out_features * site.in_features * (widths.get(site.name, config.bits) + 1) // 8
+                     for site in selection.sites)  # fmt: skip
+        needed = kept + 2 * packed
         free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")

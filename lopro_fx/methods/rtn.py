@@ -8,6 +8,11 @@ from torch import Tensor
 from lopro_fx.kernels.packing.format import ZERO_OFFSET
 from lopro_fx.methods.gptq import Rounded
 from lopro_fx.methods.grid import fit_grid
+from lopro_fx.methods.rotation import Transform
+from lopro_fx.methods.solution import GroupSolution
+
+# Rows rounded at once: an output projection has as many as the vocabulary, and copies of it in fp32 fill the memory.
+_ROWS = 8192
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, clip_steps: int) -> Rounded:
@@ -25,3 +30,21 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, clip_steps: int
         torch.stack(zeros, 1).to(code),
         group_size,
     )
+
+
+def solve_data_free(weight: Tensor, bits: int, group_size: int, clip_steps: int) -> GroupSolution:
+    """Round one weight (m, n) of any float type, every input direction counting the same."""
+    parts, loss, whole = [], 0.0, 0.0
+    for rows in weight.split(_ROWS):
+        dense = rows.to(torch.float32)
+        part = round_to_nearest(dense, bits, group_size, clip_steps)
+        loss += (dense - part.dense()).square().sum().item()
+        whole += dense.square().sum().item()
+        parts.append(part)
+    rounded = Rounded(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.zeros for part in parts]),
+        group_size,
+    )
+    return GroupSolution(Transform(), rounded, None, (), loss, loss / whole if whole > 0 else 0.0, 0.0, "identity")

@@ -78,13 +78,13 @@ class BackendReport:
 def backend_report(
     program: ExportedProgram, *, tokens: int | None = 1, device: str = "cuda", bandwidth: float | None = None
 ) -> BackendReport:
-    """List the kernels of each packed layer of a program, with bytes, FLOPs and the time that memory allows.
+    """List the kernels of each packed Linear of a program, with bytes, FLOPs and the time that memory allows.
 
     Nothing is run, and the device needn't be here. A rotation or projection that several layers share is one row. Each
     launch reads each of its operands and writes each of its results once, which is the least that it can move; ATen's
     small operators between two products count as one launch, as compilers make of them. FLOPs are those of the
     definition: two for each multiply-add of product and low-rank branch, one for each addition of the Hadamard
-    transform; unpacking and scaling codes isn't counted.
+    transform; unpacking and scaling codes isn't counted. A packed embedding moves a row a token and has no row here.
 
     Args:
         program: from `quantize`, `apply`, `load` or `optimize`.

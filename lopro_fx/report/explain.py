@@ -54,10 +54,12 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """
     config = config or LoPRo()
-    selection: Selection = find_sites(InlineModesPass()(program), config.include, config.exclude)
+    selection: Selection = find_sites(
+        InlineModesPass()(program), config.include, config.exclude, heads=config.head_bits > 0
+    )
     lines = [
         Line(site.name, (site.out_features, site.in_features), True, group.name, "")
-        for group in selection.groups
+        for group in (*selection.groups, *selection.heads)
         for site in group.sites
     ]
     lines += [Line(item.name, item.shape, False, "", item.reason) for item in selection.left]

@@ -90,6 +90,19 @@ def test_include_takes_the_output_projection(run, model_folder):
     assert "1 Linears taken" in out
 
 
+def test_head_bits_take_the_output_projection_and_its_embedding(run, model_folder, tmp_path):
+    code, out, err = run("quantize", model_folder, *SMALL, "--method", "rtn", "--head-bits", "8",
+                         "--out", tmp_path / "out", "--json", tmp_path / "result.json")  # fmt: skip
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["config"]["head_bits"] == 8
+    assert result["weights"] == 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96) + 400 * 64
+    assert not [name for name in lopro_fx.load(tmp_path / "out").state_dict if name.endswith("embed_tokens.weight")]
+    code, out, _ = run("explain", model_folder, "--head-bits", "8")
+    assert code == 0
+    assert "15 Linears taken" in out
+
+
 def test_export_writes_a_package(run, tmp_path):
     torch.manual_seed(0)
     program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(32, 32)), (torch.ones(1, 32),))
