@@ -60,6 +60,34 @@ def test_greedy_text_is_that_of_transformers(model, tokenizer, program):
     assert len(pieces) > 12
 
 
+def test_a_cache_changes_no_text(model, tokenizer, program):
+    programs = lopro_fx.export_for_generation(model, max_cache_len=64)
+    expected = lopro_fx.generate(program, tokenizer, PROMPT, 24)
+    pieces = []
+    assert lopro_fx.generate(programs, tokenizer, PROMPT, 24, stream=pieces.append) == expected
+    assert "".join(pieces) == expected
+    drawn = [lopro_fx.generate(run, tokenizer, PROMPT, 12, temperature=0.8, top_k=9, top_p=0.9, seed=3)
+             for run in (program, programs)]  # fmt: skip
+    assert drawn[0] == drawn[1]
+
+
+def test_several_prompts_together_give_the_texts_of_each(model, tokenizer):
+    run = lopro_fx.Generator.from_programs(lopro_fx.export_for_generation(model, max_cache_len=64, batch_size=4))
+    prompts = [PROMPT, "The little dog was very", "A"]
+    texts = lopro_fx.generate(run, tokenizer, prompts, 20)
+    one = lopro_fx.export_for_generation(model, max_cache_len=64)
+    assert texts == [lopro_fx.generate(one, tokenizer, prompt, 20) for prompt in prompts]
+    # Where one text ends, the others go on.
+    stop = tokenizer(texts[0].split()[4], add_special_tokens=False)["input_ids"]
+    ended = lopro_fx.generate(run, tokenizer, prompts, 20, stop=stop)
+    assert len(ended[0]) < len(texts[0])
+    assert all(whole.startswith(part) for whole, part in zip(texts, ended, strict=True))
+    with pytest.raises(ConfigError, match="5 prompts for a batch size of 4"):
+        lopro_fx.generate(run, tokenizer, [PROMPT] * 5)
+    with pytest.raises(ConfigError, match="can't be streamed together"):
+        lopro_fx.generate(run, tokenizer, prompts, stream=print)
+
+
 def test_draws_depend_on_the_seed_alone(tokenizer, program):
     texts = [lopro_fx.generate(program, tokenizer, PROMPT, 12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
