@@ -7,9 +7,22 @@ from typing import Any
 import lopro_fx.kernels.ops  # registers the lopro:: operators
 from lopro_fx.__about__ import __version__
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
-from lopro_fx.deploy import export_aoti, generate, load, load_state, save, save_state
+from lopro_fx.deploy import (
+    CacheSpec,
+    GenerationPrograms,
+    Generator,
+    export_aoti,
+    generate,
+    load,
+    load_package,
+    load_state,
+    package,
+    save,
+    save_state,
+)
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
 from lopro_fx.huggingface import pack_model, save_pretrained
+from lopro_fx.models.generation import export_for_generation
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
@@ -19,10 +32,13 @@ __all__ = [
     "GPTQ",
     "RTN",
     "BackendReport",
+    "CacheSpec",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "Explanation",
+    "GenerationPrograms",
+    "Generator",
     "GraphError",
     "LoPRo",
     "LoProError",
@@ -36,11 +52,14 @@ __all__ = [
     "calibrate",
     "explain",
     "export_aoti",
+    "export_for_generation",
     "generate",
     "load",
+    "load_package",
     "load_state",
     "optimize",
     "pack_model",
+    "package",
     "quantize",
     "report",
     "save",
