@@ -1,0 +1,210 @@
+// AVX2: 16 lanes are two registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace lopro {
+namespace {
+
+struct V256 {
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  static constexpr int rows = 2, shared_rows = 1, panel = 1, tile = 4;
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  static void store_n(float* p, F v, int n) {
+    float all[16];
+    store(all, v);
+    std::memcpy(p, all, static_cast<size_t>(n) * 4);
+  }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fnma(F x, F y, F z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+  static F fms(F x, F y, F z) { return {_mm256_fmsub_ps(x.a, y.a, z.a), _mm256_fmsub_ps(x.b, y.b, z.b)}; }
+  static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F abs(F x) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+  }
+  static float reduce(F x) {
+    __m256 half = _mm256_add_ps(x.a, x.b);
+    __m128 v = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+  }
+  static float reduce_max(F x) {
+    __m256 half = _mm256_max_ps(x.a, x.b);
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+  }
+  static __m256 pick(F x, __m256i index) {
+    __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(x.a, index), _mm256_permutevar8x32_ps(x.b, index), high);
+  }
+  static F permute(F x, I index) { return {pick(x, index.a), pick(x, index.b)}; }
+  static F flip(F x, uint32_t bits) {
+    __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+    __m256i places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    __m256i sign = _mm256_set1_epi32(INT32_MIN);
+    __m256i a = _mm256_and_si256(_mm256_sllv_epi32(all, places), sign);
+    __m256i b = _mm256_and_si256(_mm256_sllv_epi32(_mm256_srli_epi32(all, 8), places), sign);
+    return {_mm256_xor_ps(x.a, _mm256_castsi256_ps(a)), _mm256_xor_ps(x.b, _mm256_castsi256_ps(b))};
+  }
+  template <int N>
+  static __m256 cross(__m256 v) {
+    __m256 other = N == 1 ? _mm256_permute_ps(v, 0xb1) : N == 2 ? _mm256_permute_ps(v, 0x4e)
+                                                               : _mm256_permute2f128_ps(v, v, 1);
+    constexpr int high = N == 1 ? 0xaa : N == 2 ? 0xcc : 0xf0;
+    return _mm256_blend_ps(_mm256_add_ps(v, other), _mm256_sub_ps(other, v), high);
+  }
+  template <int N>
+  static F butterfly(F x) {
+    if (N == 8) return {_mm256_add_ps(x.a, x.b), _mm256_sub_ps(x.a, x.b)};
+    return {cross<(N & 7)>(x.a), cross<(N & 7)>(x.b)};
+  }
+  // n elements at p, followed by zeros.
+  template <class T>
+  struct Part {
+    T data[16] = {};
+    const T* p;
+    Part(const T* from, int n) : p(from) {
+      if (n >= 16) return;
+      std::memcpy(data, from, static_cast<size_t>(n) * sizeof(T));
+      p = data;
+    }
+  };
+  static __m128i half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static F load_f16(const uint16_t* from, int n) {
+    Part<uint16_t> part(from, n);
+    return {_mm256_cvtph_ps(half(part.p)), _mm256_cvtph_ps(half(part.p + 8))};
+  }
+  static F load_bf16(const uint16_t* from, int n) {
+    Part<uint16_t> part(from, n);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half(part.p)), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half(part.p + 8)), 16))};
+  }
+  static F load_i8(const int8_t* from, int n) {
+    Part<int8_t> part(from, n);
+    __m128i bytes = half(part.p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  }
+  static F round_i8(F x, int8_t* p) {
+    __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)};
+  }
+
+  static I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I set_i(int v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static I iota() {
+    return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
+  }
+  static I load_i(const void* p) {
+    const __m256i* v = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+  }
+  static I load_bytes(const void* p, int n) {
+    if (n >= 64) return load_i(p);
+    char all[64] = {};
+    std::memcpy(all, p, static_cast<size_t>(n));
+    return load_i(all);
+  }
+  static void store_i(void* p, I v) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v.a);
+    _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, v.b);
+  }
+  static I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static I mask(I x, int bits) {
+    __m256i m = _mm256_set1_epi32(bits);
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+  }
+  static __m256i join(__m256i low, __m256i high) {
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(0x03030303)),
+                           _mm256_and_si256(high, _mm256_set1_epi32(0x04040404)));
+  }
+  // The two low bits of each byte of `low`, the third of `high`.
+  static I join(I low, I high) { return {join(low.a, high.a), join(low.b, high.b)}; }
+  template <int N>
+  static I shr(I x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+  template <int N>
+  static I shl(I x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+  template <int N>
+  static I times(I x) { return shl<(N == 16 ? 4 : N == 8 ? 3 : N == 4 ? 2 : 1)>(x); }
+  static I shr_by(I x, int n) {
+    __m128i count = _mm_cvtsi32_si128(n);
+    return {_mm256_srl_epi32(x.a, count), _mm256_srl_epi32(x.b, count)};
+  }
+  static I shrv(I x, I n) { return {_mm256_srlv_epi32(x.a, n.a), _mm256_srlv_epi32(x.b, n.b)}; }
+  static I permute_i(I x, I index) {
+    F r = permute(F{_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}, index);
+    return {_mm256_castps_si256(r.a), _mm256_castps_si256(r.b)};
+  }
+  static F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  template <int BITS>
+  static __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+    __m256i ones = _mm256_set1_epi16(1);
+    if (BITS < 8) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones));
+    // Two products of full bytes exceed 16 bits; halves of the code don't.
+    __m256i low_bits = _mm256_set1_epi8(15);
+    __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, low_bits), x);
+    __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), low_bits), x);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, ones));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  }
+  template <int BITS>
+  static I dot(I sum, I codes, I x) {
+    return {dot<BITS>(sum.a, codes.a, x.a), dot<BITS>(sum.b, codes.b, x.b)};
+  }
+  static __m256i twice(__m128i words) {
+    __m256i pairs = _mm256_cvtepu32_epi64(words);
+    return _mm256_or_si256(pairs, _mm256_slli_epi64(_mm256_srli_epi32(pairs, 4), 32));
+  }
+  // Eight words of single bits, each for two lanes, its half of the bits lowest in each byte.
+  static I load_high(const void* p, int n) {
+    char all[32] = {};
+    if (n < 32) std::memcpy(all, p, static_cast<size_t>(n));
+    const char* words = n < 32 ? all : static_cast<const char*>(p);
+    return {twice(half(words)), twice(half(words + 16))};
+  }
+  // fp32 of the code in the lowest bits of each lane; bits above are ignored.
+  template <int BITS>
+  static F code(I x) {
+    return to_f(mask(x, (1 << BITS) - 1));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void transpose(I* v) {
+    int32_t all[16][16];
+    for (int i = 0; i < 16; ++i) store_i(all[i], v[i]);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < i; ++j) {
+        int32_t other = all[i][j];
+        all[i][j] = all[j][i];
+        all[j][i] = other;
+      }
+    for (int i = 0; i < 16; ++i) v[i] = load_i(all[i]);
+  }
+};
+
+}  // namespace
+
+void run_avx2(const Site& site) { run_with<V256>(site); }
+
+}  // namespace lopro
+#endif

@@ -1,0 +1,131 @@
+// AVX-512 with byte products (VNNI): 16 lanes are one register.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace lopro {
+namespace {
+
+struct V512 {
+  using F = __m512;
+  using I = __m512i;
+  // Rows at a time for one token and for four; registers of 16 rows, and tokens, of a tile for many.
+  static constexpr int rows = 4, shared_rows = 2, panel = 2, tile = 12;
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static float reduce(F a) { return _mm512_reduce_add_ps(a); }
+  static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  static F permute(F a, I index) { return _mm512_permutexvar_ps(index, a); }
+  static F flip(F a, uint32_t bits) {
+    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(a), static_cast<__mmask16>(bits),
+                                                     _mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN)));
+  }
+  // Sums in lanes without bit N of their number, differences in lanes with it.
+  template <int N>
+  static F butterfly(F a) {
+    constexpr int swap = N == 1 || N == 4 ? 0xb1 : 0x4e;
+    F other = N < 4 ? _mm512_permute_ps(a, swap) : _mm512_shuffle_f32x4(a, a, swap);
+    constexpr __mmask16 high = N == 1 ? 0xaaaa : N == 2 ? 0xcccc : N == 4 ? 0xf0f0 : 0xff00;
+    return _mm512_mask_sub_ps(_mm512_add_ps(a, other), high, other, a);
+  }
+  static F load_f16(const uint16_t* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static F load_bf16(const uint16_t* p, int n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16));
+  }
+  static F load_i8(const int8_t* p, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
+  }
+  // Rounds to the nearest even int8, stores, and returns what it stored.
+  static F round_i8(F a, int8_t* p) {
+    I rounded = _mm512_cvtps_epi32(a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(rounded));
+    return _mm512_cvtepi32_ps(rounded);
+  }
+
+  static I zero_i() { return _mm512_setzero_si512(); }
+  static I set_i(int v) { return _mm512_set1_epi32(v); }
+  static I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  static I load_bytes(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p); }
+  static void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I mask(I a, int bits) { return _mm512_and_si512(a, _mm512_set1_epi32(bits)); }
+  // The two low bits of each byte of `low`, the third of `high`.
+  static I join(I low, I high) {
+    I bits = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0x03030303), 0xe4);
+    return _mm512_and_si512(bits, _mm512_set1_epi32(0x07070707));
+  }
+  template <int N>
+  static I shr(I a) { return N ? _mm512_srli_epi32(a, N) : a; }
+  template <int N>
+  static I shl(I a) { return N ? _mm512_slli_epi32(a, N) : a; }
+  template <int N>
+  static I times(I a) { return _mm512_slli_epi32(a, N == 16 ? 4 : N == 8 ? 3 : N == 4 ? 2 : 1); }
+  static I shr_by(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  static I shrv(I a, I n) { return _mm512_srlv_epi32(a, n); }
+  static I permute_i(I a, I index) { return _mm512_permutexvar_epi32(index, a); }
+  static F to_f(I a) { return _mm512_cvtepi32_ps(a); }
+  template <int BITS>
+  static I dot(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+  // Eight words of single bits, each for two lanes, its half of the bits lowest in each byte.
+  static I load_high(const void* p, int n) {
+    __m256i words = _mm256_maskz_loadu_epi8(n >= 32 ? ~0u : (1u << n) - 1, p);
+    I pairs = _mm512_cvtepu32_epi64(words);
+    return _mm512_or_si512(pairs, _mm512_slli_epi64(_mm512_srli_epi32(pairs, 4), 32));
+  }
+  // fp32 of the code in the lowest bits of each lane; bits above are ignored.
+  template <int BITS>
+  static F code(I a) {
+    if (BITS == 8) return _mm512_cvtepi32_ps(mask(a, 255));
+    F table = _mm512_cvtepi32_ps(mask(iota(), (1 << (BITS & 7)) - 1));
+    return _mm512_permutexvar_ps(a, table);
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void transpose(I* v) {
+    I a[16];
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+      v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+      v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+      v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      a[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+      a[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+      a[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+      a[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+      v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+      v[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+      v[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+    }
+  }
+};
+
+}  // namespace
+
+void run_avx512(const Site& site) { run_with<V512>(site); }
+
+}  // namespace lopro
+#endif

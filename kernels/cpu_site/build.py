@@ -1,0 +1,135 @@
+"""Compiles the CPU kernel with Inductor's compiler: a shared library for eager mode and an archive for AOTInductor.
+
+Results are cached by a hash of sources, flags, compiler and torch, so a change of any of them builds anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ARCHIVE = "lopro_cpu_site"
+_FOLDER = Path(__file__).parent
+_INCLUDE = Path(torch.__file__).parent / "include"
+_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+# Source files with the flags of the processors that they are for; the other files run on any.
+_PATHS = {
+    "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
+    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "portable.cpp": (),
+    "dispatch.cpp": (),
+    "shim.cpp": (),
+    "register.cpp": (),
+}
+_EAGER_ONLY = "register.cpp"
+
+
+class BuildError(RuntimeError):
+    """The kernel could not be built; says why and what helps."""
+
+
+def shared_library() -> Path:
+    """Path of the library that registers the kernel with torch; built if the cache doesn't hold it.
+
+    Raises: BuildError if there is no compiler, it fails, or the cache can't be written.
+    """
+    return _built() / f"lib{ARCHIVE}.so"
+
+
+def archive() -> Path:
+    """Path of the static archive with the C function that AOTInductor's code calls. Raises: as `shared_library`."""
+    return _built() / f"lib{ARCHIVE}.a"
+
+
+@cache
+def _built() -> Path:
+    compiler = _compiler()
+    key = hashlib.sha256()
+    for part in (_version(compiler), torch.__version__, platform.machine(), repr(_flags()), repr(_PATHS)):
+        key.update(part.encode() + b"\0")
+    for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"))):
+        key.update(file.name.encode() + b"\0" + file.read_bytes())
+    target = cache_dir() / f"cpu_site-{key.hexdigest()[:20]}"
+    if not (target / f"lib{ARCHIVE}.so").is_file():
+        try:
+            _build(compiler, target)
+        except OSError as error:
+            raise BuildError(f"{target} can't be written ({error}): set LOPRO_FX_CACHE to a writable folder") from error
+    return target
+
+
+def _build(compiler: str, target: Path) -> None:
+    """Builds in a folder beside the target, which takes its place at once: builds at the same time don't meet."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".cpu_site-") as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+
+        def compiled(source: str) -> Path:
+            result = Path(scratch) / f"{source}.o"
+            flags = _PATHS[source] if platform.machine() in ("x86_64", "AMD64") else ()
+            command = [*_flags(), *flags, f"-I{_INCLUDE}", "-c", str(_FOLDER / source), "-o", str(result)]
+            _run(compiler, *command)
+            return result
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = dict(zip(_PATHS, pool.map(compiled, _PATHS), strict=True))
+        libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
+        _run(compiler, *_flags(), "-shared", *map(str, objects.values()), libraries, "-ltorch_cpu", "-lc10",
+             "-o", str(folder / f"lib{ARCHIVE}.so"))  # fmt: skip
+        shared = [str(path) for source, path in objects.items() if source != _EAGER_ONLY]
+        _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{ARCHIVE}.a"), *shared)
+        try:
+            folder.rename(target)
+        except OSError:
+            # Another process was faster, and its files are the same.
+            if not (target / f"lib{ARCHIVE}.so").is_file():
+                raise
+
+
+def cache_dir() -> Path:
+    """`$LOPRO_FX_CACHE`, else `$XDG_CACHE_HOME/lopro_fx`, else `~/.cache/lopro_fx`; it need not exist."""
+    folder = os.environ.get("LOPRO_FX_CACHE")
+    path = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lopro_fx"
+    return path.expanduser()
+
+
+def _flags() -> tuple[str, ...]:
+    # Inductor's code links GNU's OpenMP library by name, which torch has loaded: one pool of threads for all.
+    return (*_FLAGS, "-fopenmp") if sys.platform == "linux" else _FLAGS
+
+
+def _compiler() -> str:
+    """The compiler that Inductor uses; a private function, here alone."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return get_cpp_compiler()
+    except Exception as error:  # Inductor raises its own classes, and they move
+        raise BuildError("no C++ compiler was found: install g++ or clang++, or set CXX to one") from error
+
+
+def _version(compiler: str) -> str:
+    return _run(compiler, "--version")
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} can't be run ({error}): install g++ or clang++, or set CXX to one") from error
+    if done.returncode:
+        reason = (done.stderr.strip() or "it gave no reason").splitlines()
+        message = next((line for line in reason if "error" in line), reason[-1])
+        raise BuildError(f"{command[0]} failed: {message}")
+    return done.stdout

@@ -1,0 +1,189 @@
+// Plain C++ for every other processor: loops over 16 lanes, which the compiler makes what it can of.
+#include "kernel.h"
+
+namespace lopro {
+namespace {
+
+struct Plain {
+  struct F {
+    float v[16];
+  };
+  struct I {
+    uint32_t v[16];
+  };
+  static constexpr int rows = 1, shared_rows = 1, panel = 1, tile = 4;
+
+  template <class Op>
+  static F make(Op op) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+  template <class Op>
+  static I make_i(Op op) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+
+  static F zero() { return set(0.0f); }
+  static F set(float x) {
+    return make([=](int) { return x; });
+  }
+  static F load(const float* p) {
+    F r;
+    std::memcpy(r.v, p, 64);
+    return r;
+  }
+  static void store(float* p, F x) { std::memcpy(p, x.v, 64); }
+  static void store_n(float* p, F x, int n) { std::memcpy(p, x.v, static_cast<size_t>(n) * 4); }
+  static F add(const F& x, const F& y) {
+    return make([&](int i) { return x.v[i] + y.v[i]; });
+  }
+  static F sub(const F& x, const F& y) {
+    return make([&](int i) { return x.v[i] - y.v[i]; });
+  }
+  static F mul(const F& x, const F& y) {
+    return make([&](int i) { return x.v[i] * y.v[i]; });
+  }
+  static F fma(const F& x, const F& y, const F& z) {
+    return make([&](int i) { return x.v[i] * y.v[i] + z.v[i]; });
+  }
+  static F fnma(const F& x, const F& y, const F& z) {
+    return make([&](int i) { return z.v[i] - x.v[i] * y.v[i]; });
+  }
+  static F fms(const F& x, const F& y, const F& z) {
+    return make([&](int i) { return x.v[i] * y.v[i] - z.v[i]; });
+  }
+  static F max(const F& x, const F& y) {
+    return make([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
+  }
+  static F abs(const F& x) {
+    return make([&](int i) { return std::fabs(x.v[i]); });
+  }
+  static float reduce(F x) {
+    for (int n = 8; n; n /= 2)
+      for (int i = 0; i < n; ++i) x.v[i] += x.v[i + n];
+    return x.v[0];
+  }
+  static float reduce_max(F x) {
+    for (int n = 8; n; n /= 2)
+      for (int i = 0; i < n; ++i) x.v[i] = x.v[i] > x.v[i + n] ? x.v[i] : x.v[i + n];
+    return x.v[0];
+  }
+  static F permute(const F& x, const I& index) {
+    return make([&](int i) { return x.v[index.v[i] & 15]; });
+  }
+  static F flip(const F& x, uint32_t bits) {
+    return make([&](int i) { return bits >> i & 1 ? -x.v[i] : x.v[i]; });
+  }
+  template <int N>
+  static F butterfly(const F& x) {
+    return make([&](int i) { return i & N ? x.v[i ^ N] - x.v[i] : x.v[i] + x.v[i ^ N]; });
+  }
+  static F load_f16(const uint16_t* p, int n) {
+    return make([=](int i) { return i < n ? half_to_float(p[i]) : 0.0f; });
+  }
+  static F load_bf16(const uint16_t* p, int n) {
+    return make([=](int i) { return i < n ? bfloat_to_float(p[i]) : 0.0f; });
+  }
+  static F load_i8(const int8_t* p, int n) {
+    return make([=](int i) { return i < n ? static_cast<float>(p[i]) : 0.0f; });
+  }
+  static F round_i8(const F& x, int8_t* p) {
+    // The processor's own rounding, to the nearest even; what isn't a number must not be cast.
+    F r = make([&](int i) { return x.v[i] >= -127.5f && x.v[i] <= 127.5f ? std::nearbyint(x.v[i]) : 0.0f; });
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(r.v[i]);
+    return r;
+  }
+
+  static I zero_i() { return set_i(0); }
+  static I set_i(int x) {
+    return make_i([=](int) { return static_cast<uint32_t>(x); });
+  }
+  static I iota() {
+    return make_i([](int i) { return static_cast<uint32_t>(i); });
+  }
+  static I load_i(const void* p) {
+    I r;
+    std::memcpy(r.v, p, 64);
+    return r;
+  }
+  static I load_bytes(const void* p, int n) {
+    I r = zero_i();
+    std::memcpy(r.v, p, static_cast<size_t>(least(n, 64)));
+    return r;
+  }
+  static void store_i(void* p, const I& x) { std::memcpy(p, x.v, 64); }
+  static I add_i(const I& x, const I& y) {
+    return make_i([&](int i) { return x.v[i] + y.v[i]; });
+  }
+  static I mask(const I& x, int bits) {
+    return make_i([&](int i) { return x.v[i] & static_cast<uint32_t>(bits); });
+  }
+  // The two low bits of each byte of `low`, the third of `high`.
+  static I join(const I& low, const I& high) {
+    return make_i([&](int i) { return (low.v[i] & 0x03030303u) | (high.v[i] & 0x04040404u); });
+  }
+  template <int N>
+  static I shr(const I& x) {
+    return shr_by(x, N);
+  }
+  template <int N>
+  static I shl(const I& x) {
+    return make_i([&](int i) { return x.v[i] << N; });
+  }
+  template <int N>
+  static I times(const I& x) {
+    return make_i([&](int i) { return x.v[i] * N; });
+  }
+  static I shr_by(const I& x, int n) {
+    return make_i([&](int i) { return x.v[i] >> n; });
+  }
+  static I shrv(const I& x, const I& n) {
+    return make_i([&](int i) { return x.v[i] >> n.v[i]; });
+  }
+  static I permute_i(const I& x, const I& index) {
+    return make_i([&](int i) { return x.v[index.v[i] & 15]; });
+  }
+  static F to_f(const I& x) {
+    return make([&](int i) { return static_cast<float>(static_cast<int32_t>(x.v[i])); });
+  }
+  template <int BITS>
+  static I dot(const I& sum, const I& codes, const I& x) {
+    I r = sum;
+    for (int b = 0; b < 32; b += 8)
+      for (int i = 0; i < 16; ++i) {
+        // Both factors fit 16 bits, which narrow processors multiply fastest.
+        int16_t code = static_cast<int16_t>(codes.v[i] >> b & 255), value = static_cast<int8_t>(x.v[i] >> b);
+        r.v[i] += static_cast<uint32_t>(code * value);
+      }
+    return r;
+  }
+  // Eight words of single bits, each for two lanes, its half of the bits lowest in each byte.
+  static I load_high(const void* p, int n) {
+    uint32_t words[8] = {};
+    std::memcpy(words, p, static_cast<size_t>(n));
+    return make_i([&](int i) { return words[i / 2] >> (i % 2 * 4); });
+  }
+  // fp32 of the code in the lowest bits of each lane; bits above are ignored.
+  template <int BITS>
+  static F code(const I& x) {
+    return to_f(mask(x, (1 << BITS) - 1));
+  }
+  static void prefetch(const void*) {}
+  static void transpose(I* v) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < i; ++j) {
+        uint32_t other = v[i].v[j];
+        v[i].v[j] = v[j].v[i];
+        v[j].v[i] = other;
+      }
+  }
+};
+
+}  // namespace
+
+void run_portable(const Site& site) { run_with<Plain>(site); }
+
+}  // namespace lopro
