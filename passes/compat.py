@@ -63,6 +63,11 @@ def fake_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return mode.from_tensor(tensor, static_shapes=True)
 
 
+def fake_tensors() -> FakeTensorMode:
+    """A context in which operators give shapes and no data, whatever tensors they take."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no data."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta

@@ -13,6 +13,7 @@ from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.models.attention import grouped_attention_in
 from lopro_fx.models.export import export_view
+from lopro_fx.passes import compat
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -119,8 +120,6 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
         def get_max_length(self) -> int:
             return self._cache[0].shape[2]
 
-        get_max_cache_shape = get_max_length
-
     return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
 
 
@@ -137,11 +136,11 @@ def _windows(config: Any) -> dict[str, int | None]:
 
 
 def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheSpec:
-    """Sizes as the model's own cache has them after one token."""
+    """Sizes as the model's own cache has them after one token, which is not computed."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with torch.no_grad():
-            output = model(input_ids=ids, use_cache=True)
+        with torch.no_grad(), compat.fake_tensors():
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
         keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
         values = [(layer.values.shape[1], layer.values.shape[3]) for layer in layers]

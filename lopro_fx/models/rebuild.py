@@ -1,0 +1,41 @@
+"""The model object that a program was exported from, for another export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from lopro_fx.errors import ModelError
+
+
+def rebuild_model(program: ExportedProgram, config: Any) -> nn.Module:
+    """A transformers model with the program's tensors in the places of its own.
+
+    Weights that the program holds in packed form are left unset: the model is there to be exported again, after which
+    `lopro_fx.apply` replaces them.
+
+    Args:
+        program: quantised, from `quantize`, `apply` or `load`; exported with `export_causal_lm`.
+        config: the model's `PreTrainedConfig`.
+
+    Raises:
+        ModelError: transformers is missing, or the program isn't one of such a model.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+    except ImportError as error:
+        raise ModelError("a model for generation needs transformers: pip install 'lopro_fx[hf]'") from error
+    with torch.device("meta"):
+        own = AutoModelForCausalLM.from_config(config).state_dict()
+    kept = {name: tensor for name, tensor in program.state_dict.items() if name in own}
+    if not kept or any(own[name].shape != tensor.shape for name, tensor in kept.items()):
+        raise ModelError(f"the program was not exported from a model of this configuration ({config.model_type})")
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(kept.values())).dtype)
+    model.load_state_dict(kept, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
