@@ -20,10 +20,11 @@ _OK, _INTERNAL, _ERROR, _INTERRUPTED = 0, 1, 2, 130
 # Command: (module, what it does). A module is imported when its command is asked for.
 _COMMANDS = {
     "quantize": ("quantize", "quantise a model, with perplexity before and after"),
-    "eval": ("evaluate", "perplexity of a model or of a saved folder"),
+    "eval": ("evaluate", "perplexity, divergence from the original, and tasks"),
     "generate": ("generate", "continue a prompt"),
     "export": ("export", "compile a saved folder to an AOTInductor package"),
     "explain": ("explain", "list the layers that would be quantised, and why others not"),
+    "bench": ("bench", "speed and memory of a package that generates"),
     "report": ("report", "list what was done to each layer of a saved folder"),
 }
 _OURS = tuple(str(Path(path).resolve()) for path in (*lopro_fx.__path__, *lopro_fx.passes.__path__))

@@ -32,6 +32,7 @@ from lopro_fx.files import replacing
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.passes.rewrite import META
+from lopro_fx.report.traffic import weight_bytes
 
 FORMAT, VERSION = "lopro_fx package", 1
 _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
@@ -160,6 +161,7 @@ def _manifest(programs: GenerationPrograms, device: torch.device, activations: s
         "cache": programs.cache.to_dict(),
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         "config": record.get("config"),
+        "decode_bytes": weight_bytes(programs.decode),
     }
 
 

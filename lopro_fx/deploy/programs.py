@@ -43,6 +43,12 @@ class CacheSpec:
 
         return [zeros(*size) for size in self.keys], [zeros(*size) for size in self.values]
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in every row and layer."""
+        width = sum(heads * width for heads, width in (*self.keys, *self.values))
+        return self.batch_size * width * getattr(torch, self.dtype).itemsize
+
     def to_dict(self) -> dict[str, Any]:
         """Fields, ready for JSON."""
         return asdict(self)

@@ -1,0 +1,50 @@
+"""Bytes that a program reads of its own tensors when it runs once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.passes.ties import identity
+
+# Operators that read some rows of a table: the operator's name, and the places of the tables and of the row numbers.
+_LOOKUPS = {"aten.embedding.default": ((0,), 1), "lopro.packed_embedding.default": ((1, 2, 3), 0)}
+
+
+def weight_bytes(program: ExportedProgram) -> int:
+    """Bytes of parameters, buffers and constants that one run reads, tied ones once.
+
+    Every tensor that an operator takes counts whole; of a table that is only looked up, the rows asked for count.
+    """
+    signature = program.graph_signature
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**program.constants, **program.state_dict}
+    read: dict[tuple[Any, ...], int] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in names or not node.users:
+            continue
+        tensor = tensors[names[node.name]]
+        assert isinstance(tensor, Tensor)
+        size = tensor.numel() * tensor.element_size()
+        used = min(size, sum(_looked_up(user, node, tensor) or size for user in node.users))
+        key = identity(tensor)
+        read[key] = max(read.get(key, 0), used)
+    return sum(read.values())
+
+
+def _looked_up(user: Node, table: Node, tensor: Tensor) -> int | None:
+    """Bytes of the rows that `user` looks up in `table`; None if it reads the whole."""
+    places, rows = _LOOKUPS.get(str(user.target), ((), 0))
+    if not any(len(user.args) > place and user.args[place] is table for place in places):
+        return None
+    asked = user.args[rows]
+    assert isinstance(asked, Node)
+    count = asked.meta["val"].numel()
+    return int(count) * tensor[0].numel() * tensor.element_size() if isinstance(count, int) else None
