@@ -11,7 +11,7 @@ from torch import nn
 import lopro_fx
 from lopro_fx.deploy.aoti import size_bound
 from lopro_fx.errors import CheckpointError, GraphError
-from tests.deploy.models import names, quantized_lm, token_ids
+from tests.deploy.models import LanguageModel, export_lm, names, quantized_lm, token_ids
 from tests.helpers import assert_close
 
 # Enough weight that a second copy of the embedding (4 MB), or one dense Linear (1 MB) a layer, would show in the size.
@@ -55,6 +55,21 @@ def test_package_runs_without_lopro_fx_at_every_size(program, package, tmp_path)
             expected = module(ids)
         assert_close(str(tuple(ids.shape)), expected, got, 1e-5)
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_a_packed_head_and_its_embedding_are_stored_once(tmp_path):
+    sizes = {**SIZES, "depth": 1, "vocab": 8000}
+    torch.manual_seed(0)
+    config = lopro_fx.RTN(bits=4, head_bits=8, clip_steps=0)
+    program = lopro_fx.quantize(export_lm(LanguageModel(**sizes)), None, config)
+    result = lopro_fx.export_aoti(program, tmp_path / "model.pt2")
+    table = sizes["vocab"] * sizes["width"]
+    assert table > CODE, "a second copy in 8 bits would hide in what is allowed for code"
+    assert table < result.bytes < result.bound + CODE < 2 * table
+    ids = token_ids(2, 7, sizes["vocab"])
+    with torch.no_grad():
+        expected = program.module()(ids)
+    assert_close("logits", expected, torch._inductor.aoti_load_package(str(result.path))(ids), 1e-5)
 
 
 def test_package_holds_each_packed_tensor_once(program, package):
