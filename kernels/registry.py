@@ -1,8 +1,8 @@
 """How operators enter the `lopro::` namespace.
 
-Each operator but `cpu_site` is composite: its kernel is written in ATen and serves eager mode, fake tensors, autograd and
-every backend. Tracing for Inductor or AOTInductor goes through it, so a compiled artifact holds ATen only and loads in a
-process that has never imported this package, while an ExportedProgram shows the operator as one node.
+Each operator but `cpu_site` is composite: its kernel is written in ATen and serves eager mode, fake tensors, autograd
+and every backend. Tracing for Inductor or AOTInductor goes through it, so a compiled artifact holds ATen only and loads
+in a process that has never imported this package, while an ExportedProgram shows the operator as one node.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ ROTATE = torch.ops.lopro.rotate.default
 PROJECT = torch.ops.lopro.project.default
 PACKED_LINEAR = torch.ops.lopro.packed_linear.default
 PACKED_SITE = torch.ops.lopro.packed_site.default
+CPU_SITE = torch.ops.lopro.cpu_site.default
 
 Note = dict[str, Any]
 _Operands = TypeVar("_Operands")

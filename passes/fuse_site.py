@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -66,16 +68,20 @@ def _reason_to_leave(node: Node) -> str | None:
     return None
 
 
+def fused_operands(call: PackedLinear) -> tuple[Any, ...]:
+    """Operands of `lopro::packed_site` for a packed Linear with the rotation and projection that it reads."""
+    latent = call.latent
+    rotate = operands(Rotate, call.x) if call.x.target is ROTATE else Rotate(call.x, None, None, 1, 0)
+    down, scale = operands(Project, latent)[1:] if latent is not None else (None, None)
+    return (*rotate, down, scale, call.codes, call.scales, call.zeros, call.bias, call.up, call.up_scale, call.bits,
+            call.group_size)  # fmt: skip
+
+
 def _fuse(editor: ProgramEditor, node: Node) -> None:
     call = operands(PackedLinear, node)
-    turned, latent = call.x.target is ROTATE, call.latent
-    rotate = operands(Rotate, call.x) if turned else Rotate(call.x, None, None, 1, 0)
-    down, scale = operands(Project, latent)[1:] if latent is not None else (None, None)
-    args = (*rotate, down, scale, call.codes, call.scales, call.zeros, call.bias, call.up, call.up_scale, call.bits,
-            call.group_size)  # fmt: skip
-    fused = editor.add_call(node, f"fused_{node.name}", PACKED_SITE, args, node)
+    fused = editor.add_call(node, f"fused_{node.name}", PACKED_SITE, fused_operands(call), node)
     fused.meta[META] = {"sites": sites_of(node), "group": group_of(node), "bits": call.bits}
     editor.replace(node, fused)
-    for gone in (latent, call.x if turned else None):
+    for gone in (call.latent, call.x if call.x.target is ROTATE else None):
         if gone is not None:
             editor.graph.erase_node(gone)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-ARCHIVE = "lopro_cpu_site"
+from lopro_fx.kernels.cache import cache_dir
+
+_NAME = "lopro_cpu_site"
 _FOLDER = Path(__file__).parent
 _INCLUDE = Path(torch.__file__).parent / "include"
 _FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
@@ -43,24 +45,29 @@ def shared_library() -> Path:
 
     Raises: BuildError if there is no compiler, it fails, or the cache can't be written.
     """
-    return _built() / f"lib{ARCHIVE}.so"
+    return _built() / f"{_NAME}.so"
 
 
 def archive() -> Path:
-    """Path of the static archive with the C function that AOTInductor's code calls. Raises: as `shared_library`."""
-    return _built() / f"lib{ARCHIVE}.a"
+    """Path of the static archive with the C function that AOTInductor's code calls. Raises: as `shared_library`.
+
+    Its name holds the build's key, because Inductor's cache knows a library by its name alone.
+    """
+    folder = _built()
+    return folder / f"lib{folder.name}.a"
 
 
 @cache
 def _built() -> Path:
     compiler = _compiler()
     key = hashlib.sha256()
-    for part in (_version(compiler), torch.__version__, platform.machine(), repr(_flags()), repr(_PATHS)):
+    for part in (_version(compiler), torch.__version__, platform.machine()):
         key.update(part.encode() + b"\0")
-    for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"))):
+    # The flags are in this file.
+    for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), Path(__file__))):
         key.update(file.name.encode() + b"\0" + file.read_bytes())
-    target = cache_dir() / f"cpu_site-{key.hexdigest()[:20]}"
-    if not (target / f"lib{ARCHIVE}.so").is_file():
+    target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
+    if not (target / f"{_NAME}.so").is_file():
         try:
             _build(compiler, target)
         except OSError as error:
@@ -71,7 +78,7 @@ def _built() -> Path:
 def _build(compiler: str, target: Path) -> None:
     """Builds in a folder beside the target, which takes its place at once: builds at the same time don't meet."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".cpu_site-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{_NAME}-") as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()
 
@@ -86,22 +93,15 @@ def _build(compiler: str, target: Path) -> None:
             objects = dict(zip(_PATHS, pool.map(compiled, _PATHS), strict=True))
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         _run(compiler, *_flags(), "-shared", *map(str, objects.values()), libraries, "-ltorch_cpu", "-lc10",
-             "-o", str(folder / f"lib{ARCHIVE}.so"))  # fmt: skip
+             "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
         shared = [str(path) for source, path in objects.items() if source != _EAGER_ONLY]
-        _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{ARCHIVE}.a"), *shared)
+        _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{target.name}.a"), *shared)
         try:
             folder.rename(target)
         except OSError:
             # Another process was faster, and its files are the same.
-            if not (target / f"lib{ARCHIVE}.so").is_file():
+            if not (target / f"{_NAME}.so").is_file():
                 raise
-
-
-def cache_dir() -> Path:
-    """`$LOPRO_FX_CACHE`, else `$XDG_CACHE_HOME/lopro_fx`, else `~/.cache/lopro_fx`; it need not exist."""
-    folder = os.environ.get("LOPRO_FX_CACHE")
-    path = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lopro_fx"
-    return path.expanduser()
 
 
 def _flags() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, GraphError
 from lopro_fx.files import replacing
+from lopro_fx.kernels.cpu_site.aoti import inductor_options
+from lopro_fx.kernels.cpu_site.build import BuildError
 from lopro_fx.passes import compat
+from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.rewrite import META
@@ -116,9 +120,19 @@ def compile_program(
     options = {**_OPTIONS, **(_APART if apart else {}), "aot_inductor.output_path": str(folder),
                "aot_inductor.metadata": metadata or {}}  # fmt: skip
     try:
-        with torch.no_grad():
-            files = compat.aot_compile(clean, args, kwargs, options)
+        with torch.no_grad(), _kernel_options(clean) as kernel:
+            files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
+    except BuildError as error:
+        raise GraphError(
+            f"the program holds lopro::cpu_site, whose kernel can't be built: {error}; or optimise without target='cpu'"
+        ) from error
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
     # The library is compiled from the generated C++, which therefore stays out.
     return [file for file in files if not str(file).endswith(".cpp")]
+
+
+def _kernel_options(program: ExportedProgram) -> AbstractContextManager[dict[str, Any]]:
+    if any(program.graph.find_nodes(op="call_function", target=CPU_SITE)):
+        return inductor_options()
+    return nullcontext({})

