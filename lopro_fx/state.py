@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
+from lopro_fx.passes.recover import recover
+from lopro_fx.passes.rewrite import META
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,15 @@ class QuantState:
     def bits_per_weight(self) -> float:
         """8 * packed_bytes / weights."""
         return 8 * self.packed_bytes / self.weights if self.weights else 0.0
+
+
+def state_of(program: ExportedProgram) -> QuantState:
+    """What was applied to a quantised program; its tensors are the program's own.
+
+    Raises:
+        GraphError: the program was not quantised, or was optimised after it.
+    """
+    groups, sites = recover(program)
+    record = program.graph_module.meta[META]
+    left = [(name, reason) for name, reason in record["left"]]
+    return QuantState(record["config"], groups, sites, left, record["info"])

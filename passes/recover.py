@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.export import ExportedProgram
 
 from lopro_fx.kernels.errors import GraphError
@@ -9,6 +10,7 @@ from lopro_fx.passes.calls import PACKED_LINEAR, ROTATE, PackedLinear, Rotate, g
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.passes.rewrite import META, buffers_of
 
+PACKED_EMBEDDING = torch.ops.lopro.packed_embedding.default
 _SHARED = ("perm", "signs", "down", "down_scale")
 _OWN = ("codes", "scales", "zeros", "up", "up_scale")
 
@@ -25,6 +27,7 @@ def recover(program: ExportedProgram) -> tuple[dict[str, PackedGroup], dict[str,
     if "optimized" in record:
         raise GraphError("this program was optimised, which merges its layers: take the one before lopro_fx.optimize")
     rotations = {group_of(node): operands(Rotate, node) for node in _calls(program, ROTATE)}
+    looked_up = {name for node in _calls(program, PACKED_EMBEDDING) for name in sites_of(node)}
     groups, sites = {}, {}
     for node in _calls(program, PACKED_LINEAR):
         (name,), call = sites_of(node), operands(PackedLinear, node)
@@ -33,7 +36,9 @@ def recover(program: ExportedProgram) -> tuple[dict[str, PackedGroup], dict[str,
         row = record["sites"][name]
         rows, width = row["shape"]
         own = buffers_of(program, name, _OWN)
-        sites[name] = PackedSite(name, group_of(node), call.bits, call.group_size, rows, width, own, row)
+        sites[name] = PackedSite(
+            name, group_of(node), call.bits, call.group_size, rows, width, own, row, embedding=name in looked_up
+        )
     for name, members in record["groups"].items():
         turn = rotations.get(name)
         block, skip = (turn.block, turn.skip) if turn else (1, 0)

@@ -70,7 +70,7 @@ def run(args: Namespace) -> None:
         out.require_space(source.program, selection, config)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)
     quantized, seconds = _quantize(source, samples, config, out)
-    tokenizer, name, origin = source.tokenizer, source.name, source.origin
+    tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
     # The original weights go before the second evaluation.
     del source
     after = data.measure("perplexity after", quantized, tokenizer, windows)
@@ -87,7 +87,7 @@ def run(args: Namespace) -> None:
         "torch": torch.__version__,
     }
     if out is not None:
-        out.save(quantized, tokenizer, lambda: {**result, **target.costs(started)})
+        out.save(quantized, (tokenizer, *settings), lambda: {**result, **target.costs(started)})
     result.update(target.costs(started))
     output.write_result(args.json, result)
     output.say(_table(result, args.out))

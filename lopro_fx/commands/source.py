@@ -21,12 +21,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from."""
+    """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from.
+
+    `settings` are the model's own configurations, each with `save_pretrained`, where there was a model.
+    """
 
     program: ExportedProgram
     tokenizer: Any
     name: str
     origin: str
+    settings: tuple[Any, ...] = ()
 
 
 def add_model(parser: ArgumentParser, **options: Any) -> None:
@@ -50,7 +54,9 @@ def export(loaded: LoadedModel) -> Source:
     Raises:
         ModelError: it can't be exported.
     """
-    return Source(export_causal_lm(loaded.model), loaded.tokenizer, loaded.name, loaded.source)
+    model: Any = loaded.model
+    settings = (model.config, model.generation_config)
+    return Source(export_causal_lm(model), loaded.tokenizer, loaded.name, loaded.source, settings)
 
 
 def is_checkpoint(name: str) -> bool:

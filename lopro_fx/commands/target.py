@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ class Target:
         if free < needed:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")
 
-    def save(self, program: ExportedProgram, tokenizer: Any, result: Callable[[], dict[str, Any]]) -> None:
-        """Write program, tokenizer and `report.json` (the figures and one row a layer), then drop the journal.
+    def save(self, program: ExportedProgram, companions: Sequence[Any], result: Callable[[], dict[str, Any]]) -> None:
+        """Write program, tokenizer and configurations (the `companions`, each with `save_pretrained`), and
+        `report.json` (the figures and one row a layer), then drop the journal.
 
         Raises:
             CheckpointError: writing failed; nothing is left half-written, and the journal stays.
@@ -73,7 +74,8 @@ class Target:
         with replacing(self.folder) as temporary:
             save(program, temporary)
             with quiet():
-                tokenizer.save_pretrained(temporary)
+                for companion in companions:
+                    companion.save_pretrained(temporary)
             write_result(str(temporary / "report.json"), {**result(), "layers": list(report(program).rows)})
         shutil.rmtree(self.journal, ignore_errors=True)
 

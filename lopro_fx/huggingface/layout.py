@@ -2,7 +2,7 @@
 
     groups  by name, which is that of the Linear whose module holds what they share: block and skip of the rotation,
             rank, dtype of the factors, and whether there are a permutation and signs
-    sites   by name: the group, bits and group_size
+    sites   by name: the group, bits, group_size, and the embedding that holds the tensors, if one does
 
 Shapes follow from these and from the sizes of the Linear.
 """
@@ -23,11 +23,23 @@ from lopro_fx.state import QuantState
 _FACTORS = {"int8": torch.int8, "float16": torch.float16}
 
 
-def describe(state: QuantState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JSON of every group and of every site, by name: what `restore` reads."""
+def describe(state: QuantState, embeddings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """JSON of every group and of every site, by name: what `restore` reads.
+
+    Args:
+        state: what to describe.
+        embeddings: name of the embedding that reads a site's weight, by the site's name.
+    """
     groups = {name: _group(group) for name, group in state.groups.items()}
-    sites = {name: {"group": site.group, "bits": site.bits, "group_size": site.group_size}
-             for name, site in state.sites.items()}  # fmt: skip
+    sites = {
+        name: {
+            "group": site.group,
+            "bits": site.bits,
+            "group_size": site.group_size,
+            "embedding": embeddings.get(name),
+        }
+        for name, site in state.sites.items()
+    }
     return groups, sites
 
 
@@ -48,7 +60,8 @@ def restore(
         group, (rows, width) = groups[entry["group"]], size(name)
         tensors = _site_tensors(entry["bits"], entry["group_size"], rows, width)
         tensors |= _factor("up", (rows, group["rank"]), group)
-        made[name] = PackedSite(name, entry["group"], entry["bits"], entry["group_size"], rows, width, tensors)
+        sizes = entry["bits"], entry["group_size"], rows, width
+        made[name] = PackedSite(name, entry["group"], *sizes, tensors, embedding=entry["embedding"] is not None)
     members: dict[str, list[str]] = {}
     for site in made.values():
         members.setdefault(site.group, []).append(site.name)

@@ -15,8 +15,8 @@ from lopro_fx.__about__ import __version__
 from lopro_fx.deploy.manifest import first_line
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError
 from lopro_fx.huggingface import layout
-from lopro_fx.huggingface.modules import ACTIVATIONS, PackedInput, PackedLinear
-from lopro_fx.huggingface.replace import linear_of, replace_linears, restore_linears
+from lopro_fx.huggingface.modules import ACTIVATIONS, Packed
+from lopro_fx.huggingface.replace import embedding_of, has_module, linear_of, replace_modules, restore_modules
 from lopro_fx.huggingface.versions import require_transformers
 
 METHOD = "lopro_fx"
@@ -82,25 +82,28 @@ class LoProHfQuantizer(HfQuantizer):
     ) -> None:
         for path in checkpoint_files or ():
             _require_readable(path)
-        config = self.quantization_config
-        names = _names_in(model, config.sites)
-
-        def size(name: str) -> tuple[int, int]:
-            linear = linear_of(model, name)
-            return linear.out_features, linear.in_features
-
+        config, place = self.quantization_config, _Place(model)
         try:
-            sites = {names[name]: {**entry, "group": names[entry["group"]]}
-                     for name, entry in config.sites.items() if name in names}  # fmt: skip
-            shared = {names[name]: entry for name, entry in config.groups.items() if name in names}
-            groups, made = layout.restore(shared, sites, size)
+            sites = {place(name): {**entry, "group": place(entry["group"])}
+                     for name, entry in config.sites.items() if place.has(name, entry["embedding"])}  # fmt: skip
+            embeddings = {name: place(entry["embedding"]) for name, entry in sites.items() if entry["embedding"]}
+
+            def size(name: str) -> tuple[int, int]:
+                if name in embeddings:
+                    table = embedding_of(model, embeddings[name])
+                    return table.num_embeddings, table.embedding_dim
+                linear = linear_of(model, name)
+                return linear.out_features, linear.in_features
+
+            groups = {place(name): entry for name, entry in config.groups.items()}
+            packed, made = layout.restore(groups, sites, size)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the quantization_config is damaged: {first_line(error)}") from error
-        replace_linears(model, groups, made, config.activations)
+        replace_modules(model, packed, made, embeddings, config.activations)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
-            if not isinstance(module, (PackedLinear, PackedInput)):
+            if not isinstance(module, Packed):
                 continue
             for key, tensor in module.named_buffers(recurse=False):
                 # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.
@@ -111,7 +114,7 @@ class LoProHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        restore_linears(model, dtype)
+        restore_modules(model, dtype or model.dtype)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -133,20 +136,22 @@ def attach(model: Any, config: LoProConfig) -> None:
     model.config.quantization_config = config
 
 
-def _names_in(model: Any, sites: dict[str, Any]) -> dict[str, str]:
+class _Place:
     """Saved name to the name in `model`, which may be the saved model or the base model inside it."""
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
-    names = {}
-    for name in sites:
-        inner = name.removeprefix(prefix)
-        if name in modules:
-            names[name] = name
-        elif inner in modules:
-            names[name] = inner
-        elif name.startswith(prefix) or model.base_model is not model:
-            raise ModelError(f"{type(model).__name__} has no module '{name}', which the saved model quantised")
-    return names
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._prefix = model, f"{model.base_model_prefix}."
+        self._is_base = model.base_model is model
+
+    def __call__(self, name: str) -> str:
+        return name.removeprefix(self._prefix) if self._is_base else name
+
+    def has(self, name: str, embedding: str | None) -> bool:
+        """Whether there is something to replace: a base model lacks the head, which is no error."""
+        found = any(has_module(self._model, self(owner)) for owner in (name, embedding) if owner is not None)
+        if not found and (name.startswith(self._prefix) or not self._is_base):
+            raise ModelError(f"{type(self._model).__name__} has no module '{name}', which was quantised")
+        return found
 
 
 def _require_readable(path: str) -> None:
@@ -154,7 +159,7 @@ def _require_readable(path: str) -> None:
         with safe_open(path, "pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {first_line(error)}") from error
+        raise CheckpointError(f"{path} can't be read (damaged, truncated or missing): {first_line(error)}") from error
 
 
 def register() -> None:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from lopro_fx.errors import CheckpointError, ModelError
 from lopro_fx.files import replacing, write_json
 from lopro_fx.huggingface import layout
-from lopro_fx.huggingface.replace import replace_linears, untie
+from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.recover import recover
@@ -25,7 +25,9 @@ _CONFIG = "config.json"
 
 
 def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> Any:
-    """A copy of a transformers model whose Linears are packed; it shares every tensor that stays with `model`.
+    """A copy of a transformers model with packed Linears; it shares every tensor that stays with `model`.
+
+    With `head_bits`, an embedding that is tied to the output projection is packed too.
 
     Args:
         model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export.
@@ -42,13 +44,14 @@ def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> 
     require_transformers("a packed transformers model")
     from lopro_fx.huggingface.quantizer import LoProConfig, attach
 
-    groups, sites = layout.describe(state)
+    embeddings = tied_embeddings(model, state.sites)
+    groups, sites = layout.describe(state, embeddings)
     config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
     # Tensors that the copy finds in its memo are not copied: only modules are.
     kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     packed = copy.deepcopy(model, kept)
     untie(packed, state.sites)
-    replace_linears(packed, state.groups.values(), state.sites, activations)
+    replace_modules(packed, state.groups.values(), state.sites, embeddings, activations)
     attach(packed, config)
     return packed.eval()
 
@@ -106,9 +109,10 @@ def model_of(program: ExportedProgram, config: Any) -> Any:
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     _, sites = recover(program)
+    packed = {*sites, *tied_embeddings(model, sites).values()}
     kept = {name: tensor for name, tensor in program.state_dict.items() if name in model.state_dict()}
     missing, _ = model.load_state_dict(kept, strict=False, assign=True)
-    if lacking := [name for name in missing if name.removesuffix(".weight") not in sites]:
+    if lacking := [name for name in missing if name.removesuffix(".weight") not in packed]:
         raise ModelError(f"the program lacks '{lacking[0]}': was it exported from this {type(model).__name__}?")
     return model
 
