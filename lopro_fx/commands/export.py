@@ -1,9 +1,10 @@
-"""`lopro-fx export`: compile a saved folder to an AOTInductor package."""
+"""`lopro-fx export`: turn a saved folder into an AOTInductor package or a Hugging Face folder."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
@@ -13,6 +14,7 @@ from lopro_fx.deploy.checkpoint import load
 from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.package import package
 from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.huggingface import save_pretrained
 from lopro_fx.models import export_for_generation, rebuild_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.optimize import optimize
@@ -27,6 +29,12 @@ def add(parser: ArgumentParser) -> None:
         "--package", metavar="FILE.pt2", help="prefill and decode with a KV cache, weights and tokenizer in one file"
     )
     target.add_argument("--aoti", metavar="FILE.pt2", help="the program as it was saved, without a cache")
+    target.add_argument(
+        "--hf", metavar="FOLDER", help="folder for transformers' from_pretrained, after import lopro_fx"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of weight files of --hf (default: 5GB)"
+    )
     positive(parser, "--max-cache-len", 1024, "tokens that prompt and text may have together")
     positive(parser, "--batch-size", 1, "texts generated together")
     parser.add_argument(
@@ -38,27 +46,56 @@ def add(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    if args.hf:
+        _save_for_transformers(args)
+        return
     check_name(args.package or args.aoti)
-    # Fewer nodes compute the same and compile in less time.
-    result = _package(args) if args.package else export_aoti(optimize(load(args.folder)), args.aoti)
+    if args.package:
+        options = {"max_cache_len": args.max_cache_len, "batch_size": args.batch_size, "activations": args.activations}
+        result = write_package(args.folder, args.package, **options)
+    else:
+        # Fewer nodes compute the same and compile in less time.
+        result = export_aoti(optimize(load(args.folder)), args.aoti)
     output.say(f"{result.path}: {result.bytes:,} bytes ({result.bytes / result.bound:.2f} of what its tensors allow), "
                f"compiled in {result.seconds:.0f} s")  # fmt: skip
 
 
-def _package(args: Namespace) -> AotiResult:
-    source = open_checkpoint(args.folder)
-    if not Path(args.folder, "config.json").is_file():
-        raise CheckpointError(f"{args.folder} doesn't say which model it holds (config.json); quantise again")
-    try:
-        with quiet():
-            from transformers import AutoConfig
+def write_package(folder: str, path: str, *, max_cache_len: int, batch_size: int, activations: str) -> AotiResult:
+    """Compile the model of a folder that `quantize --out` wrote into one package for generation (see `package`).
 
-            config = AutoConfig.from_pretrained(args.folder)
-    except Exception as error:  # transformers raises anything on a configuration that it can't read
-        raise ModelError(f"{args.folder}: its config.json can't be read: {first_line(error)}") from error
+    Raises:
+        CheckpointError, ModelError: the folder doesn't hold a model that can be compiled.
+    """
+    source = open_checkpoint(folder)
+    config, _ = _settings(folder)
     with quiet():
         model = rebuild_model(source.program, config)
-        programs = export_for_generation(model, max_cache_len=args.max_cache_len, batch_size=args.batch_size)
+        programs = export_for_generation(model, max_cache_len=max_cache_len, batch_size=batch_size)
     state = state_of(source.program)
     programs = programs.map(lambda program: apply(program, state))
-    return package(programs, args.package, source.tokenizer, activations=args.activations)
+    return package(programs, path, source.tokenizer, activations=activations)
+
+
+def _save_for_transformers(args: Namespace) -> None:
+    source = open_checkpoint(args.folder)
+    config, generation_config = _settings(args.folder)
+    with quiet():
+        model: Any = rebuild_model(source.program, config)
+    model.generation_config = generation_config
+    options = {"activations": args.activations, "max_shard_size": args.max_shard_size}
+    save_pretrained(model, state_of(source.program), args.hf, source.tokenizer, **options)
+    output.say(f"{args.hf}: import lopro_fx, then AutoModelForCausalLM.from_pretrained({args.hf!r})")
+
+
+def _settings(folder: str) -> tuple[Any, Any]:
+    """Configurations of the model and of its generation."""
+    for name in ("config.json", "generation_config.json"):
+        if not Path(folder, name).is_file():
+            raise CheckpointError(f"{folder} doesn't say which model it holds ({name}); quantise again")
+    try:
+        with quiet():
+            from transformers import AutoConfig, GenerationConfig
+
+            return AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises anything on a configuration that it can't read
+        raise ModelError(f"{folder}: its configuration can't be read: {first_line(error)}") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lopro_fx.huggingface.hook import when_imported
-from lopro_fx.huggingface.save import model_of, pack_model, save_pretrained
+from lopro_fx.huggingface.save import pack_model, save_pretrained
 from lopro_fx.huggingface.versions import require_transformers
 
-__all__ = ["model_of", "pack_model", "save_pretrained"]
+__all__ = ["pack_model", "save_pretrained"]
 
 
 def _register() -> None:

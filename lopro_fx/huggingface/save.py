@@ -8,16 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.export import ExportedProgram
-
-from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.errors import CheckpointError
 from lopro_fx.files import replacing, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.models.quiet import quiet
-from lopro_fx.passes.recover import recover
 from lopro_fx.state import QuantState
 
 REPORT = "lopro_fx_report.json"
@@ -30,7 +26,8 @@ def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> 
     With `head_bits`, an embedding that is tied to the output projection is packed too.
 
     Args:
-        model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export.
+        model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export. Its
+            weights that `state` replaces are not read.
         state: from `lopro_fx.calibrate`.
         activations: "float", or "int8" to round each token's rotated activations inside the CPU kernel.
 
@@ -89,32 +86,6 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / REPORT, _report(state))
-
-
-def model_of(program: ExportedProgram, config: Any) -> Any:
-    """The transformers model that a quantised program was exported from, for `pack_model` and `save_pretrained`.
-
-    What was not quantised is the program's own; the Linears to replace hold no data (device meta).
-
-    Args:
-        program: from `quantize`, `apply` or `load`, exported with `export_causal_lm`.
-        config: the model's `PreTrainedConfig`.
-
-    Raises:
-        ModelError: transformers is missing or too old, or the program lacks a tensor of the model.
-    """
-    require_transformers("the model of a program")
-    import transformers
-
-    with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
-    _, sites = recover(program)
-    packed = {*sites, *tied_embeddings(model, sites).values()}
-    kept = {name: tensor for name, tensor in program.state_dict.items() if name in model.state_dict()}
-    missing, _ = model.load_state_dict(kept, strict=False, assign=True)
-    if lacking := [name for name in missing if name.removesuffix(".weight") not in packed]:
-        raise ModelError(f"the program lacks '{lacking[0]}': was it exported from this {type(model).__name__}?")
-    return model
 
 
 def _report(state: QuantState) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+import lopro_fx
+from tests.helpers import TOLERANCE, assert_close
+from tests.huggingface.models import CONFIG, case, token_ids
+
+exporters = pytest.importorskip(
+    "transformers.exporters.quantizers", reason="transformers is older than 5.23"
+).__package__
+from transformers.exporters import DynamoConfig, DynamoExporter  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    transformers_logging.set_verbosity(logging.ERROR)
+    yield
+    transformers_logging.set_verbosity_warning()
+
+
+def _sample(seed=0, length=16):
+    ids = token_ids(2, length, seed)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def test_export_with_dynamic_sizes():
+    model = case("tied").model
+    quantizer = lopro_fx.LoProQuantizer(CONFIG, [_sample(0), _sample(1, 12)])
+    config = DynamoConfig(dynamic=True, quantizer=quantizer)
+    exported = DynamoExporter().export(model, {**_sample(), "use_cache": False}, config)
+    program = exported.components["model"].program
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("lopro.packed_linear.default") == len(quantizer.states[0].sites) == 14
+    packed = lopro_fx.pack_model(model, quantizer.states[0])
+    for length in (16, 5):
+        inputs = _sample(3, length)
+        logits = program.module()(**inputs)["logits"]
+        assert_close("logits", packed(**inputs).logits, logits, TOLERANCE[torch.float32])
+
+
+def test_components_of_generation_share_what_was_calibrated():
+    quantizer = lopro_fx.LoProQuantizer(CONFIG, [_sample(0)])
+    generation = GenerationConfig(cache_implementation="static", max_new_tokens=4, eos_token_id=None)
+    exported = DynamoExporter().export_for_generation(
+        case("tied").model, _sample(), DynamoConfig(quantizer=quantizer), generation_config=generation
+    )
+    programs = [exported.components[name].program for name in ("prefill", "decode")]
+    assert len(quantizer.states) == 1
+    for name, site in quantizer.states[0].sites.items():
+        for program in programs:
+            assert torch.equal(program.state_dict[f"{name}.codes"], site.tensors["codes"])
+
+
+def test_other_formats_are_refused():
+    with pytest.raises(ValueError, match="LoProQuantizer quantizes dynamo exports, not onnx ones"):
+        lopro_fx.LoProQuantizer(CONFIG).validate_environment("onnx")
