@@ -6,43 +6,65 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive, whole
+from lopro_fx.commands.export import write_package
 from lopro_fx.deploy.package import read_manifest
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.report.table import render
 
 
 def add(parser: ArgumentParser) -> None:
-    parser.add_argument("package", metavar="FILE.pt2", help="written by lopro_fx.package")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a package (export --package), or a folder of quantize --out, compiled for this"
+    )
     positive(parser, "--prompt-tokens", 32, "tokens of a prompt")
     positive(parser, "--new-tokens", 64, "decode steps after it")
     positive(parser, "--repeats", 7, "runs, of which medians are shown")
     parser.add_argument("--threads", type=whole, metavar="N", help="threads of torch (default: as torch chooses)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", help="with a folder: texts together (default: 1)")
+    parser.add_argument(
+        "--activations", choices=("int8", "float"), help="with a folder: what the CPU kernel reads (default: int8)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, with every run's seconds")
 
 
 def run(args: Namespace) -> None:
     output.check_json_path(args.json)
-    if Path(args.package).is_dir():
-        raise ConfigError(f"{args.package} is a folder: compile it to a package first (lopro_fx.package)")
-    manifest = read_manifest(Path(args.package))
+    if not Path(args.model).is_dir():
+        if args.batch_size is not None or args.activations is not None:
+            raise ConfigError("--batch-size and --activations go with a folder; a package has them fixed")
+        _bench(args, args.model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.pt2")
+        write_package(
+            args.model, path, max_cache_len=args.prompt_tokens + args.new_tokens, batch_size=args.batch_size or 1,
+            activations=args.activations or "int8",
+        )  # fmt: skip
+        _bench(args, path)
+
+
+def _bench(args: Namespace, package: str) -> None:
+    manifest = read_manifest(Path(package))
     longest, asked = manifest["cache"]["max_cache_len"], args.prompt_tokens + args.new_tokens
     if asked > longest:
         raise ConfigError(f"{args.prompt_tokens} + {args.new_tokens} tokens don't fit the package's cache of {longest}")
-    figures = _measure(args)
-    result = {"package": args.package, "package_bytes": os.path.getsize(args.package), **figures}
+    figures = _measure(args, package)
+    result = {"model": args.model, "package_bytes": os.path.getsize(package), "activations": manifest["activations"]}
+    result |= figures
     output.write_result(args.json, {**result, "lopro_fx": manifest["lopro_fx"], "torch": manifest["torch"]})
     output.say(_table(result))
 
 
-def _measure(args: Namespace) -> dict[str, Any]:
-    names = ("package", "prompt_tokens", "new_tokens", "repeats", "threads")
-    request = json.dumps({name: getattr(args, name) for name in names})
+def _measure(args: Namespace, package: str) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeats", "threads")}
+    request = json.dumps({"package": package, **settings})
     environment = dict(os.environ)
     if args.threads is not None:
         environment["OMP_NUM_THREADS"] = str(args.threads)
@@ -52,7 +74,7 @@ def _measure(args: Namespace) -> dict[str, Any]:
     if child.returncode == 2:
         raise ConfigError(child.stdout)
     if child.returncode:
-        raise ModelError(f"{args.package}: the process that ran it ended with status {child.returncode}")
+        raise ModelError(f"{args.model}: the process that ran it ended with status {child.returncode}")
     return json.loads(child.stdout)
 
 
@@ -60,7 +82,8 @@ def _table(result: dict[str, Any]) -> str:
     memory = f"{result['peak_rss_bytes']:,} bytes, of which {result['rss_before_loading_bytes']:,} before loading"
     read = f"{result['weight_bytes_per_step']:,} bytes of weights, {result['cache_bytes_per_step']:,.0f} of the cache"
     rows = [
-        ("package", f"{result['package']}, {result['package_bytes']:,} bytes"),
+        ("model", result["model"]),
+        ("package", f"{result['package_bytes']:,} bytes, {result['activations']} activations"),
         ("on", f"{result['device']}, {result['threads']} threads, {result['batch']} rows a step"),
         (f"prefill of {result['prompt_tokens']}", f"{result['prefill_tokens_per_second']:.1f} tokens/s"),
         ("first token after", f"{1e3 * result['first_token_seconds']:.1f} ms"),

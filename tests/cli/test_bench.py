@@ -51,6 +51,19 @@ def test_bench(run, package, tmp_path):
     assert f"{result['peak_rss_bytes']:,}" in out
 
 
+def test_bench_of_a_quantised_folder(run, quantized_folder, tmp_path):
+    code, out, err = run("bench", quantized_folder, "--prompt-tokens", "3", "--new-tokens", "2", "--repeats", "1",
+                         "--activations", "float", "--json", tmp_path / "bench.json")  # fmt: skip
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (result["batch"], result["activations"], len(result["seconds"]["decode"])) == (1, "float", 1)
+    report = json.loads((quantized_folder / "report.json").read_text())
+    # The embedding is the output projection too, so a step reads all there is; optimising may drop what it folds.
+    whole = report["packed_bytes"] + report["kept_bytes"]
+    assert 0.95 * whole < result["weight_bytes_per_step"] < 1.05 * whole
+    assert str(quantized_folder) in out
+
+
 def _refused(result, *words):
     code, out, err = result
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -61,7 +74,8 @@ def _refused(result, *words):
 def test_errors(run, package, tmp_path):
     _refused(run("bench", package), "32 + 64 tokens", "cache of 16")
     _refused(run("bench", tmp_path / "none.pt2"), "no such file")
-    _refused(run("bench", tmp_path), "is a folder")
+    _refused(run("bench", tmp_path), "was not written by lopro_fx")
+    _refused(run("bench", package, "--batch-size", "2"), "--batch-size", "folder")
     _refused(run("bench", package, "--repeats", "0"), "at least 1")
     content = package.read_bytes()
     (tmp_path / "cut.pt2").write_bytes(content[: len(content) // 2])
