@@ -11,6 +11,7 @@ from torch import nn
 
 from lopro_fx.deploy.manifest import first_line
 from lopro_fx.errors import ModelError
+from lopro_fx.models.gguf import read_gguf
 from lopro_fx.models.quiet import quiet
 from lopro_fx.models.smollm2 import REQUIREMENT, smollm2_folder
 
@@ -28,12 +29,12 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
-    """Loads `smollm2-135m`, a folder in the Hugging Face layout, or a model of the Hugging Face hub.
+    """Loads `smollm2-135m`, a folder in the Hugging Face layout, a GGUF file, or a model of the Hugging Face hub.
 
     Weights are mapped from the file where `dtype` is the stored one, so they cost no memory until they are read.
 
     Args:
-        name: `smollm2-135m`, the path of a folder with `config.json`, or `owner/name` on the hub.
+        name: `smollm2-135m`, the path of a folder with `config.json` or of a GGUF file, or `owner/name` on the hub.
         dtype: floating-point type of the weights.
 
     Raises: ModelError if the name is unknown, the model can't be fetched or read, weights are missing from its files,
@@ -41,20 +42,16 @@ def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
     """
     try:
         with quiet():
-            import transformers
+            import transformers  # noqa: F401
     except ImportError as error:
         extra = "demo" if name == SMOLLM2 else "hf"
         raise ModelError(f"{name}: loading it needs transformers: pip install 'lopro_fx[{extra}]'") from error
     source, location = _locate(name)
     try:
         with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, output_loading_info=True
-            )
+            model, tokenizer, info = (read_gguf if location.endswith(".gguf") else _read)(location, dtype)
     except Exception as error:  # the libraries below raise anything from KeyError to SafetensorError here
         raise ModelError(f"{name}: model or tokenizer can't be loaded: {first_line(error)}") from error
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name}: its files lack {len(missing)} weights, first {missing[0]}: save the model again")
     return LoadedModel(model.eval(), tokenizer, name, source)
@@ -65,6 +62,10 @@ def _locate(name: str) -> tuple[str, str]:
     if name == SMOLLM2:
         return f"GGUF Q4_1 of the package {REQUIREMENT}, dequantised", str(smollm2_folder())
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf":
+        if not folder.is_file():
+            raise ModelError(f"{name}: no such file")
+        return f"GGUF {folder.resolve()}, dequantised", str(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: the folder holds no config.json: save the model with save_pretrained")
@@ -73,11 +74,20 @@ def _locate(name: str) -> tuple[str, str]:
     return f"Hugging Face hub, {name}", name
 
 
+def _read(location: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    return model, tokenizer, info
+
+
 def _require_on_hub(name: str) -> None:
     """One request instead of the half minute of retries that from_pretrained spends on a misspelt name."""
     import huggingface_hub
 
-    choices = f"give {SMOLLM2}, a folder, or owner/name on the hub"
+    choices = f"give {SMOLLM2}, a folder, a GGUF file, or owner/name on the hub"
     try:
         with quiet():
             if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):

