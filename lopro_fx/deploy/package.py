@@ -36,7 +36,9 @@ from lopro_fx.report.traffic import weight_bytes
 
 FORMAT, VERSION = "lopro_fx package", 1
 _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
-_EXTRA = "extra/"
+_EXTRA, _WEIGHTS = "extra/", "data/weights/"
+# Bytes above which a tensor is not compressed: packed codes don't shrink, and time would go into them.
+_LARGE = 1 << 16
 
 
 def package(
@@ -74,7 +76,9 @@ def package(
         manifest = _manifest(programs, device, activations, tokenizer)
         extra = {_MANIFEST: json.dumps(manifest, indent=1), **_tokenizer_files(tokenizer)}
         try:
-            compat.write_package(str(temporary), files, extra)
+            whole = folder / "whole.pt2"
+            compat.write_package(str(whole), files, extra)
+            _compress(whole, temporary)
         except RuntimeError as error:
             raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(programs.decode), time.monotonic() - started)
@@ -163,6 +167,17 @@ def _manifest(programs: GenerationPrograms, device: torch.device, activations: s
         "config": record.get("config"),
         "decode_bytes": weight_bytes(programs.decode),
     }
+
+
+def _compress(source: Path, target: Path) -> None:
+    """Copy the archive with all but large tensors compressed: torch reads both, and writes none itself."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as smaller:
+        for info in archive.infolist():
+            # The archive's name is its first folder.
+            inner = info.filename.partition("/")[2]
+            large = inner.startswith(_WEIGHTS) and info.file_size > _LARGE
+            method = zipfile.ZIP_STORED if large else zipfile.ZIP_DEFLATED
+            smaller.writestr(f"{target.stem}/{inner}", archive.read(info), method)
 
 
 def _flat(cache: CacheSpec) -> dict[str, str]:

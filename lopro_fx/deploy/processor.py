@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 # What a compiler for this very processor may use; the others are for operating systems.
-_USED = re.compile(r"avx|fma|f16c|bmi|abm|amx|s?sse|popcnt|movbe|vaes|gfni|vpclmul|adx|asimd|sve|sme(?!p)|i8mm|bf16|fphp")
+_USED = re.compile(r"avx|fma|f16c|bmi|abm|amx|s?sse|popcnt|movbe|vaes|gfni|vpclmul|adx|asimd|sve|i8mm|bf16|fphp")
 
 
 def instruction_sets() -> list[str]:

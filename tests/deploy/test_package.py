@@ -1,0 +1,208 @@
+"""One quantised model, five ways to generate: eager, package, package without lopro_fx, C++, transformers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import lopro_fx
+from lopro_fx.deploy import processor
+from lopro_fx.errors import CheckpointError, ConfigError
+from lopro_fx.models import export_causal_lm
+from lopro_fx.passes.packed import stored_bytes
+from tests.deploy.models import full_disk, names
+from tests.helpers import assert_close, generator
+from tests.models.test_generation import greedy
+
+VOCAB, NEW, CACHE = 500, 64, 96
+PROMPT = [17, 301, 44, 9, 260, 78, 3]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
+# What someone writes who has torch and the package, and nothing of ours.
+RUN = """
+import json, sys, torch
+from torch.export.pt2_archive._package import load_pt2
+path, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+contents = load_pt2(path, load_weights_from_disk=True)
+cache = json.loads(contents.extra_files["lopro_fx.json"])["cache"]
+keys, values = ([torch.zeros(1, heads, cache["max_cache_len"] + 1, width) for heads, width in cache[name]]
+                for name in ("keys", "values"))
+ids, position, tokens = torch.tensor([prompt]), 0, []
+for name in ["prefill"] + ["decode"] * (count - 1):
+    slots = torch.arange(max(position + ids.shape[1], 2))
+    logits = contents.aoti_runners[name](ids, torch.tensor([position]), torch.zeros(1, dtype=torch.int64), slots,
+                                         keys, values)
+    position += ids.shape[1]
+    ids = logits.argmax(-1, keepdim=True)
+    tokens.append(ids.item())
+assert not any(module.startswith("lopro_fx") for module in sys.modules), "the package needs lopro_fx"
+print(json.dumps(tokens))
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    ids = torch.randint(3, VOCAB, (4, 32), generator=generator())
+    config = lopro_fx.LoPRo(bits=3, group_size=32, rank=4, refits=0, head_bits=8)
+    return lopro_fx.calibrate(export_causal_lm(model), [(ids,)], config)
+
+
+@pytest.fixture(scope="module")
+def programs(model, state):
+    plain = lopro_fx.export_for_generation(model, max_cache_len=CACHE)
+    return plain.map(lambda program: lopro_fx.apply(program, state))
+
+
+@pytest.fixture(scope="module")
+def packaged(programs, tmp_path_factory):
+    return lopro_fx.package(programs, tmp_path_factory.mktemp("package") / "model.pt2")
+
+
+@pytest.fixture(scope="module")
+def expected(programs):
+    """What the optimised programs give in eager mode."""
+    fast = programs.map(lambda program: lopro_fx.optimize(program, target="cpu", activations="int8"))
+    return greedy(lopro_fx.Generator.from_programs(fast), torch.tensor([PROMPT]), None, NEW)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory):
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is absent")
+    folder = tmp_path_factory.mktemp("cpp")
+    configure = ["cmake", "-S", str(EXAMPLE), "-B", str(folder), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "generate"
+
+
+def test_the_tokens_are_no_repetition(expected):
+    assert len(set(expected)) > 8
+
+
+def test_loaded_package(packaged, expected):
+    run = lopro_fx.load_package(packaged.path)
+    assert greedy(run, torch.tensor([PROMPT]), None, NEW)[0].tolist() == expected
+    # A second text on the same cache.
+    assert greedy(run, torch.tensor([PROMPT]), None, NEW)[0].tolist() == expected
+
+
+def test_process_without_lopro_fx(packaged, expected, tmp_path):
+    command = [sys.executable, "-c", RUN, str(packaged.path), str(PROMPT), str(NEW)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(expected)
+
+
+def test_cpp_program(packaged, expected, binary):
+    done = subprocess.run(
+        [binary, packaged.path, str(NEW)], input=" ".join(map(str, PROMPT)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == expected
+
+
+def test_transformers(model, state, expected, tmp_path):
+    lopro_fx.save_pretrained(model, state, tmp_path / "model", activations="int8")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([PROMPT])
+    out = loaded.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert out[0, len(PROMPT) :].tolist() == expected
+
+
+def test_logits_are_those_of_the_rewritten_program(model, state, packaged):
+    ids = torch.randint(3, VOCAB, (1, 20), generator=generator(2))
+    whole = lopro_fx.apply(export_causal_lm(model), state).module()(ids)[0]
+    run = lopro_fx.load_package(packaged.path)
+    # Rounding activations to 8 bits costs a hundredth; a wrong weight would cost everything.
+    assert_close("prefill", whole[:18][-1:], run.prefill(ids[:, :18]), 3e-2)
+    assert_close("decode", whole[18][None], run.decode(ids[:, 18:19]), 3e-2)
+
+
+def test_weights_are_stored_once(programs, packaged):
+    with zipfile.ZipFile(packaged.path) as archive:
+        weights = [info.file_size for info in archive.infolist() if "/data/weights/" in info.filename]
+    tensors = {tensor.data_ptr(): tensor for tensor in (*programs.decode.state_dict.values(),
+                                                        *programs.decode.constants.values())}  # fmt: skip
+    # Each is a torch.save file of its own, of some 1.2 kB beside the tensor.
+    assert sum(weights) < stored_bytes(tensors.values()) + 1600 * len(weights)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.99])
+def test_truncated_package(packaged, binary, tmp_path, part):
+    data = packaged.path.read_bytes()
+    path = tmp_path / "cut.pt2"
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(CheckpointError, match="is truncated, or no package"):
+        lopro_fx.load_package(path)
+    done = subprocess.run([binary, path, "3"], input="5 6", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+
+
+def test_changed_byte(packaged, tmp_path):
+    data = bytearray(packaged.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed.pt2").write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        lopro_fx.load_package(tmp_path / "changed.pt2")
+
+
+def test_package_for_another_processor(packaged, monkeypatch):
+    present = processor.instruction_sets()
+    if not present:
+        pytest.skip("this system lists no instruction sets")
+    monkeypatch.setattr(processor, "instruction_sets", lambda: present[1:])
+    with pytest.raises(CheckpointError, match=f"another processor: this processor lacks {present[0]}"):
+        lopro_fx.load_package(packaged.path)
+    monkeypatch.setattr(processor, "machine", lambda: "s390x linux")
+    with pytest.raises(CheckpointError, match="this is s390x linux"):
+        lopro_fx.load_package(packaged.path)
+
+
+def test_prompt_longer_than_the_cache(packaged, binary):
+    run = lopro_fx.load_package(packaged.path)
+    with pytest.raises(ConfigError, match=f"{CACHE + 1} tokens, prompt included, don't fit the cache of {CACHE}"):
+        run.prefill(torch.ones(1, CACHE + 1, dtype=torch.int64))
+    done = subprocess.run([binary, packaged.path, "2"], input="5 " * CACHE, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"don't fit the cache of {CACHE}" in done.stderr
+
+
+def test_files_that_are_no_package(tmp_path, binary):
+    with pytest.raises(CheckpointError, match="no such file"):
+        lopro_fx.load_package(tmp_path / "absent.pt2")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        lopro_fx.load_package(tmp_path)
+    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
+        archive.writestr("other/version", "3")
+    with pytest.raises(CheckpointError, match="not written by lopro_fx"):
+        lopro_fx.load_package(tmp_path / "other.pt2")
+    done = subprocess.run([binary, tmp_path / "other.pt2", "2"], input="5", capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_full_disk_leaves_nothing(programs, tmp_path):
+    with full_disk(100_000), pytest.raises((CheckpointError, lopro_fx.GraphError)):
+        lopro_fx.package(programs, tmp_path / "model.pt2")
+    assert names(tmp_path) == []
