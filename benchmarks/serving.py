@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--mode", default="freezing", help="of torch.compile, see serving_bf16.py")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # names may follow options
     torch.set_num_threads(args.threads)
     if args.command == "prepare":
         for model in GGUF:
