@@ -126,6 +126,7 @@ struct V256 {
     std::memcpy(all, p, static_cast<size_t>(n));
     return load_i(all);
   }
+  static void keep(I&) {}
   static void store_i(void* p, I v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), v.a);
     _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, v.b);

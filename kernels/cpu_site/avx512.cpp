@@ -62,6 +62,8 @@ struct V512 {
   static I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I load_bytes(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p); }
+  // Loads once: the compiler would rather load again for each field than hold a register.
+  static void keep(I& v) { asm("" : "+v"(v)); }
   static void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   static I mask(I a, int bits) { return _mm512_and_si512(a, _mm512_set1_epi32(bits)); }

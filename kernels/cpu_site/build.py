@@ -23,7 +23,7 @@ from lopro_fx.kernels.cache import cache_dir
 _NAME = "lopro_cpu_site"
 _FOLDER = Path(__file__).parent
 _INCLUDE = Path(torch.__file__).parent / "include"
-_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
 # Source files with the flags of the processors that they are for; the other files run on any.
 _PATHS = {
     "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),

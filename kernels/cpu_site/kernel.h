@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "site.h"
 #ifdef _OPENMP
@@ -102,6 +103,17 @@ inline uint32_t load_word(const void* p) {
   uint32_t word;
   std::memcpy(&word, p, 4);
   return word;
+}
+
+// f(0), ..., f(N - 1) with compile-time numbers: arrays that are only indexed by these stay in registers.
+#define LOPRO_INLINE __attribute__((always_inline))
+template <int... I, class Body>
+LOPRO_INLINE inline void repeat(std::integer_sequence<int, I...>, Body&& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+LOPRO_INLINE inline void repeat(Body&& body) {
+  repeat(std::make_integer_sequence<int, N>{}, body);
 }
 
 // Scratch memory on a cache line.
@@ -310,6 +322,7 @@ inline void load_codes(const uint8_t* row, int64_t plane, int64_t c, bool whole,
                        typename V::I& high) {
   int n = static_cast<int>(least(64, plane - c * 64));
   low = whole ? V::load_i(row + c * 64) : V::load_bytes(row + c * 64, n);
+  V::keep(low);
   if (BITS == 3) high = V::load_high(row + plane + c * 32, whole ? 32 : n / 2);
 }
 
@@ -324,18 +337,6 @@ inline typename V::I field(typename V::I low, typename V::I high) {
   return V::join(shifted, top);
 }
 
-template <class V, int BITS, int f>
-struct Fields {
-  static inline void load(typename V::I low, typename V::I high, typename V::I* out) {
-    Fields<V, BITS, f - 1>::load(low, high, out);
-    out[f - 1] = field<V, BITS, f - 1>(low, high);
-  }
-};
-template <class V, int BITS>
-struct Fields<V, BITS, 0> {
-  static inline void load(typename V::I, typename V::I, typename V::I*) {}
-};
-
 // Code j of each lane as fp32.
 template <class V, int BITS, int j>
 inline typename V::F single(typename V::I low, typename V::I high) {
@@ -348,21 +349,6 @@ inline typename V::F single(typename V::I low, typename V::I high) {
   }
   return V::template code<BITS>(shifted);
 }
-
-template <class V, int BITS, int j>
-struct Singles {
-  template <int T>
-  static inline void dot(typename V::I low, typename V::I high, const float* const* x, typename V::F* sum) {
-    Singles<V, BITS, j - 1>::template dot<T>(low, high, x, sum);
-    typename V::F code = single<V, BITS, j - 1>(low, high);
-    for (int t = 0; t < T; ++t) sum[t] = V::fma(code, V::load(x[t] + (j - 1) * 16), sum[t]);
-  }
-};
-template <class V, int BITS>
-struct Singles<V, BITS, 0> {
-  template <int T>
-  static inline void dot(typename V::I, typename V::I, const float* const*, typename V::F*) {}
-};
 
 // Scales of blocks b ... b + 15 of a row; 0 behind the last.
 template <class V>
@@ -422,60 +408,72 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
   using I = typename V::I;
   F sum[R][T];
   const uint8_t* codes[R];
-  for (int r = 0; r < R; ++r) {
+  repeat<R>([&](auto r) LOPRO_INLINE {
     codes[r] = reinterpret_cast<const uint8_t*>(s.codes) + (row + r) * p.row_bytes;
-    for (int t = 0; t < T; ++t) sum[r][t] = V::zero();
-  }
+    repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::zero(); });
+  });
   for (int64_t b = 0; b < p.blocks; b += 16) {
     F scale[R];
-    for (int r = 0; r < R; ++r) {
+    repeat<R>([&](auto r) LOPRO_INLINE {
       scale[r] = row_scales<V>(s, p, row + r, b);
       F shifted = V::mul(scale[r], row_zeros<V, BITS>(s, p, row + r, b));
-      for (int t = 0; t < T; ++t) sum[r][t] = V::fnma(shifted, V::load(tokens[t].sums + b), sum[r][t]);
-    }
+      repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fnma(shifted, V::load(tokens[t].sums + b), sum[r][t]); });
+    });
     int64_t c = (b << p.log_block) / C::chunk, first = c, end = least(p.chunks, ((b + 16) << p.log_block) / C::chunk);
-    for (; c < end; ++c) {
-      bool whole = c * 64 + 64 <= p.plane;
+    auto step = [&](auto whole) LOPRO_INLINE {
       I column = V::add_i(V::template times<C::lane>(V::iota()), V::set_i(static_cast<int>((c - first) * C::chunk)));
       I block = V::shr_by(column, p.log_block);
-      for (int r = 0; r < R; ++r) {
+      repeat<R>([&](auto r) LOPRO_INLINE {
         I low, high = V::zero_i();
         load_codes<V, BITS>(codes[r], p.plane, c, whole, low, high);
         V::prefetch(codes[r] + c * 64 + 1024);
         F lanes = V::permute(scale[r], block);
         if (INT8) {
-          I fields[C::fields];
-          Fields<V, BITS, C::fields>::load(low, high, fields);
-          for (int t = 0; t < T; ++t) {
-            const int8_t* x = static_cast<const int8_t*>(tokens[t].x) + c * C::chunk;
-            I dot = V::zero_i();
-            for (int f = 0; f < C::fields; ++f) dot = V::template dot<BITS>(dot, fields[f], V::load_i(x + f * 64));
-            sum[r][t] = V::fma(V::mul(V::to_f(dot), V::load(tokens[t].wide + c * 16)), lanes, sum[r][t]);
-          }
+          I dot[T];
+          repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero_i(); });
+          repeat<C::fields>([&](auto f) LOPRO_INLINE {
+            I bytes = field<V, BITS, f>(low, high);
+            repeat<T>([&](auto t) LOPRO_INLINE {
+              const int8_t* x = static_cast<const int8_t*>(tokens[t].x) + c * C::chunk + f * 64;
+              dot[t] = V::template dot<BITS>(dot[t], bytes, V::load_i(x));
+            });
+          });
+          repeat<T>([&](auto t) LOPRO_INLINE {
+            sum[r][t] = V::fma(V::mul(V::to_f(dot[t]), V::load(tokens[t].wide + c * 16)), lanes, sum[r][t]);
+          });
         } else {
-          const float* x[T];
           F dot[T];
-          for (int t = 0; t < T; ++t) x[t] = static_cast<const float*>(tokens[t].x) + c * C::chunk, dot[t] = V::zero();
-          Singles<V, BITS, C::lane>::template dot<T>(low, high, x, dot);
-          for (int t = 0; t < T; ++t) sum[r][t] = V::fma(dot[t], lanes, sum[r][t]);
+          repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero(); });
+          repeat<C::lane>([&](auto j) LOPRO_INLINE {
+            F code = single<V, BITS, j>(low, high);
+            repeat<T>([&](auto t) LOPRO_INLINE {
+              const float* x = static_cast<const float*>(tokens[t].x) + c * C::chunk + j * 16;
+              dot[t] = V::fma(code, V::load(x), dot[t]);
+            });
+          });
+          repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fma(dot[t], lanes, sum[r][t]); });
         }
-      }
-    }
+      });
+    };
+    for (; c < least(end, p.plane / 64); ++c) step(std::true_type{});
+    if (c < end) step(std::false_type{});
   }
-  for (int r = 0; r < R; ++r) {
+  repeat<R>([&](auto r) LOPRO_INLINE {
     int64_t latent = part_of(s, row + r) * p.lanes;
-    if (s.up)
-      for (int64_t j = 0; j < s.rank; j += 16) {
-        int n = static_cast<int>(least(16, s.rank - j));
-        int64_t at = (row + r) * s.rank + j;
-        F up = s.up_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.up) + at, n)
-                                     : V::load_f16(static_cast<const uint16_t*>(s.up) + at, n);
-        for (int t = 0; t < T; ++t) sum[r][t] = V::fma(up, V::load(tokens[t].latent + latent + j), sum[r][t]);
-      }
+    for (int64_t j = 0; j < s.rank; j += 16) {
+      int n = static_cast<int>(least(16, s.rank - j));
+      int64_t at = (row + r) * s.rank + j;
+      F up = s.up_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.up) + at, n)
+                                   : V::load_f16(static_cast<const uint16_t*>(s.up) + at, n);
+      repeat<T>([&](auto t) LOPRO_INLINE {
+        sum[r][t] = V::fma(up, V::load(tokens[t].latent + latent + j), sum[r][t]);
+      });
+    }
     float bias = s.bias ? load_scalar(s.bias, s.bias_type, row + r) : 0.0f;
-    for (int t = 0; t < T; ++t)
+    repeat<T>([&](auto t) LOPRO_INLINE {
       if (t < count) store_scalar(s.y, s.type, (token + t) * s.out + row + r, V::reduce(sum[r][t]) + bias);
-  }
+    });
+  });
 }
 
 template <class V, int BITS, bool INT8, int R, int T>
@@ -610,24 +608,11 @@ void unpack_int8(const Site& s, const Plan& p, int64_t row, int64_t c, uint8_t* 
   V::transpose(low);
   if (BITS == 3) V::transpose(high);
   for (int l = 0; l < 16; ++l) {
-    typename V::I fields[C::fields];
-    Fields<V, BITS, C::fields>::load(low[l], high[l], fields);
-    for (int f = 0; f < C::fields; ++f) V::store_i(out + (f * 16 + l) * stride, fields[f]);
+    repeat<C::fields>([&](auto f) LOPRO_INLINE {
+      V::store_i(out + (f * 16 + l) * stride, field<V, BITS, f>(low[l], high[l]));
+    });
   }
 }
-
-template <class V, int BITS, int j>
-struct Dequantize {
-  static inline void store(typename V::I low, typename V::I high, typename V::F scale, typename V::F shifted,
-                           float* out, int64_t stride) {
-    Dequantize<V, BITS, j - 1>::store(low, high, scale, shifted, out, stride);
-    V::store(out + (j - 1) * stride, V::fms(single<V, BITS, j - 1>(low, high), scale, shifted));
-  }
-};
-template <class V, int BITS>
-struct Dequantize<V, BITS, 0> {
-  static inline void store(typename V::I, typename V::I, typename V::F, typename V::F, float*, int64_t) {}
-};
 
 // Weights of 16 rows and one chunk in fp32: out[column * stride], 16 rows; `scales` and `shifts` begin at the panel's
 // first block, the chunk's column there is `at`.
@@ -645,16 +630,17 @@ void unpack_float(const Site& s, const Plan& p, int64_t row, int64_t c, int64_t 
   if (BITS == 3) V::transpose(high);
   for (int l = 0; l < 16; ++l) {
     int64_t block = (at + l * C::lane) >> p.log_block;
-    Dequantize<V, BITS, C::lane>::store(low[l], high[l], V::load(scales + block * stride),
-                                        V::load(shifts + block * stride), out + l * C::lane * stride, stride);
+    typename V::F scale = V::load(scales + block * stride), shift = V::load(shifts + block * stride);
+    repeat<C::lane>([&](auto j) LOPRO_INLINE {
+      V::store(out + (l * C::lane + j) * stride, V::fms(single<V, BITS, j>(low[l], high[l]), scale, shift));
+    });
   }
 }
 
 // acc (TILE, rows) += panel times one tile of int8 tokens; `x`, `steps` and `sums` begin at the panel's first column.
-template <class V>
+template <class V, int BITS>
 void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, const float* sums, const float* scales,
-                   const float* shifts, int64_t chunks, int64_t blocks, int64_t block, int fields, bool wide,
-                   float* acc) {
+                   const float* shifts, int64_t chunks, int64_t blocks, int64_t block, int fields, float* acc) {
   using F = typename V::F;
   using I = typename V::I;
   constexpr int R = V::panel, T = V::tile;
@@ -662,10 +648,9 @@ void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, 
   int64_t lanes = block < chunk ? block / lane : 16, each = block < chunk ? 1 : block / chunk;
   for (int64_t b = 0; b < blocks; ++b) {
     I dot[T][R];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) dot[t][r] = V::zero_i();
+    repeat<T>([&](auto t) LOPRO_INLINE {
+      repeat<R>([&](auto r) LOPRO_INLINE { dot[t][r] = V::zero_i(); });
+    });
     int64_t c = b * block / chunk, end = least(c + each, chunks), first = b * block % chunk / lane;
     for (; c < end; ++c)
       for (int f = 0; f < fields; ++f) {
@@ -673,27 +658,21 @@ void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, 
         const uint32_t* a = x + ((c * fields + f) * 16 + first) * T;
         for (int64_t l = 0; l < lanes; ++l, w += R * 64, a += T) {
           I codes[R];
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) codes[r] = V::load_i(w + r * 64);
-#pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) {
+          repeat<R>([&](auto r) LOPRO_INLINE { codes[r] = V::load_i(w + r * 64); });
+          repeat<T>([&](auto t) LOPRO_INLINE {
             I four = V::set_i(static_cast<int>(a[t]));
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-              dot[t][r] = wide ? V::template dot<8>(dot[t][r], codes[r], four) : V::template dot<4>(dot[t][r], codes[r], four);
-          }
+            repeat<R>([&](auto r) LOPRO_INLINE { dot[t][r] = V::template dot<BITS>(dot[t][r], codes[r], four); });
+          });
         }
       }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
+    repeat<T>([&](auto t) LOPRO_INLINE {
       F step = V::set(steps[b * T + t]), sum = V::set(sums[b * T + t]);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      repeat<R>([&](auto r) LOPRO_INLINE {
         float* out = acc + (t * R + r) * 16;
         F value = V::fnma(V::load(shifts + (b * R + r) * 16), sum, V::load(out));
         V::store(out, V::fma(V::mul(V::to_f(dot[t][r]), step), V::load(scales + (b * R + r) * 16), value));
-      }
-    }
+      });
+    });
   }
 }
 
@@ -702,25 +681,20 @@ void multiply_float(const float* panel, const float* x, int64_t columns, float* 
   using F = typename V::F;
   constexpr int R = V::panel, T = V::tile;
   F sum[T][R];
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[t][r] = V::load(acc + (t * R + r) * 16);
+  repeat<T>([&](auto t) LOPRO_INLINE {
+    repeat<R>([&](auto r) LOPRO_INLINE { sum[t][r] = V::load(acc + (t * R + r) * 16); });
+  });
   for (int64_t k = 0; k < columns; ++k, panel += R * 16, x += T) {
     F w[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) w[r] = V::load(panel + r * 16);
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
+    repeat<R>([&](auto r) LOPRO_INLINE { w[r] = V::load(panel + r * 16); });
+    repeat<T>([&](auto t) LOPRO_INLINE {
       F value = V::set(x[t]);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[t][r] = V::fma(w[r], value, sum[t][r]);
-    }
+      repeat<R>([&](auto r) LOPRO_INLINE { sum[t][r] = V::fma(w[r], value, sum[t][r]); });
+    });
   }
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) V::store(acc + (t * R + r) * 16, sum[t][r]);
+  repeat<T>([&](auto t) LOPRO_INLINE {
+    repeat<R>([&](auto r) LOPRO_INLINE { V::store(acc + (t * R + r) * 16, sum[t][r]); });
+  });
 }
 
 // y of one panel of rows for tiles from ... to - 1.
@@ -787,10 +761,10 @@ void prefill_panel(const Site& s, const Plan& p, const Tiles& all, int64_t panel
     for (int64_t tile = from; tile < to; ++tile) {
       float* sums = acc + (tile - from) * T * P;
       if (INT8)
-        multiply_int8<V>(reinterpret_cast<uint8_t*>(panel), all.x + (tile * all.words + k / 4) * T,
+        multiply_int8<V, BITS == 8 ? 8 : 4>(reinterpret_cast<uint8_t*>(panel), all.x + (tile * all.words + k / 4) * T,
                          all.steps + (tile * p.padded_blocks + block) * T,
                          all.sums + (tile * p.padded_blocks + block) * T, scales, shifts, chunks, blocks, p.block,
-                         C::fields, BITS == 8, sums);
+                         C::fields, sums);
       else
         multiply_float<V>(panel, reinterpret_cast<const float*>(all.x) + (tile * all.words + k) * T,
                           least(span, s.in - k), sums);

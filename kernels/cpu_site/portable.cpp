@@ -114,6 +114,7 @@ struct Plain {
     std::memcpy(r.v, p, static_cast<size_t>(least(n, 64)));
     return r;
   }
+  static void keep(I&) {}
   static void store_i(void* p, const I& x) { std::memcpy(p, x.v, 64); }
   static I add_i(const I& x, const I& y) {
     return make_i([&](int i) { return x.v[i] + y.v[i]; });
