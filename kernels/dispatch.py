@@ -15,7 +15,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # One token: weights are read once and never meet a tensor core.
 DECODE_TOKENS = 1
@@ -34,6 +33,11 @@ def runs_triton(x: Tensor) -> bool:
 
 def at_most(tokens: int | torch.SymInt, limit: int) -> bool:
     """Whether `tokens` is known to be at most `limit`, without a guard on it."""
+    if isinstance(tokens, int):
+        return tokens <= limit
+    # Brings sympy, which a process that only runs programs has no need of.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return statically_known_true(tokens <= limit)
 
 

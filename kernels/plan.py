@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +54,9 @@ def plan(
         free: decide as where the number of tokens isn't known when the program is traced; `tokens` is still counted.
         device: type "cuda" or "cpu".
     """
+    # Brings sympy, which takes time and memory to import.
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     mode = FakeTensorMode(shape_env=ShapeEnv())
     rows: int | torch.SymInt = tokens
     if free:

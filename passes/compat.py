@@ -6,8 +6,11 @@ Tried on torch 2.13.0. When a name moves, these two and `kernels/plan.py` are th
 from __future__ import annotations
 
 import copy
+import io
+import json
 import operator
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule, Node
+
+_PROGRAMS, _WEIGHTS = "data/aotinductor/", "data/weights/"
 
 
 def rebuild(
@@ -145,9 +150,44 @@ def write_package(path: str, files: Mapping[str, list[Any]], extra: Mapping[str,
     )  # fmt: skip
 
 
-def load_package(path: str, device_index: int) -> dict[str, Any]:
-    """The compiled programs of a `.pt2` archive by name, with the tensors that it keeps apart."""
-    from torch.export.pt2_archive._package import load_pt2
+class CompiledProgram:
+    """One program of a `.pt2` archive. Called with its inputs, lists of tensors among them; returns its only output."""
 
-    contents = load_pt2(path, run_single_threaded=True, device_index=device_index, load_weights_from_disk=True)
-    return contents.aoti_runners
+    def __init__(self, loader: Any, weights: Mapping[str, Tensor]) -> None:
+        # The loader refers to the tensors, so they live as long as it does.
+        self._loader, self._weights = loader, weights
+
+    def __call__(self, *inputs: Tensor | list[Tensor]) -> Tensor:
+        flat = [tensor for value in inputs for tensor in (value if isinstance(value, list) else (value,))]
+        (output,) = self._loader.boxed_run(flat)
+        return output
+
+
+def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
+    """The compiled programs of a `.pt2` archive by name, with the tensors that it keeps apart.
+
+    torch's own reader, `load_pt2`, does the same, but imports the compiler, which takes more memory than a small model.
+    """
+    from torch._C._aoti import AOTIModelPackageLoader  # pyright: ignore[reportMissingModuleSource]
+
+    with zipfile.ZipFile(path) as archive:
+        # The first folder is the archive's name.
+        sizes = {info.filename.partition("/")[2]: (info.file_size, info) for info in archive.infolist()}
+        named = {name.split("/")[2]: json.loads(archive.read(info)) for name, (_, info) in sizes.items()
+                 if name.startswith(_PROGRAMS) and name.endswith("/weights_config.json")}  # fmt: skip
+        # The largest first: its bytes are there twice for a moment.
+        files = sorted((name for name in sizes if name.startswith(_WEIGHTS)), key=lambda name: -sizes[name][0])
+        stored = {name.removeprefix(_WEIGHTS): _tensor(archive.read(sizes[name][1])) for name in files}
+    programs = {}
+    for name, config in named.items():
+        loader = AOTIModelPackageLoader(path, name, True, 1, device_index)
+        weights = {fqn: stored[file].as_strided(shape, stride, offset)
+                   for fqn, (file, shape, stride, offset) in config.items()}  # fmt: skip
+        use_inactive, check_full_update, user_managed = False, True, True
+        loader.load_constants(weights, use_inactive, check_full_update, user_managed)
+        programs[name] = CompiledProgram(loader, weights)
+    return programs
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.load(io.BytesIO(data), weights_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,7 @@ class Generator:
     Args:
         prefill, decode: programs as in `GenerationPrograms`, or anything callable with their inputs.
         cache: sizes of the cache, which is allocated here.
-        tokenizer: kept for the caller; not used.
+        tokenizer: called once to get the tokenizer when it is asked for, since transformers takes time and memory.
         device: where the programs' tensors are.
         info: what the package says of itself.
     """
@@ -51,22 +52,22 @@ class Generator:
         decode: Callable[..., Tensor],
         cache: CacheSpec,
         *,
-        tokenizer: Any = None,
+        tokenizer: Callable[[], Any] = lambda: None,
         device: torch.device | str = "cpu",
         info: dict[str, Any] | None = None,
     ) -> None:
-        self.cache, self.tokenizer, self.info = cache, tokenizer, info or {}
+        self.cache, self.info, self._open_tokenizer = cache, info or {}, tokenizer
         self._prefill, self._decode, self._device = prefill, decode, torch.device(device)
         self._keys, self._values = cache.allocate(device)
         self._slots = torch.arange(cache.max_cache_len, device=device)
         self.reset()
 
     @classmethod
-    def from_programs(cls, programs: GenerationPrograms, tokenizer: Any = None) -> Generator:
+    def from_programs(cls, programs: GenerationPrograms) -> Generator:
         """Run the programs in eager mode, on the device of their weights."""
         device = next((tensor.device for tensor in programs.decode.state_dict.values()), torch.device("cpu"))
         prefill, decode = _module(programs.prefill), _module(programs.decode)
-        return cls(prefill, decode, programs.cache, tokenizer=tokenizer, device=device)
+        return cls(prefill, decode, programs.cache, device=device)
 
     @property
     def batch_size(self) -> int:
@@ -77,6 +78,11 @@ class Generator:
     def max_cache_len(self) -> int:
         """Most tokens of a row, padding included."""
         return self.cache.max_cache_len
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of Hugging Face, or None if there is none or transformers is missing."""
+        return self._open_tokenizer()
 
     @property
     def tokens(self) -> int:

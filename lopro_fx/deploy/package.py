@@ -106,8 +106,9 @@ def load_package(path: str | Path, *, device_index: int = -1) -> Generator:
             f"{first_line(error)}"
         ) from error
     cache = CacheSpec.from_dict(manifest["cache"])
-    tokenizer = _tokenizer(path)
-    return Generator(programs[PREFILL], programs[DECODE], cache, tokenizer=tokenizer, device=device, info=manifest)
+    return Generator(
+        programs[PREFILL], programs[DECODE], cache, tokenizer=lambda: _tokenizer(path), device=device, info=manifest
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

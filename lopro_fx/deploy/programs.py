@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -39,7 +41,12 @@ class CacheSpec:
         dtype = getattr(torch, self.dtype)
 
         def zeros(heads: int, width: int) -> Tensor:
-            return torch.zeros(self.batch_size, heads, self.max_cache_len + 1, width, dtype=dtype, device=device)
+            shape = (self.batch_size, heads, self.max_cache_len + 1, width)
+            if torch.device(device).type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            # NumPy leaves pages of zeros to the system until they are used; torch writes them.
+            pages = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)
+            return torch.from_numpy(pages).view(dtype).view(shape)
 
         return [zeros(*size) for size in self.keys], [zeros(*size) for size in self.values]
 
