@@ -189,7 +189,7 @@ struct V256 {
   static F code(I x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static void transpose(I* v) {
     int32_t all[16][16];
     for (int i = 0; i < 16; ++i) store_i(all[i], v[i]);

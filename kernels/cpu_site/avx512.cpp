@@ -97,7 +97,7 @@ struct V512 {
     F table = _mm512_cvtepi32_ps(mask(iota(), (1 << (BITS & 7)) - 1));
     return _mm512_permutexvar_ps(a, table);
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static void transpose(I* v) {
     I a[16];
     for (int i = 0; i < 16; i += 2) {

@@ -426,7 +426,9 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
       repeat<R>([&](auto r) LOPRO_INLINE {
         I low, high = V::zero_i();
         load_codes<V, BITS>(codes[r], p.plane, c, whole, low, high);
-        V::prefetch(codes[r] + c * 64 + 1024);
+        // The same place of the rows after these: the processor's own prefetcher stops at each page.
+        V::prefetch(codes[r] + R * p.row_bytes + c * 64);
+        if (BITS == 3) V::prefetch(codes[r] + R * p.row_bytes + p.plane + c * 32);
         F lanes = V::permute(scale[r], block);
         if (INT8) {
           I dot[T];
