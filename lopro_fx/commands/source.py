@@ -35,7 +35,8 @@ class Source:
 
 def add_model(parser: ArgumentParser, **options: Any) -> None:
     """The arguments that `open_model` reads."""
-    parser.add_argument("model", metavar="MODEL", help="smollm2-135m, a Hugging Face folder or a hub name", **options)
+    options.setdefault("help", "smollm2-135m, a Hugging Face folder or a hub name")
+    parser.add_argument("model", metavar="MODEL", **options)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
 
 
