@@ -19,6 +19,12 @@ struct V256 {
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static F load_n(const float* p, int n) {
+    if (n == 16) return load(p);
+    float all[16] = {};
+    std::memcpy(all, p, static_cast<size_t>(n) * 4);
+    return load(all);
+  }
   static void store(float* p, F v) {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
@@ -189,7 +195,7 @@ struct V256 {
   static F code(I x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void transpose(I* v) {
     int32_t all[16][16];
     for (int i = 0; i < 16; ++i) store_i(all[i], v[i]);

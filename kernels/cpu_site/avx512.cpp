@@ -18,6 +18,7 @@ struct V512 {
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -29,6 +30,14 @@ struct V512 {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static float reduce(F a) { return _mm512_reduce_add_ps(a); }
+  // The sums of four vectors.
+  static void reduce4(F a, F b, F c, F d, float* out) {
+    F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    F all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
   static F permute(F a, I index) { return _mm512_permutexvar_ps(index, a); }
   static F flip(F a, uint32_t bits) {
@@ -97,7 +106,7 @@ struct V512 {
     F table = _mm512_cvtepi32_ps(mask(iota(), (1 << (BITS & 7)) - 1));
     return _mm512_permutexvar_ps(a, table);
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void transpose(I* v) {
     I a[16];
     for (int i = 0; i < 16; i += 2) {

@@ -32,6 +32,7 @@ namespace {
 constexpr int64_t PAD = 256;          // columns that buffers are padded to: a multiple of every chunk and block
 constexpr int64_t DECODE_TOKENS = 8;  // up to here, weights are read and used at once
 constexpr int64_t PANEL_COLUMNS = 512;
+constexpr int64_t AHEAD = 1024;  // bytes that memory is asked for in advance, at least
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -176,7 +177,6 @@ struct Token {
   float* steps;   // (padded_blocks,), of int8
   float* sums;    // (padded_blocks,) of x
   float* latent;  // (max(parts, 1), lanes), scaled
-  float* wide;    // (chunks, 16) steps of the lanes
 };
 
 inline int64_t group_of(const Site& s, const Plan& p, int64_t block) {
@@ -350,18 +350,6 @@ inline typename V::F single(typename V::I low, typename V::I high) {
   return V::template code<BITS>(shifted);
 }
 
-// Scales of blocks b ... b + 15 of a row; 0 behind the last.
-template <class V>
-inline typename V::F row_scales(const Site& s, const Plan& p, int64_t row, int64_t b) {
-  const uint16_t* scales = s.scales + row * s.groups;
-  int n = static_cast<int>(least(16, p.blocks - b));
-  if (s.group == p.block && s.groups > 1) return V::load_f16(scales + b, n);
-  if (s.groups == 1) return V::set(half_to_float(scales[0]));
-  float spread[16] = {};
-  for (int i = 0; i < n; ++i) spread[i] = half_to_float(scales[group_of(s, p, b + i)]);
-  return V::load(spread);
-}
-
 // Zero code `i` of the flat, packed tensor.
 inline uint32_t zero_code(const Site& s, int64_t i) {
   int64_t width = s.bits == 3 ? 2 : s.bits;
@@ -373,20 +361,13 @@ inline uint32_t zero_code(const Site& s, int64_t i) {
   return code;
 }
 
-// Zeros (code + 1/2) of blocks b ... b + 15 of a row; any finite value behind the last.
+// Zeros (code + 1/2) `first` ... `first` + 15 of the flat, packed tensor; any finite value behind the last.
 template <class V, int BITS>
-inline typename V::F row_zeros(const Site& s, const Plan& p, int64_t row, int64_t b) {
+inline typename V::F flat_zeros(const Site& s, int64_t first) {
   using C = Codes<BITS>;
   using I = typename V::I;
-  if (s.groups == 1) return V::set(static_cast<float>(zero_code(s, row)) + 0.5f);
-  if (s.group != p.block) {
-    float spread[16] = {};
-    for (int i = 0; i < least(16, p.blocks - b); ++i)
-      spread[i] = static_cast<float>(zero_code(s, row * s.groups + group_of(s, p, b + i))) + 0.5f;
-    return V::load(spread);
-  }
   // The 16 codes lie in at most five words; each lane takes its word and shifts its code down.
-  int64_t first = row * s.groups + b, word = first * C::width / 32;
+  int64_t word = first * C::width / 32;
   I offset = V::add_i(V::template times<C::width>(V::iota()), V::set_i(static_cast<int>(first * C::width % 32)));
   I words = V::load_bytes(s.zeros + word, static_cast<int>(4 * least(16, s.zero_words - word)));
   I low = V::shrv(V::permute_i(words, V::template shr<5>(offset)), V::mask(offset, 31));
@@ -400,94 +381,143 @@ inline typename V::F row_zeros(const Site& s, const Plan& p, int64_t row, int64_
   return V::add(V::to_f(V::mask(V::join(low, high), 7)), V::set(0.5f));
 }
 
-// y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
-template <class V, int BITS, bool INT8, int R, int T>
-void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row) {
+// Scales and scale * zero of each block of rows row ... row + rows - 1, (rows, blocks) each. Done for many rows at once,
+// since a short row has few groups.
+template <class V, int BITS>
+void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, float* scales, float* shifts) {
+  if (s.groups > 1 && s.group == p.block) {
+    int64_t first = row * s.groups, count = rows * s.groups;
+    for (int64_t i = 0; i < count; i += 16) {
+      typename V::F scale = V::load_f16(s.scales + first + i, static_cast<int>(least(16, count - i)));
+      V::store(scales + i, scale);
+      V::store(shifts + i, V::mul(scale, flat_zeros<V, BITS>(s, first + i)));
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t b = 0; b < p.blocks; ++b) {
+      int64_t group = (row + r) * s.groups + group_of(s, p, b);
+      float scale = half_to_float(s.scales[group]);
+      scales[r * p.blocks + b] = scale;
+      shifts[r * p.blocks + b] = scale * (static_cast<float>(zero_code(s, group)) + 0.5f);
+    }
+}
+
+// Lanes whose sum is one row's product with T tokens; `order` is from `lane_blocks`.
+template <class V, int BITS, bool INT8, int T>
+LOPRO_INLINE inline void decode_row(const Site& s, const Plan& p, const Token* tokens, int64_t row, const float* scales,
+                                    const float* shifts, const int32_t* order, typename V::F (&sum)[T]) {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
-  F sum[R][T];
-  const uint8_t* codes[R];
-  repeat<R>([&](auto r) LOPRO_INLINE {
-    codes[r] = reinterpret_cast<const uint8_t*>(s.codes) + (row + r) * p.row_bytes;
-    repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::zero(); });
-  });
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(s.codes) + row * p.row_bytes;
+  F even[T], odd[T];
+  repeat<T>([&](auto t) LOPRO_INLINE { even[t] = odd[t] = V::zero(); });
   for (int64_t b = 0; b < p.blocks; b += 16) {
-    F scale[R];
-    repeat<R>([&](auto r) LOPRO_INLINE {
-      scale[r] = row_scales<V>(s, p, row + r, b);
-      F shifted = V::mul(scale[r], row_zeros<V, BITS>(s, p, row + r, b));
-      repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fnma(shifted, V::load(tokens[t].sums + b), sum[r][t]); });
+    // The next row's part, from its start to its end: the processor's own prefetcher stops at each page, and it loses the
+    // two streams of 3 bits, which halves the bandwidth.
+    int64_t part = (b << p.log_block) * BITS / 8, bytes = least(p.row_bytes - part, (int64_t{16} << p.log_block) * BITS / 8);
+    const uint8_t* next = codes + (p.row_bytes > AHEAD ? p.row_bytes : AHEAD) + part;
+    for (int64_t i = 0; i < bytes; i += 64) V::prefetch(next + i);
+    int n = static_cast<int>(least(16, p.blocks - b));
+    F scale[T], own = V::load_n(scales + b, n), shift = V::load_n(shifts + b, n);
+    repeat<T>([&](auto t) LOPRO_INLINE {
+      odd[t] = V::fnma(shift, V::load(tokens[t].sums + b), odd[t]);
+      scale[t] = INT8 ? V::mul(own, V::load(tokens[t].steps + b)) : own;
     });
     int64_t c = (b << p.log_block) / C::chunk, first = c, end = least(p.chunks, ((b + 16) << p.log_block) / C::chunk);
-    auto step = [&](auto whole) LOPRO_INLINE {
-      I column = V::add_i(V::template times<C::lane>(V::iota()), V::set_i(static_cast<int>((c - first) * C::chunk)));
-      I block = V::shr_by(column, p.log_block);
-      repeat<R>([&](auto r) LOPRO_INLINE {
-        I low, high = V::zero_i();
-        load_codes<V, BITS>(codes[r], p.plane, c, whole, low, high);
-        // The same place of the rows after these: the processor's own prefetcher stops at each page.
-        V::prefetch(codes[r] + R * p.row_bytes + c * 64);
-        if (BITS == 3) V::prefetch(codes[r] + R * p.row_bytes + p.plane + c * 32);
-        F lanes = V::permute(scale[r], block);
-        if (INT8) {
-          I dot[T];
-          repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero_i(); });
-          repeat<C::fields>([&](auto f) LOPRO_INLINE {
-            I bytes = field<V, BITS, f>(low, high);
-            repeat<T>([&](auto t) LOPRO_INLINE {
-              const int8_t* x = static_cast<const int8_t*>(tokens[t].x) + c * C::chunk + f * 64;
-              dot[t] = V::template dot<BITS>(dot[t], bytes, V::load_i(x));
-            });
-          });
+    auto step = [&](auto whole, int64_t c, F(&sum)[T]) LOPRO_INLINE {
+      I low, high = V::zero_i(), block = V::load_i(order + (c - first) * 16);
+      load_codes<V, BITS>(codes, p.plane, c, whole, low, high);
+      if (INT8) {
+        I dot[T];
+        repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero_i(); });
+        repeat<C::fields>([&](auto f) LOPRO_INLINE {
+          I bytes = field<V, BITS, f>(low, high);
           repeat<T>([&](auto t) LOPRO_INLINE {
-            sum[r][t] = V::fma(V::mul(V::to_f(dot[t]), V::load(tokens[t].wide + c * 16)), lanes, sum[r][t]);
+            const int8_t* x = static_cast<const int8_t*>(tokens[t].x) + c * C::chunk + f * 64;
+            dot[t] = V::template dot<BITS>(dot[t], bytes, V::load_i(x));
           });
-        } else {
-          F dot[T];
-          repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero(); });
-          repeat<C::lane>([&](auto j) LOPRO_INLINE {
-            F code = single<V, BITS, j>(low, high);
-            repeat<T>([&](auto t) LOPRO_INLINE {
-              const float* x = static_cast<const float*>(tokens[t].x) + c * C::chunk + j * 16;
-              dot[t] = V::fma(code, V::load(x), dot[t]);
-            });
+        });
+        repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::fma(V::to_f(dot[t]), V::permute(scale[t], block), sum[t]); });
+      } else {
+        F dot[T], lanes = V::permute(own, block);
+        repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero(); });
+        repeat<C::lane>([&](auto j) LOPRO_INLINE {
+          F code = single<V, BITS, j>(low, high);
+          repeat<T>([&](auto t) LOPRO_INLINE {
+            const float* x = static_cast<const float*>(tokens[t].x) + c * C::chunk + j * 16;
+            dot[t] = V::fma(code, V::load(x), dot[t]);
           });
-          repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fma(dot[t], lanes, sum[r][t]); });
-        }
-      });
+        });
+        repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::fma(dot[t], lanes, sum[t]); });
+      }
     };
-    for (; c < least(end, p.plane / 64); ++c) step(std::true_type{});
-    if (c < end) step(std::false_type{});
-  }
-  repeat<R>([&](auto r) LOPRO_INLINE {
-    int64_t latent = part_of(s, row + r) * p.lanes;
-    for (int64_t j = 0; j < s.rank; j += 16) {
-      int n = static_cast<int>(least(16, s.rank - j));
-      int64_t at = (row + r) * s.rank + j;
-      F up = s.up_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.up) + at, n)
-                                   : V::load_f16(static_cast<const uint16_t*>(s.up) + at, n);
-      repeat<T>([&](auto t) LOPRO_INLINE {
-        sum[r][t] = V::fma(up, V::load(tokens[t].latent + latent + j), sum[r][t]);
-      });
+    int64_t full = least(end, p.plane / 64);
+    for (; c + 1 < full; c += 2) {
+      step(std::true_type{}, c, even);
+      step(std::true_type{}, c + 1, odd);
     }
-    float bias = s.bias ? load_scalar(s.bias, s.bias_type, row + r) : 0.0f;
-    repeat<T>([&](auto t) LOPRO_INLINE {
-      if (t < count) store_scalar(s.y, s.type, (token + t) * s.out + row + r, V::reduce(sum[r][t]) + bias);
-    });
-  });
+    if (c < full) step(std::true_type{}, c++, even);
+    if (c < end) step(std::false_type{}, c, odd);
+  }
+  repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::add(even[t], odd[t]); });
 }
 
+// y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
+template <class V, int BITS, bool INT8, int R, int T>
+void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
+                 const float* scales, const float* shifts, const int32_t* order) {
+  using F = typename V::F;
+  F sum[R][T];
+  // One row after the other: the processor's own prefetcher follows one stream best.
+  for (int r = 0; r < R; ++r)
+    decode_row<V, BITS, INT8, T>(s, p, tokens, row + r, scales + r * p.blocks, shifts + r * p.blocks, order, sum[r]);
+  if (s.rank) {
+    // Rows of one call rarely cross into another part.
+    int64_t part = part_of(s, row), last = part_of(s, row + R - 1);
+    repeat<R>([&](auto r) LOPRO_INLINE {
+      int64_t latent = (part == last ? part : part_of(s, row + r)) * p.lanes;
+      for (int64_t j = 0; j < s.rank; j += 16) {
+        int n = static_cast<int>(least(16, s.rank - j));
+        int64_t at = (row + r) * s.rank + j;
+        F up = s.up_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.up) + at, n)
+                                     : V::load_f16(static_cast<const uint16_t*>(s.up) + at, n);
+        repeat<T>([&](auto t) LOPRO_INLINE {
+          sum[r][t] = V::fma(up, V::load(tokens[t].latent + latent + j), sum[r][t]);
+        });
+      }
+    });
+  }
+  float result[T][R];
+  repeat<T>([&](auto t) LOPRO_INLINE {
+    if constexpr (R == 4) V::reduce4(sum[0][t], sum[1][t], sum[2][t], sum[3][t], result[t]);
+    else repeat<R>([&](auto r) LOPRO_INLINE { result[t][r] = V::reduce(sum[r][t]); });
+  });
+  if (s.bias)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) result[t][r] += load_scalar(s.bias, s.bias_type, row + r);
+  for (int t = 0; t < T && t < count; ++t) {
+    int64_t at = (token + t) * s.out + row;
+    if (s.type == Type::f32) std::memcpy(static_cast<float*>(s.y) + at, result[t], sizeof(result[t]));
+    else
+      for (int r = 0; r < R; ++r) store_scalar(s.y, s.type, at + r, result[t][r]);
+  }
+}
+
+// Rows row ... end - 1, whose expanded scales begin at `scales` and `shifts`.
 template <class V, int BITS, bool INT8, int R, int T>
 void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
-                  int64_t end) {
-  for (; row + R <= end; row += R) decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row);
-  for (; row < end; ++row) decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row);
+                  int64_t end, const float* scales, const float* shifts, const int32_t* order) {
+  for (; row + R <= end; row += R, scales += R * p.blocks, shifts += R * p.blocks)
+    decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, scales, shifts, order);
+  for (; row < end; ++row, scales += p.blocks, shifts += p.blocks)
+    decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, scales, shifts, order);
 }
 
 // Memory of one token in a decode call.
 inline int64_t token_bytes(const Site& s, const Plan& p) {
-  return p.columns * 4 + 2 * p.padded_blocks * 4 + (s.parts + 1) * (p.lanes + 16) * 4 + p.chunks * 64 + 512;
+  return p.columns * 4 + 2 * p.padded_blocks * 4 + (s.parts + 1) * (p.lanes + 16) * 4 + 512;
 }
 
 inline Token take_token(Scratch& scratch, const Site& s, const Plan& p) {
@@ -496,7 +526,6 @@ inline Token take_token(Scratch& scratch, const Site& s, const Plan& p) {
   token.steps = scratch.take<float>(p.padded_blocks);
   token.sums = scratch.take<float>(p.padded_blocks);
   token.latent = scratch.take<float>((s.parts > 1 ? s.parts : 1) * p.lanes + 16);
-  token.wide = scratch.take<float>(p.chunks * 16);
   return token;
 }
 
@@ -508,7 +537,6 @@ void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, f
   round_blocks<V, INT8>(p, x, rounded, token);
   if (INT8) {
     interleave<C::fields>(rounded, static_cast<int8_t*>(token.x), p.columns);
-    for (int64_t i = 0; i < p.chunks * 16; ++i) token.wide[i] = token.steps[i * C::lane >> p.log_block];
   } else {
     float* out = static_cast<float*>(token.x);
     for (int64_t c = 0; c < p.chunks; ++c)
@@ -517,37 +545,61 @@ void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, f
   }
 }
 
+// Chunks of the widest codes in 16 of the widest blocks.
+constexpr int64_t ORDERS = 32;
+
+// Block, of the 16 at hand, that each lane of each of their chunks belongs to.
+template <class V, int BITS>
+void lane_blocks(const Plan& p, int32_t* order) {
+  using C = Codes<BITS>;
+  for (int64_t c = 0; c < ORDERS; ++c) {
+    typename V::I column = V::add_i(V::template times<C::lane>(V::iota()), V::set_i(static_cast<int>(c * C::chunk)));
+    V::store_i(order + c * 16, V::shr_by(column, p.log_block));
+  }
+}
+
 template <class V, int BITS, bool INT8>
 void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared) {
   int64_t from = s.out * thread / threads / 4 * 4, to = thread + 1 == threads ? s.out : s.out * (thread + 1) / threads / 4 * 4;
-  Scratch scratch(p.columns * 12 + 512 + token_bytes(s, p));
+  // Rows in runs whose scales, and with several tokens codes, stay in the first cache.
+  int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.blocks / 4 * 4);
+  Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.blocks + 32) * 4 + ORDERS * 64);
   float* raw = scratch.take<float>(p.columns + 16);
   float* x = scratch.take<float>(p.columns + 16);
   int8_t* rounded = scratch.take<int8_t>(p.columns);
+  float* scales = scratch.take<float>(run * p.blocks + 16);
+  float* shifts = scratch.take<float>(run * p.blocks + 16);
+  int32_t* order = scratch.take<int32_t>(ORDERS * 16);
+  lane_blocks<V, BITS>(p, order);
   if (s.tokens == 1) {
     // Every thread prepares the one token for itself: that is shorter than waiting for another to do it.
     Token own = take_token(scratch, s, p);
     prepare_decode<V, BITS, INT8>(s, p, 0, own, raw, x, rounded);
-    decode_range<V, BITS, INT8, V::rows, 1>(s, p, &own, 0, 1, from, to);
+    for (; from < to; from += run) {
+      int64_t end = least(to, from + run);
+      expand_scales<V, BITS>(s, p, from, end - from, scales, shifts);
+      decode_range<V, BITS, INT8, V::rows, 1>(s, p, &own, 0, 1, from, end, scales, shifts, order);
+    }
     return;
   }
   for (int64_t t = thread; t < s.tokens; t += threads) prepare_decode<V, BITS, INT8>(s, p, t, shared[t], raw, x, rounded);
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
-  // Rows in runs whose codes stay in the first cache while every token passes.
-  int64_t run = 16;
-  for (; from < to; from += run)
+  for (; from < to; from += run) {
+    int64_t end = least(to, from + run);
+    expand_scales<V, BITS>(s, p, from, end - from, scales, shifts);
     for (int64_t t = 0; t < s.tokens; t += 4) {
       int count = static_cast<int>(least(4, s.tokens - t));
       Token four[4];
       for (int i = 0; i < 4; ++i) four[i] = shared[t + (i < count ? i : 0)];
-      int64_t end = least(to, from + run);
       if (count > 2)
-        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end);
+        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, order);
       else
-        for (int i = 0; i < count; ++i) decode_range<V, BITS, INT8, V::rows, 1>(s, p, four + i, t + i, 1, from, end);
+        for (int i = 0; i < count; ++i)
+          decode_range<V, BITS, INT8, V::rows, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, order);
     }
+  }
 }
 
 // ---- many tokens: unpacked panels of rows times tiles of tokens

@@ -36,6 +36,11 @@ struct Plain {
     return r;
   }
   static void store(float* p, F x) { std::memcpy(p, x.v, 64); }
+  static F load_n(const float* p, int n) {
+    F x = {};
+    std::memcpy(x.v, p, static_cast<size_t>(n) * 4);
+    return x;
+  }
   static void store_n(float* p, F x, int n) { std::memcpy(p, x.v, static_cast<size_t>(n) * 4); }
   static F add(const F& x, const F& y) {
     return make([&](int i) { return x.v[i] + y.v[i]; });
