@@ -152,6 +152,9 @@ struct Plan {
   int64_t row_bytes, plane;   // of a row, and of its first bit plane
   int64_t block, blocks, padded_blocks;
   int log_block;
+  bool by_group;              // scales of a row are kept by group of 2^log_ratio blocks, else by block
+  int log_ratio;
+  int64_t scales;             // kept, of a row
   int64_t lanes;              // of a latent, padded
 };
 
@@ -162,10 +165,15 @@ inline Plan make_plan(const Site& s) {
   p.row_bytes = padded / 8 * s.bits;
   p.plane = padded / 8 * width;
   p.chunks = ceil_div(p.plane, 64);
-  p.log_block = 7;
+  p.log_block = s.int8 && s.block == 1 ? 5 : 7;
   while (s.groups > 1 && s.group % (int64_t{1} << p.log_block)) --p.log_block;
   p.block = int64_t{1} << p.log_block;
   p.blocks = ceil_div(s.in, p.block);
+  p.log_ratio = 0;
+  while (s.groups > 1 && p.block << p.log_ratio < s.group) ++p.log_ratio;
+  p.by_group = s.groups > 1 && p.block << p.log_ratio == s.group;
+  if (!p.by_group) p.log_ratio = 0;
+  p.scales = p.by_group ? s.groups : p.blocks;
   p.padded_blocks = round_up(p.columns / p.block, 16);
   p.lanes = round_up(s.rank, 16);
   return p;
@@ -381,11 +389,11 @@ inline typename V::F flat_zeros(const Site& s, int64_t first) {
   return V::add(V::to_f(V::mask(V::join(low, high), 7)), V::set(0.5f));
 }
 
-// Scales and scale * zero of each block of rows row ... row + rows - 1, (rows, blocks) each. Done for many rows at once,
-// since a short row has few groups.
+// Scales and scale * zero of rows row ... row + rows - 1, (rows, p.scales) each. Done for many rows at once, since a
+// short row has few groups.
 template <class V, int BITS>
 void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, float* scales, float* shifts) {
-  if (s.groups > 1 && s.group == p.block) {
+  if (p.by_group) {
     int64_t first = row * s.groups, count = rows * s.groups;
     for (int64_t i = 0; i < count; i += 16) {
       typename V::F scale = V::load_f16(s.scales + first + i, static_cast<int>(least(16, count - i)));
@@ -398,9 +406,17 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
     for (int64_t b = 0; b < p.blocks; ++b) {
       int64_t group = (row + r) * s.groups + group_of(s, p, b);
       float scale = half_to_float(s.scales[group]);
-      scales[r * p.blocks + b] = scale;
-      shifts[r * p.blocks + b] = scale * (static_cast<float>(zero_code(s, group)) + 0.5f);
+      scales[r * p.scales + b] = scale;
+      shifts[r * p.scales + b] = scale * (static_cast<float>(zero_code(s, group)) + 0.5f);
     }
+}
+
+// Blocks b ... b + n - 1 of a row of `expand_scales`; 0 behind the last.
+template <class V>
+LOPRO_INLINE inline typename V::F row_scales(const Plan& p, const float* scales, int64_t b, int n) {
+  if (p.log_ratio == 0) return V::load_n(scales + b, n);
+  int groups = (n + (1 << p.log_ratio) - 1) >> p.log_ratio;
+  return V::permute(V::load_n(scales + (b >> p.log_ratio), groups), V::shr_by(V::iota(), p.log_ratio));
 }
 
 // Lanes whose sum is one row's product with T tokens; `order` is from `lane_blocks`.
@@ -420,7 +436,7 @@ LOPRO_INLINE inline void decode_row(const Site& s, const Plan& p, const Token* t
     const uint8_t* next = codes + (p.row_bytes > AHEAD ? p.row_bytes : AHEAD) + part;
     for (int64_t i = 0; i < bytes; i += 64) V::prefetch(next + i);
     int n = static_cast<int>(least(16, p.blocks - b));
-    F scale[T], own = V::load_n(scales + b, n), shift = V::load_n(shifts + b, n);
+    F scale[T], own = row_scales<V>(p, scales, b, n), shift = row_scales<V>(p, shifts, b, n);
     repeat<T>([&](auto t) LOPRO_INLINE {
       odd[t] = V::fnma(shift, V::load(tokens[t].sums + b), odd[t]);
       scale[t] = INT8 ? V::mul(own, V::load(tokens[t].steps + b)) : own;
@@ -472,7 +488,7 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
   F sum[R][T];
   // One row after the other: the processor's own prefetcher follows one stream best.
   for (int r = 0; r < R; ++r)
-    decode_row<V, BITS, INT8, T>(s, p, tokens, row + r, scales + r * p.blocks, shifts + r * p.blocks, order, sum[r]);
+    decode_row<V, BITS, INT8, T>(s, p, tokens, row + r, scales + r * p.scales, shifts + r * p.scales, order, sum[r]);
   if (s.rank) {
     // Rows of one call rarely cross into another part.
     int64_t part = part_of(s, row), last = part_of(s, row + R - 1);
@@ -509,9 +525,9 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
 template <class V, int BITS, bool INT8, int R, int T>
 void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
                   int64_t end, const float* scales, const float* shifts, const int32_t* order) {
-  for (; row + R <= end; row += R, scales += R * p.blocks, shifts += R * p.blocks)
+  for (; row + R <= end; row += R, scales += R * p.scales, shifts += R * p.scales)
     decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, scales, shifts, order);
-  for (; row < end; ++row, scales += p.blocks, shifts += p.blocks)
+  for (; row < end; ++row, scales += p.scales, shifts += p.scales)
     decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, scales, shifts, order);
 }
 
@@ -562,13 +578,13 @@ template <class V, int BITS, bool INT8>
 void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared) {
   int64_t from = s.out * thread / threads / 4 * 4, to = thread + 1 == threads ? s.out : s.out * (thread + 1) / threads / 4 * 4;
   // Rows in runs whose scales, and with several tokens codes, stay in the first cache.
-  int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.blocks / 4 * 4);
-  Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.blocks + 32) * 4 + ORDERS * 64);
+  int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.scales / 4 * 4);
+  Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.scales + 32) * 4 + ORDERS * 64);
   float* raw = scratch.take<float>(p.columns + 16);
   float* x = scratch.take<float>(p.columns + 16);
   int8_t* rounded = scratch.take<int8_t>(p.columns);
-  float* scales = scratch.take<float>(run * p.blocks + 16);
-  float* shifts = scratch.take<float>(run * p.blocks + 16);
+  float* scales = scratch.take<float>(run * p.scales + 16);
+  float* shifts = scratch.take<float>(run * p.scales + 16);
   int32_t* order = scratch.take<int32_t>(ORDERS * 16);
   lane_blocks<V, BITS>(p, order);
   if (s.tokens == 1) {

@@ -10,17 +10,18 @@ from lopro_fx.kernels.packing.format import group_count
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.reference import rotate
 
-ACTIVATION_BLOCK = 128
+# Most columns that share a step. Rotation spreads outliers over the columns; without it they would take the others' bits.
+ROTATED_BLOCK, PLAIN_BLOCK = 128, 32
 TOP = 127.0
 # Blocks whose largest magnitude is below this are zero; the step of smaller ones would be subnormal.
 LEAST = 1e-30
 
 
-def activation_block(in_features: int, group_size: int) -> int:
-    """Columns that share a step: 128, or the largest smaller power of two that divides the weight's groups."""
-    if group_count(in_features, group_size) == 1:
-        return ACTIVATION_BLOCK
-    return min(ACTIVATION_BLOCK, group_size & -group_size)
+def activation_block(in_features: int, group_size: int, rotated: bool) -> int:
+    """Columns that share a step: 128, or 32 of an activation that isn't rotated, or the largest smaller power of two
+    that divides the weight's groups."""
+    most = ROTATED_BLOCK if rotated else PLAIN_BLOCK
+    return most if group_count(in_features, group_size) == 1 else min(most, group_size & -group_size)
 
 
 def round_activation(x: Tensor, block: int) -> Tensor:
@@ -69,7 +70,7 @@ def cpu_site(
         wide = rotate(wide, perm, signs, block, skip)
     latent = None if down is None else project(wide, down, down_scale)
     if act_bits:
-        wide = round_activation(wide, activation_block(x.shape[-1], group_size))
+        wide = round_activation(wide, activation_block(x.shape[-1], group_size, block > 1))
     bias = None if bias is None else bias.to(torch.float32)
     y = packed_linear(wide, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
     return y.to(x.dtype)
