@@ -10,7 +10,7 @@ from lopro_fx.kernels.packing.format import group_count
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.reference import rotate
 
-# Most columns that share a step. Rotation spreads outliers over the columns; without it they would take the others' bits.
+# Most columns that share a step. Rotation spreads outliers over the columns; without it they cost the others bits.
 ROTATED_BLOCK, PLAIN_BLOCK = 128, 32
 TOP = 127.0
 # Blocks whose largest magnitude is below this are zero; the step of smaller ones would be subnormal.

@@ -40,8 +40,7 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--activations",
         choices=("int8", "float"),
-        default="int8",
-        help="what the CPU kernel reads: rounded to 8 bits, or as it is (default: int8)",
+        help="what the CPU kernel reads: rounded to 8 bits, or as it is (default: int8 in a package, float with --hf)",
     )
 
 
@@ -51,7 +50,8 @@ def run(args: Namespace) -> None:
         return
     check_name(args.package or args.aoti)
     if args.package:
-        options = {"max_cache_len": args.max_cache_len, "batch_size": args.batch_size, "activations": args.activations}
+        options = {"max_cache_len": args.max_cache_len, "batch_size": args.batch_size,
+                   "activations": args.activations or "int8"}  # fmt: skip
         result = write_package(args.folder, args.package, **options)
     else:
         # Fewer nodes compute the same and compile in less time.
@@ -82,7 +82,7 @@ def _save_for_transformers(args: Namespace) -> None:
     with quiet():
         model: Any = rebuild_model(source.program, config)
     model.generation_config = generation_config
-    options = {"activations": args.activations, "max_shard_size": args.max_shard_size}
+    options = {"activations": args.activations or "float", "max_shard_size": args.max_shard_size}
     save_pretrained(model, state_of(source.program), args.hf, source.tokenizer, **options)
     output.say(f"{args.hf}: import lopro_fx, then AutoModelForCausalLM.from_pretrained({args.hf!r})")
 
