@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _NAME = "lopro_fx_grouped"
@@ -27,10 +28,21 @@ def grouped_attention(
     batch, heads, length, width = query.shape
     assert length == 1, "with several tokens a row, each would need a mask of its own"
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-    out = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-    )
+    if query.device.type == "cpu" and attention_mask is not None:
+        out = _products(rows, key, value, attention_mask, kwargs.get("scaling"))
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            rows, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+        )
     return out.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """The same as sums of products, which Inductor makes loops of: a matrix product a head costs more in calls."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = ((query.float() * scale)[:, :, :, None] * key.float()[:, :, None]).sum(-1)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
+    return (weights[..., None] * value.float()[:, :, None]).sum(-2).to(query.dtype)
 
 
 @contextmanager

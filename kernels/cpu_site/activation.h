@@ -1,0 +1,137 @@
+// The activation of one token: gathered, rotated, projected, rounded.
+#pragma once
+
+#include "common.h"
+
+namespace lopro {
+namespace {
+
+template <class V>
+void load_token(const Site& s, int64_t token, float* out) {
+  int64_t offset = 0;
+  for (int64_t d = s.dims - 1, rest = token; d >= 0; rest /= s.sizes[d], --d) offset += rest % s.sizes[d] * s.strides[d];
+  if (s.column_stride != 1) {
+    for (int64_t j = 0; j < s.in; ++j) out[j] = load_scalar(s.x, s.type, offset + j * s.column_stride);
+  } else if (s.type == Type::f32) {
+    std::memcpy(out, static_cast<const float*>(s.x) + offset, static_cast<size_t>(s.in) * 4);
+  } else {
+    const uint16_t* x = static_cast<const uint16_t*>(s.x) + offset;
+    for (int64_t j = 0; j < s.in; j += 16) {
+      int n = static_cast<int>(least(16, s.in - j));
+      V::store_n(out + j, s.type == Type::f16 ? V::load_f16(x + j, n) : V::load_bf16(x + j, n), n);
+    }
+  }
+}
+
+// Normalised Hadamard transform of each `block` of x (n,); whole vectors are read and written.
+template <class V>
+void hadamard(float* x, int64_t n, int64_t block) {
+  const typename V::F norm = V::set(1.0f / std::sqrt(static_cast<float>(block)));
+  for (int64_t j = 0; j < n; j += 16) {
+    typename V::F v = V::mul(V::load(x + j), norm);
+    v = V::template butterfly<1>(v);
+    if (block > 2) v = V::template butterfly<2>(v);
+    if (block > 4) v = V::template butterfly<4>(v);
+    if (block > 8) v = V::template butterfly<8>(v);
+    V::store(x + j, v);
+  }
+  for (int64_t step = 16; step < block; step *= 2)
+    for (int64_t start = 0; start < n; start += 2 * step)
+      for (int64_t j = start; j < start + step; j += 16) {
+        typename V::F a = V::load(x + j), b = V::load(x + j + step);
+        V::store(x + j, V::add(a, b));
+        V::store(x + j + step, V::sub(a, b));
+      }
+}
+
+// x' in fp32, zeros up to `columns`.
+template <class V>
+void rotate(const Site& s, const Plan& p, int64_t token, float* raw, float* out) {
+  load_token<V>(s, token, s.perm ? raw : out);
+  if (s.perm_type == Type::i16) {
+    const int16_t* perm = static_cast<const int16_t*>(s.perm);
+    for (int64_t j = 0; j < s.in; ++j) out[j] = raw[perm[j]];
+  } else if (s.perm_type == Type::i32) {
+    const int32_t* perm = static_cast<const int32_t*>(s.perm);
+    for (int64_t j = 0; j < s.in; ++j) out[j] = raw[perm[j]];
+  }
+  std::memset(out + s.in, 0, static_cast<size_t>(p.columns + 16 - s.in) * 4);
+  if (s.block == 1) return;
+  if (s.signs)
+    for (int64_t j = s.skip & ~int64_t{15}; j < s.in; j += 16) {
+      uint32_t bits = s.signs[j / 8] | (j + 8 < s.in ? s.signs[j / 8 + 1] << 8 : 0);
+      if (j < s.skip) bits &= ~0u << (s.skip - j);
+      V::store(out + j, V::flip(V::load(out + j), bits));
+    }
+  hadamard<V>(out + s.skip, s.in - s.skip, s.block);
+  // A last vector that reaches past the columns holds zeros there, whose transform is zero.
+}
+
+// latents[t] = scales ∘ (down · x[t]), T tokens at once.
+template <class V, int T>
+void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token* tokens) {
+  using F = typename V::F;
+  for (int64_t r = 0; r < s.rank; ++r) {
+    F sum[T];
+    for (int t = 0; t < T; ++t) sum[t] = V::zero();
+    for (int64_t j = 0; j < s.in; j += 16) {
+      int n = static_cast<int>(least(16, s.in - j));
+      F a = s.down_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.down) + r * s.in + j, n)
+                                    : V::load_f16(static_cast<const uint16_t*>(s.down) + r * s.in + j, n);
+      for (int t = 0; t < T; ++t) sum[t] = V::fma(a, V::load(x + t * stride + j), sum[t]);
+    }
+    float scale = s.down_scale ? half_to_float(s.down_scale[r]) : 1.0f;
+    for (int t = 0; t < T; ++t) {
+      float latent = V::reduce(sum[t]) * scale;
+      tokens[t].latent[r] = latent;
+      for (int64_t part = 0; part < s.parts; ++part)
+        tokens[t].latent[part * p.lanes + r] = latent * half_to_float(s.up_scale[part * s.rank + r]);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int64_t part = 0; part < (s.parts > 1 ? s.parts : 1); ++part)
+      for (int64_t r = s.rank; r < p.lanes; ++r) tokens[t].latent[part * p.lanes + r] = 0.0f;
+}
+
+// Steps and sums of the blocks of x, and with INT8 x as integers in the order of the columns.
+template <class V, bool INT8>
+void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) {
+  using F = typename V::F;
+  int64_t b = 0;
+  for (; b < p.columns / p.block; ++b) {
+    const float* part = x + b * p.block;
+    F sum = V::zero();
+    if (INT8) {
+      F top = V::zero(), poison = V::zero();
+      for (int64_t j = 0; j < p.block; j += 16) {
+        F v = V::load(part + j);
+        top = V::max(top, V::abs(v));
+        poison = V::fma(v, V::zero(), poison);  // NaN where v is not finite
+      }
+      float most = V::reduce_max(top) + V::reduce(poison);
+      // As in reference.py: nothing but zeros, and no subnormal step.
+      float inverse = most > 1e-30f ? 127.0f / most : most != most ? most : 0.0f;
+      float step = most > 1e-30f || most != most ? most * (1.0f / 127.0f) : 0.0f;
+      F factor = V::set(inverse);
+      for (int64_t j = 0; j < p.block; j += 16)
+        sum = V::add(sum, V::round_i8(V::mul(V::load(part + j), factor), rounded + b * p.block + j));
+      token.steps[b] = step;
+      token.sums[b] = V::reduce(sum) * step;
+    } else {
+      for (int64_t j = 0; j < p.block; j += 16) sum = V::add(sum, V::load(part + j));
+      token.sums[b] = V::reduce(sum);
+    }
+  }
+  for (; b < p.padded_blocks; ++b) token.steps[b] = token.sums[b] = 0.0f;
+}
+
+// int8 columns, chunk by chunk, into the order of the bytes that a shift and a mask make of packed codes.
+template <int FIELDS>
+void interleave(const int8_t* in, int8_t* out, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += 64 * FIELDS)
+    for (int f = 0; f < FIELDS; ++f)
+      for (int b = 0; b < 64; ++b) out[c + f * 64 + b] = in[c + b * FIELDS + f];
+}
+
+}  // namespace
+}  // namespace lopro

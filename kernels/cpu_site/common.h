@@ -1,0 +1,180 @@
+// Numbers, memory and sizes that every part of the kernel uses.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "site.h"
+
+namespace lopro {
+namespace {
+
+constexpr int64_t PAD = 256;          // columns that buffers are padded to: a multiple of every chunk and block
+constexpr int64_t DECODE_TOKENS = 8;  // up to here, weights are read and used at once
+constexpr int64_t PANEL_COLUMNS = 512;
+constexpr int64_t AHEAD = 1024;  // bytes that memory is asked for in advance, at least
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline float half_to_float(uint16_t half) {
+  uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
+  float value;
+  if (rest >= 0x7c00) {
+    bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  // 2^112 moves the exponent's bias from 15 to 127, and makes subnormals right too.
+  bits = rest << 13;
+  std::memcpy(&value, &bits, 4);
+  value *= 5192296858534827628530496329220096.0f;
+  return sign ? -value : value;
+}
+
+inline float bfloat_to_float(uint16_t value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline uint16_t float_to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
+  if (bits < 0x38800000) {                       // subnormal: the float's adder rounds at 2^-24
+    float shifted, half = 0.5f;
+    std::memcpy(&shifted, &bits, 4);
+    shifted += half;
+    uint32_t rounded, base;
+    std::memcpy(&rounded, &shifted, 4);
+    std::memcpy(&base, &half, 4);
+    return sign | (uint16_t)(rounded - base);
+  }
+  return sign | (uint16_t)((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13);
+}
+
+inline float load_scalar(const void* base, Type type, int64_t i) {
+  switch (type) {
+    case Type::f32: return static_cast<const float*>(base)[i];
+    case Type::f16: return half_to_float(static_cast<const uint16_t*>(base)[i]);
+    case Type::bf16: return bfloat_to_float(static_cast<const uint16_t*>(base)[i]);
+    default: return static_cast<float>(static_cast<const int8_t*>(base)[i]);
+  }
+}
+
+inline void store_scalar(void* base, Type type, int64_t i, float value) {
+  if (type == Type::f32) static_cast<float*>(base)[i] = value;
+  else static_cast<uint16_t*>(base)[i] = type == Type::f16 ? float_to_half(value) : float_to_bfloat(value);
+}
+
+inline uint32_t load_word(const void* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// f(0), ..., f(N - 1) with compile-time numbers: arrays that are only indexed by these stay in registers.
+#define LOPRO_INLINE __attribute__((always_inline))
+template <int... I, class Body>
+LOPRO_INLINE inline void repeat(std::integer_sequence<int, I...>, Body&& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+LOPRO_INLINE inline void repeat(Body&& body) {
+  repeat(std::make_integer_sequence<int, N>{}, body);
+}
+
+// Scratch memory on a cache line.
+struct Scratch {
+  char* data;
+  explicit Scratch(int64_t bytes) : raw(std::malloc(static_cast<size_t>(bytes) + 64)) {
+    if (!raw) std::abort();
+    data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~static_cast<uintptr_t>(63));
+  }
+  ~Scratch() { std::free(raw); }
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* take(int64_t count) {
+    T* result = reinterpret_cast<T*>(data);
+    data += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return result;
+  }
+
+ private:
+  void* raw;
+};
+
+template <int BITS>
+struct Codes {
+  static constexpr int width = BITS == 3 ? 2 : BITS;
+  static constexpr int fields = 8 / width;
+  static constexpr int lane = 4 * fields;
+  static constexpr int chunk = 16 * lane;
+};
+
+// Sizes that follow from a site.
+struct Plan {
+  int64_t columns;            // of buffers: in, padded
+  int64_t chunks;             // of a row; the last one may be short
+  int64_t row_bytes, plane;   // of a row, and of its first bit plane
+  int64_t block, blocks, padded_blocks;
+  int log_block;
+  bool by_group;              // scales of a row are kept by group of 2^log_ratio blocks, else by block
+  int log_ratio;
+  int64_t scales;             // kept, of a row
+  int64_t lanes;              // of a latent, padded
+};
+
+inline Plan make_plan(const Site& s) {
+  Plan p;
+  int64_t padded = round_up(s.in, 32), width = s.bits == 3 ? 2 : s.bits;
+  p.columns = round_up(s.in, PAD);
+  p.row_bytes = padded / 8 * s.bits;
+  p.plane = padded / 8 * width;
+  p.chunks = ceil_div(p.plane, 64);
+  p.log_block = s.int8 && s.block == 1 ? 5 : 7;
+  while (s.groups > 1 && s.group % (int64_t{1} << p.log_block)) --p.log_block;
+  p.block = int64_t{1} << p.log_block;
+  p.blocks = ceil_div(s.in, p.block);
+  p.log_ratio = 0;
+  while (s.groups > 1 && p.block << p.log_ratio < s.group) ++p.log_ratio;
+  p.by_group = s.groups > 1 && p.block << p.log_ratio == s.group;
+  if (!p.by_group) p.log_ratio = 0;
+  p.scales = p.by_group ? s.groups : p.blocks;
+  p.padded_blocks = round_up(p.columns / p.block, 16);
+  p.lanes = round_up(s.rank, 16);
+  return p;
+}
+
+// One activation, ready for the product.
+struct Token {
+  void* x;        // int8 by chunk and field; or fp32, by chunk and code of a lane, or in order for panels
+  float* steps;   // (padded_blocks,), of int8
+  float* sums;    // (padded_blocks,) of x
+  float* latent;  // (max(parts, 1), lanes), scaled
+};
+
+inline int64_t group_of(const Site& s, const Plan& p, int64_t block) {
+  return s.groups == 1 ? 0 : (block << p.log_block) / s.group;
+}
+
+inline int64_t part_of(const Site& s, int64_t row) { return s.parts > 1 ? row * s.parts / s.out : 0; }
+
+}  // namespace
+}  // namespace lopro
