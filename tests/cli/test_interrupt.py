@@ -11,7 +11,12 @@ from tests.cli.conftest import SMALL
 def _start(model_folder, out):
     arguments = ["quantize", str(model_folder), *SMALL, "--rank", "4", "--out", str(out)]
     return subprocess.Popen(
-        [sys.executable, "-m", "lopro_fx", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lopro_fx", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509  one thread
     )
 
 
