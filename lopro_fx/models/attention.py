@@ -39,8 +39,8 @@ def grouped_attention(
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """The same as sums of products, which Inductor makes loops of: a matrix product a head costs more in calls."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = ((query.float() * scale)[:, :, :, None] * key.float()[:, :, None]).sum(-1)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = ((query.float() * factor)[:, :, :, None] * key.float()[:, :, None]).sum(-1)
     weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
     return (weights[..., None] * value.float()[:, :, None]).sum(-2).to(query.dtype)
 
