@@ -67,25 +67,44 @@ void rotate(const Site& s, const Plan& p, int64_t token, float* raw, float* out)
   // A last vector that reaches past the columns holds zeros there, whose transform is zero.
 }
 
+// Products of rows r ... r + R - 1 of `down` with T tokens.
+template <class V, int R, int T>
+void project_rows(const Site& s, int64_t r, const float* x, int64_t stride, float (&out)[R][T]) {
+  using F = typename V::F;
+  F sum[R][T];
+  repeat<R>([&](auto i) LOPRO_INLINE { repeat<T>([&](auto t) LOPRO_INLINE { sum[i][t] = V::zero(); }); });
+  auto step = [&](int64_t j, int n) LOPRO_INLINE {
+    repeat<R>([&](auto i) LOPRO_INLINE {
+      int64_t at = (r + i) * s.in + j;
+      F a = s.down_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.down) + at, n)
+                                    : V::load_f16(static_cast<const uint16_t*>(s.down) + at, n);
+      repeat<T>([&](auto t) LOPRO_INLINE { sum[i][t] = V::fma(a, V::load(x + t * stride + j), sum[i][t]); });
+    });
+  };
+  int64_t j = 0;
+  for (; j + 16 <= s.in; j += 16) step(j, 16);
+  if (j < s.in) step(j, static_cast<int>(s.in - j));
+  repeat<R>([&](auto i) LOPRO_INLINE { repeat<T>([&](auto t) LOPRO_INLINE { out[i][t] = V::reduce(sum[i][t]); }); });
+}
+
 // latents[t] = scales ∘ (down · x[t]), T tokens at once.
 template <class V, int T>
 void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token* tokens) {
-  using F = typename V::F;
-  for (int64_t r = 0; r < s.rank; ++r) {
-    F sum[T];
-    for (int t = 0; t < T; ++t) sum[t] = V::zero();
-    for (int64_t j = 0; j < s.in; j += 16) {
-      int n = static_cast<int>(least(16, s.in - j));
-      F a = s.down_type == Type::i8 ? V::load_i8(static_cast<const int8_t*>(s.down) + r * s.in + j, n)
-                                    : V::load_f16(static_cast<const uint16_t*>(s.down) + r * s.in + j, n);
-      for (int t = 0; t < T; ++t) sum[t] = V::fma(a, V::load(x + t * stride + j), sum[t]);
-    }
-    float scale = s.down_scale ? half_to_float(s.down_scale[r]) : 1.0f;
-    for (int t = 0; t < T; ++t) {
-      float latent = V::reduce(sum[t]) * scale;
-      tokens[t].latent[r] = latent;
-      for (int64_t part = 0; part < s.parts; ++part)
-        tokens[t].latent[part * p.lanes + r] = latent * half_to_float(s.up_scale[part * s.rank + r]);
+  constexpr int R = T == 1 ? 4 : 1;
+  for (int64_t first = 0; first < s.rank; first += R) {
+    float products[R][T];
+    if (first + R <= s.rank) project_rows<V, R, T>(s, first, x, stride, products);
+    else
+      for (int64_t r = first; r < s.rank; ++r)
+        project_rows<V, 1, T>(s, r, x, stride, reinterpret_cast<float(&)[1][T]>(products[r - first]));
+    for (int64_t r = first; r < least(first + R, s.rank); ++r) {
+      float scale = s.down_scale ? half_to_float(s.down_scale[r]) : 1.0f;
+      for (int t = 0; t < T; ++t) {
+        float latent = products[r - first][t] * scale;
+        tokens[t].latent[r] = latent;
+        for (int64_t part = 0; part < s.parts; ++part)
+          tokens[t].latent[part * p.lanes + r] = latent * half_to_float(s.up_scale[part * s.rank + r]);
+      }
     }
   }
   for (int t = 0; t < T; ++t)

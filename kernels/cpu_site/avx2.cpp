@@ -14,7 +14,9 @@ struct V256 {
   struct I {
     __m256i a, b;
   };
-  static constexpr int rows = 2, shared_rows = 1, panel = 1, tile = 4;
+  template <int>
+  static constexpr int rows = 2;
+  static constexpr int shared_rows = 1, panel = 1, tile = 4;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -195,7 +197,8 @@ struct V256 {
   static F code(I x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // As in avx512.cpp.
+  static void fetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
   static void transpose(I* v) {
     int32_t all[16][16];
     for (int i = 0; i < 16; ++i) store_i(all[i], v[i]);

@@ -10,8 +10,10 @@ namespace {
 struct V512 {
   using F = __m512;
   using I = __m512i;
-  // Rows at a time for one token and for four; registers of 16 rows, and tokens, of a tile for many.
-  static constexpr int rows = 4, shared_rows = 2, panel = 2, tile = 12;
+  // Rows at a time for one token, and for four; registers of 16 rows, and tokens, of a tile for many.
+  template <int BITS>
+  static constexpr int rows = BITS < 4 ? 4 : 2;
+  static constexpr int shared_rows = 2, panel = 2, tile = 12;
 
   static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
@@ -106,7 +108,8 @@ struct V512 {
     F table = _mm512_cvtepi32_ps(mask(iota(), (1 << (BITS & 7)) - 1));
     return _mm512_permutexvar_ps(a, table);
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Into the second cache. The compiler would drop the intrinsic, in a function that does nothing else.
+  static void fetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
   static void transpose(I* v) {
     I a[16];
     for (int i = 0; i < 16; i += 2) {

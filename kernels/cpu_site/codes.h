@@ -51,25 +51,39 @@ inline uint32_t zero_code(const Site& s, int64_t i) {
   return code;
 }
 
-// Zeros (code + 1/2) `first` ... `first` + 15 of the flat, packed tensor; any finite value behind the last.
+// Zeros (code + 1/2) of the flat, packed tensor, 16 at a time.
 template <class V, int BITS>
-inline typename V::F flat_zeros(const Site& s, int64_t first) {
+struct FlatZeros {
   using C = Codes<BITS>;
+  using F = typename V::F;
   using I = typename V::I;
-  // The 16 codes lie in at most five words; each lane takes its word and shifts its code down.
-  int64_t word = first * C::width / 32;
-  I offset = V::add_i(V::template times<C::width>(V::iota()), V::set_i(static_cast<int>(first * C::width % 32)));
-  I words = V::load_bytes(s.zeros + word, static_cast<int>(4 * least(16, s.zero_words - word)));
-  I low = V::shrv(V::permute_i(words, V::template shr<5>(offset)), V::mask(offset, 31));
-  if (BITS != 3) return V::add(V::to_f(V::mask(low, (1 << C::width) - 1)), V::set(0.5f));
-  int64_t plane = ceil_div(s.out * s.groups, 32) * 2, high_word = plane + first / 32;
-  I place = V::add_i(V::iota(), V::set_i(static_cast<int>(first % 32)));
-  I in_word = V::add_i(V::add_i(V::template shl<1>(V::mask(place, 12)), V::template shr<2>(V::mask(place, 16))),
-                       V::mask(place, 3));
-  words = V::load_bytes(s.zeros + high_word, static_cast<int>(4 * least(16, s.zero_words - high_word)));
-  I high = V::template shl<2>(V::shrv(V::permute_i(words, V::template shr<5>(place)), in_word));
-  return V::add(V::to_f(V::mask(V::join(low, high), 7)), V::set(0.5f));
-}
+  const Site& s;
+  I word, shift;  // of the low bits of each of 16 codes: the same wherever a step of 16 codes leads
+
+  FlatZeros(const Site& s, int64_t first) : s(s) {
+    I bit = V::add_i(V::template times<C::width>(V::iota()), V::set_i(static_cast<int>(first * C::width % 32)));
+    word = V::template shr<5>(bit);
+    shift = V::mask(bit, 31);
+  }
+
+  // 16 words, of which at most five are used.
+  I words(int64_t at) const {
+    if (at + 16 <= s.zero_words) return V::load_i(s.zeros + at);
+    return V::load_bytes(s.zeros + at, static_cast<int>(4 * (s.zero_words - at)));
+  }
+
+  // Zeros `first` ... `first` + 15; any finite value behind the last.
+  F operator()(int64_t first) const {
+    I low = V::shrv(V::permute_i(words(first * C::width / 32), word), shift);
+    if (BITS != 3) return V::add(V::to_f(V::mask(low, (1 << C::width) - 1)), V::set(0.5f));
+    int64_t plane = ceil_div(s.out * s.groups, 32) * 2;
+    I place = V::add_i(V::iota(), V::set_i(static_cast<int>(first % 32)));
+    I in_word = V::add_i(V::add_i(V::template shl<1>(V::mask(place, 12)), V::template shr<2>(V::mask(place, 16))),
+                         V::mask(place, 3));
+    I high = V::shrv(V::permute_i(words(plane + first / 32), V::template shr<5>(place)), in_word);
+    return V::add(V::to_f(V::mask(V::join(low, V::template shl<2>(high)), 7)), V::set(0.5f));
+  }
+};
 
 }  // namespace
 }  // namespace lopro

@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t PAD = 256;          // columns that buffers are padded to: a multiple of every chunk and block
 constexpr int64_t DECODE_TOKENS = 8;  // up to here, weights are read and used at once
 constexpr int64_t PANEL_COLUMNS = 512;
-constexpr int64_t AHEAD = 1024;  // bytes that memory is asked for in advance, at least
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -7,16 +7,37 @@
 namespace lopro {
 namespace {
 
+// Asks memory for these bytes.
+template <class V>
+void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) V::fetch(static_cast<const char*>(p) + i);
+}
+
+// Bytes that memory is asked for in advance, where `rows` rows are multiplied together: those after them at least.
+inline int64_t ahead(const Plan& p, int64_t rows) { return p.row_bytes * rows > 8192 ? p.row_bytes * rows : 8192; }
+
+// Asks memory for what rows row ... row + rows - 1 need besides their codes.
+template <class V>
+void fetch_rows(const Site& s, int64_t row, int64_t rows) {
+  fetch<V>(s.scales + row * s.groups, rows * s.groups * 2);
+  fetch<V>(reinterpret_cast<const char*>(s.zeros) + row * s.groups * s.bits / 8, rows * s.groups * s.bits / 8);
+  if (s.rank) {
+    int64_t each = s.rank * (s.up_type == Type::i8 ? 1 : 2);
+    fetch<V>(static_cast<const char*>(s.up) + row * each, rows * each);
+  }
+}
+
 // Scales and scale * zero of rows row ... row + rows - 1, (rows, p.scales) each. Done for many rows at once, since a
 // short row has few groups.
 template <class V, int BITS>
 void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, float* scales, float* shifts) {
   if (p.by_group) {
     int64_t first = row * s.groups, count = rows * s.groups;
+    const FlatZeros<V, BITS> zeros(s, first);
     for (int64_t i = 0; i < count; i += 16) {
       typename V::F scale = V::load_f16(s.scales + first + i, static_cast<int>(least(16, count - i)));
       V::store(scales + i, scale);
-      V::store(shifts + i, V::mul(scale, flat_zeros<V, BITS>(s, first + i)));
+      V::store(shifts + i, V::mul(scale, zeros(first + i)));
     }
     return;
   }
@@ -32,91 +53,113 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
 // Blocks b ... b + n - 1 of a row of `expand_scales`; 0 behind the last.
 template <class V>
 LOPRO_INLINE inline typename V::F row_scales(const Plan& p, const float* scales, int64_t b, int n) {
-  if (p.log_ratio == 0) return V::load_n(scales + b, n);
+  if (p.log_ratio == 0) return n == 16 ? V::load(scales + b) : V::load_n(scales + b, n);
   int groups = (n + (1 << p.log_ratio) - 1) >> p.log_ratio;
   return V::permute(V::load_n(scales + (b >> p.log_ratio), groups), V::shr_by(V::iota(), p.log_ratio));
 }
 
-// Lanes whose sum is one row's product with T tokens; `order` is from `lane_blocks`, `line` holds a row.
-template <class V, int BITS, bool INT8, int T>
-LOPRO_INLINE inline void decode_row(const Site& s, const Plan& p, const Token* tokens, int64_t row, const float* scales,
-                                    const float* shifts, const int32_t* order, uint8_t* line, typename V::F (&sum)[T]) {
+// What rows of `expand_scales` are to T tokens: weights (T, rows, padded_blocks), of each block's integer product, and
+// starts (T, rows, 16), the lanes that a row's sum begins with. Made for many rows before the first is used, since a
+// load from a store that is still in the queue waits for every load of codes before it.
+template <class V, bool INT8, int T>
+void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales, const float* shifts, float* weights,
+           float* starts) {
+  using F = typename V::F;
+  for (int64_t r = 0; r < rows; ++r, scales += p.scales, shifts += p.scales)
+    repeat<T>([&](auto t) LOPRO_INLINE {
+      F start = V::zero();
+      for (int64_t b = 0; b < p.blocks; b += 16) {
+        int n = static_cast<int>(least(16, p.blocks - b));
+        F scale = row_scales<V>(p, scales, b, n);
+        start = V::fnma(row_scales<V>(p, shifts, b, n), V::load(tokens[t].sums + b), start);
+        V::store(weights + (t * rows + r) * p.padded_blocks + b,
+                 INT8 ? V::mul(scale, V::load(tokens[t].steps + b)) : scale);
+      }
+      V::store(starts + (t * rows + r) * 16, start);
+    });
+}
+
+// Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and starts are those
+// of `weigh`, of `rows` rows. SINGLE: a chunk lies in one block.
+template <class V, int BITS, bool INT8, int R, int T, bool SINGLE>
+LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token* tokens, int64_t row, int64_t rows,
+                                       const float* weights, const float* starts, typename V::F (&sum)[R][T]) {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
+  constexpr int bytes = BITS == 3 ? 96 : 64, lines = (R * bytes + 63) / 64;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(s.codes) + row * p.row_bytes;
-  if (BITS == 3) {
-    // Two planes are two streams in one page, which halves the bandwidth that the processor's prefetcher reaches.
-    int64_t i = 0;
-    for (; i + 64 <= p.row_bytes; i += 64) V::store_i(line + i, V::load_i(codes + i));
-    std::memcpy(line + i, codes + i, static_cast<size_t>(p.row_bytes - i));
-    codes = line;
-  }
-  F even[T], odd[T];
-  repeat<T>([&](auto t) LOPRO_INLINE { even[t] = odd[t] = V::zero(); });
-  for (int64_t b = 0; b < p.blocks; b += 16) {
-    if (BITS != 3) {
-      // The next row's part: the processor's own prefetcher stops at each page.
-      int64_t part = (b << p.log_block) * BITS / 8;
-      int64_t bytes = least(p.row_bytes - part, (int64_t{16} << p.log_block) * BITS / 8);
-      const uint8_t* next = codes + (p.row_bytes > AHEAD ? p.row_bytes : AHEAD) + part;
-      for (int64_t i = 0; i < bytes; i += 64) V::prefetch(next + i);
-    }
-    int n = static_cast<int>(least(16, p.blocks - b));
-    F scale[T], own = row_scales<V>(p, scales, b, n), shift = row_scales<V>(p, shifts, b, n);
-    repeat<T>([&](auto t) LOPRO_INLINE {
-      odd[t] = V::fnma(shift, V::load(tokens[t].sums + b), odd[t]);
-      scale[t] = INT8 ? V::mul(own, V::load(tokens[t].steps + b)) : own;
+  const I lanes = V::shr_by(V::template times<C::lane>(V::iota()), p.log_block);
+  const uint8_t* next = codes + ahead(p, R);
+  repeat<R>([&](auto r) LOPRO_INLINE {
+    repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::load(starts + (t * rows + r) * 16); });
+  });
+  auto step = [&](auto whole, int64_t c) LOPRO_INLINE {
+    I low[R], high[R];
+    repeat<R>([&](auto r) LOPRO_INLINE {
+      load_codes<V, BITS>(codes + r * p.row_bytes, p.plane, c, whole, low[r], high[r]);
     });
-    int64_t c = (b << p.log_block) / C::chunk, first = c, end = least(p.chunks, ((b + 16) << p.log_block) / C::chunk);
-    auto step = [&](auto whole, int64_t c, F(&sum)[T]) LOPRO_INLINE {
-      I low, high = V::zero_i(), block = V::load_i(order + (c - first) * 16);
-      load_codes<V, BITS>(codes, p.plane, c, whole, low, high);
-      if (INT8) {
-        I dot[T];
-        repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero_i(); });
-        repeat<C::fields>([&](auto f) LOPRO_INLINE {
-          I bytes = field<V, BITS, f>(low, high);
-          repeat<T>([&](auto t) LOPRO_INLINE {
-            const int8_t* x = static_cast<const int8_t*>(tokens[t].x) + c * C::chunk + f * 64;
-            dot[t] = V::template dot<BITS>(dot[t], bytes, V::load_i(x));
-          });
-        });
-        repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::fma(V::to_f(dot[t]), V::permute(scale[t], block), sum[t]); });
-      } else {
-        F dot[T], lanes = V::permute(own, block);
-        repeat<T>([&](auto t) LOPRO_INLINE { dot[t] = V::zero(); });
-        repeat<C::lane>([&](auto j) LOPRO_INLINE {
-          F code = single<V, BITS, j>(low, high);
-          repeat<T>([&](auto t) LOPRO_INLINE {
-            const float* x = static_cast<const float*>(tokens[t].x) + c * C::chunk + j * 16;
-            dot[t] = V::fma(code, V::load(x), dot[t]);
-          });
-        });
-        repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::fma(dot[t], lanes, sum[t]); });
-      }
+    // The rows lie behind each other, so do what the next steps read.
+    repeat<lines>([&](auto i) LOPRO_INLINE { V::fetch(next + c * (R * bytes) + i * 64); });
+    int64_t block = c * C::chunk >> p.log_block;
+    I index = SINGLE ? lanes : V::add_i(lanes, V::set_i(static_cast<int>(block & 15)));
+    auto weight = [&](int r, int t) LOPRO_INLINE {
+      const float* own = weights + (t * rows + r) * p.padded_blocks;
+      return SINGLE ? V::set(own[block]) : V::permute(V::load(own + (block & ~int64_t{15})), index);
     };
-    int64_t full = least(end, p.plane / 64);
-    for (; c + 1 < full; c += 2) {
-      step(std::true_type{}, c, even);
-      step(std::true_type{}, c + 1, odd);
+    if (INT8) {
+      I dot[R][T];
+      repeat<R>([&](auto r) LOPRO_INLINE {
+        repeat<T>([&](auto t) LOPRO_INLINE { dot[r][t] = V::zero_i(); });
+      });
+      repeat<C::fields>([&](auto f) LOPRO_INLINE {
+        I x[T];
+        repeat<T>([&](auto t) LOPRO_INLINE {
+          x[t] = V::load_i(static_cast<const int8_t*>(tokens[t].x) + c * C::chunk + f * 64);
+        });
+        repeat<R>([&](auto r) LOPRO_INLINE {
+          I bytes = field<V, BITS, f>(low[r], high[r]);
+          repeat<T>([&](auto t) LOPRO_INLINE { dot[r][t] = V::template dot<BITS>(dot[r][t], bytes, x[t]); });
+        });
+      });
+      repeat<R>([&](auto r) LOPRO_INLINE {
+        repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fma(V::to_f(dot[r][t]), weight(r, t), sum[r][t]); });
+      });
+    } else {
+      F dot[R][T];
+      repeat<R>([&](auto r) LOPRO_INLINE {
+        repeat<T>([&](auto t) LOPRO_INLINE { dot[r][t] = V::zero(); });
+      });
+      repeat<C::lane>([&](auto j) LOPRO_INLINE {
+        F x[T];
+        repeat<T>([&](auto t) LOPRO_INLINE {
+          x[t] = V::load(static_cast<const float*>(tokens[t].x) + c * C::chunk + j * 16);
+        });
+        repeat<R>([&](auto r) LOPRO_INLINE {
+          F code = single<V, BITS, j>(low[r], high[r]);
+          repeat<T>([&](auto t) LOPRO_INLINE { dot[r][t] = V::fma(code, x[t], dot[r][t]); });
+        });
+      });
+      repeat<R>([&](auto r) LOPRO_INLINE {
+        repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::fma(dot[r][t], weight(r, 0), sum[r][t]); });
+      });
     }
-    if (c < full) step(std::true_type{}, c++, even);
-    if (c < end) step(std::false_type{}, c, odd);
-  }
-  repeat<T>([&](auto t) LOPRO_INLINE { sum[t] = V::add(even[t], odd[t]); });
+  };
+  int64_t full = p.plane / 64;
+  for (int64_t c = 0; c < full; ++c) step(std::true_type{}, c);
+  if (full < p.chunks) step(std::false_type{}, full);
 }
 
 // y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
-                 const float* scales, const float* shifts, const int32_t* order, uint8_t* line) {
+void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t rows,
+                 const float* weights, const float* starts) {
   using F = typename V::F;
   F sum[R][T];
-  // One row after the other: the processor's own prefetcher follows one stream best.
-  for (int r = 0; r < R; ++r)
-    decode_row<V, BITS, INT8, T>(s, p, tokens, row + r, scales + r * p.scales, shifts + r * p.scales, order, line,
-                                 sum[r]);
+  if (Codes<BITS>::chunk <= p.block)
+    multiply_rows<V, BITS, INT8, R, T, true>(s, p, tokens, row, rows, weights, starts, sum);
+  else
+    multiply_rows<V, BITS, INT8, R, T, false>(s, p, tokens, row, rows, weights, starts, sum);
   if (s.rank) {
     // Rows of one call rarely cross into another part.
     int64_t part = part_of(s, row), last = part_of(s, row + R - 1);
@@ -151,12 +194,14 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
 
 // Rows row ... end - 1, whose expanded scales begin at `scales` and `shifts`.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
-                  int64_t end, const float* scales, const float* shifts, const int32_t* order, uint8_t* line) {
-  for (; row + R <= end; row += R, scales += R * p.scales, shifts += R * p.scales)
-    decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, scales, shifts, order, line);
-  for (; row < end; ++row, scales += p.scales, shifts += p.scales)
-    decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, scales, shifts, order, line);
+void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t end,
+                  const float* scales, const float* shifts, float* weights, float* starts) {
+  int64_t rows = end - row;
+  weigh<V, INT8, T>(p, tokens, rows, scales, shifts, weights, starts);
+  for (; row + R <= end; row += R, weights += R * p.padded_blocks, starts += R * 16)
+    decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, rows, weights, starts);
+  for (; row < end; ++row, weights += p.padded_blocks, starts += 16)
+    decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, rows, weights, starts);
 }
 
 // Memory of one token in a decode call.
@@ -189,44 +234,47 @@ void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, f
   }
 }
 
-// Chunks of the widest codes in 16 of the widest blocks.
-constexpr int64_t ORDERS = 32;
-
-// Block, of the 16 at hand, that each lane of each of their chunks belongs to.
-template <class V, int BITS>
-void lane_blocks(const Plan& p, int32_t* order) {
-  using C = Codes<BITS>;
-  for (int64_t c = 0; c < ORDERS; ++c) {
-    typename V::I column = V::add_i(V::template times<C::lane>(V::iota()), V::set_i(static_cast<int>(c * C::chunk)));
-    V::store_i(order + c * 16, V::shr_by(column, p.log_block));
-  }
+// Rows that thread `thread` begins with: its part of the first `rows`, in fours.
+inline int64_t first_row(int64_t rows, int thread, int threads) {
+  return thread == threads ? rows : rows * thread / threads / 4 * 4;
 }
 
+// Work of one thread. `next` counts the rows that are taken by whoever is free.
 template <class V, int BITS, bool INT8>
-void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared) {
-  int64_t from = s.out * thread / threads / 4 * 4;
-  int64_t to = thread + 1 == threads ? s.out : s.out * (thread + 1) / threads / 4 * 4;
+void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared, int64_t* next) {
+  constexpr int R = V::template rows<BITS>;
   // Rows in runs whose scales, and with several tokens codes, stay in the first cache.
   int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.scales / 4 * 4);
-  Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.scales + 32) * 4 + ORDERS * 64 +
-                  p.row_bytes + 64);
+  int64_t held = s.tokens > 1 ? 4 * run : run;
+  Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.scales + 32) * 4 +
+                  held * (p.padded_blocks + 16) * 4);
   float* raw = scratch.take<float>(p.columns + 16);
   float* x = scratch.take<float>(p.columns + 16);
   int8_t* rounded = scratch.take<int8_t>(p.columns);
   float* scales = scratch.take<float>(run * p.scales + 16);
   float* shifts = scratch.take<float>(run * p.scales + 16);
-  int32_t* order = scratch.take<int32_t>(ORDERS * 16);
-  uint8_t* line = scratch.take<uint8_t>(p.row_bytes);
-  lane_blocks<V, BITS>(p, order);
+  float* weights = scratch.take<float>(held * p.padded_blocks);
+  float* starts = scratch.take<float>(held * 16);
   if (s.tokens == 1) {
     // Every thread prepares the one token for itself: that is shorter than waiting for another to do it.
     Token own = take_token(scratch, s, p);
+    // The processor may be taken away from one of the threads: the last rows go to whoever is there.
+    int64_t fixed = threads > 1 ? s.out * 9 / 10 : s.out, unit = ceil_div(65536, p.row_bytes * run) * run;
+    int64_t from = first_row(fixed, thread, threads), to = first_row(fixed, thread + 1, threads);
+    fetch<V>(reinterpret_cast<const uint8_t*>(s.codes) + from * p.row_bytes, ahead(p, R));
+    fetch_rows<V>(s, from, run);
     prepare_decode<V, BITS, INT8>(s, p, 0, own, raw, x, rounded);
-    for (; from < to; from += run) {
-      int64_t end = least(to, from + run);
-      expand_scales<V, BITS>(s, p, from, end - from, scales, shifts);
-      decode_range<V, BITS, INT8, V::rows, 1>(s, p, &own, 0, 1, from, end, scales, shifts, order, line);
-    }
+    auto work = [&](int64_t row, int64_t stop) {
+      for (; row < stop; row += run) {
+        int64_t end = least(stop, row + run);
+        expand_scales<V, BITS>(s, p, row, end - row, scales, shifts);
+        fetch_rows<V>(s, end, run);
+        decode_range<V, BITS, INT8, R, 1>(s, p, &own, 0, 1, row, end, scales, shifts, weights, starts);
+      }
+    };
+    work(from, to);
+    while ((from = fixed + __atomic_fetch_add(next, unit, __ATOMIC_RELAXED)) < s.out)
+      work(from, least(s.out, from + unit));
     return;
   }
   for (int64_t t = thread; t < s.tokens; t += threads)
@@ -234,18 +282,20 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
-  for (; from < to; from += run) {
+  int64_t to = first_row(s.out, thread + 1, threads);
+  for (int64_t from = first_row(s.out, thread, threads); from < to; from += run) {
     int64_t end = least(to, from + run);
     expand_scales<V, BITS>(s, p, from, end - from, scales, shifts);
+    fetch_rows<V>(s, end, run);
     for (int64_t t = 0; t < s.tokens; t += 4) {
       int count = static_cast<int>(least(4, s.tokens - t));
       Token four[4];
       for (int i = 0; i < 4; ++i) four[i] = shared[t + (i < count ? i : 0)];
       if (count > 2)
-        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, order, line);
+        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, weights, starts);
       else
         for (int i = 0; i < count; ++i)
-          decode_range<V, BITS, INT8, V::rows, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, order, line);
+          decode_range<V, BITS, INT8, R, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, weights, starts);
     }
   }
 }

@@ -38,11 +38,12 @@ void call(const Site& s) {
     Token tokens[DECODE_TOKENS];
     if (s.tokens > 1)
       for (int64_t t = 0; t < s.tokens; ++t) tokens[t] = take_token(scratch, s, p);
+    int64_t next = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(wanted)
-    decode<V, BITS, INT8>(s, p, omp_get_thread_num(), omp_get_num_threads(), tokens);
+    decode<V, BITS, INT8>(s, p, omp_get_thread_num(), omp_get_num_threads(), tokens, &next);
 #else
-    decode<V, BITS, INT8>(s, p, 0, 1, tokens);
+    decode<V, BITS, INT8>(s, p, 0, 1, tokens, &next);
 #endif
     return;
   }

@@ -11,7 +11,9 @@ struct Plain {
   struct I {
     uint32_t v[16];
   };
-  static constexpr int rows = 1, shared_rows = 1, panel = 1, tile = 4;
+  template <int>
+  static constexpr int rows = 1;
+  static constexpr int shared_rows = 1, panel = 1, tile = 4;
 
   template <class Op>
   static F make(Op op) {
@@ -177,7 +179,7 @@ struct Plain {
   static F code(const I& x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
-  static void prefetch(const void*) {}
+  static void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
   static void transpose(I* v) {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < i; ++j) {
