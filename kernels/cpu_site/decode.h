@@ -65,18 +65,17 @@ template <class V, bool INT8, int T>
 void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales, const float* shifts, float* weights,
            float* starts) {
   using F = typename V::F;
-  for (int64_t r = 0; r < rows; ++r, scales += p.scales, shifts += p.scales)
-    repeat<T>([&](auto t) LOPRO_INLINE {
-      F start = V::zero();
-      for (int64_t b = 0; b < p.blocks; b += 16) {
-        int n = static_cast<int>(least(16, p.blocks - b));
-        F scale = row_scales<V>(p, scales, b, n);
-        start = V::fnma(row_scales<V>(p, shifts, b, n), V::load(tokens[t].sums + b), start);
-        V::store(weights + (t * rows + r) * p.padded_blocks + b,
-                 INT8 ? V::mul(scale, V::load(tokens[t].steps + b)) : scale);
+  for (int t = 0; t < T; ++t, weights += rows * p.padded_blocks, starts += rows * 16)
+    for (int64_t b = 0; b < p.blocks; b += 16) {
+      int n = static_cast<int>(least(16, p.blocks - b));
+      F steps = V::load(tokens[t].steps + b), sums = V::load(tokens[t].sums + b);
+      for (int64_t r = 0; r < rows; ++r) {
+        F scale = row_scales<V>(p, scales + r * p.scales, b, n), shift = row_scales<V>(p, shifts + r * p.scales, b, n);
+        F start = b ? V::load(starts + r * 16) : V::zero();
+        V::store(starts + r * 16, V::fnma(shift, sums, start));
+        V::store(weights + r * p.padded_blocks + b, INT8 ? V::mul(scale, steps) : scale);
       }
-      V::store(starts + (t * rows + r) * 16, start);
-    });
+    }
 }
 
 // Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and starts are those
