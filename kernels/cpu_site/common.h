@@ -137,6 +137,7 @@ struct Plan {
   bool by_group;              // scales of a row are kept by group of 2^log_ratio blocks, else by block
   int log_ratio;
   int64_t scales;             // kept, of a row
+  int64_t stride;             // of what rows are to a token: blocks, without gaps or padded
   int64_t lanes;              // of a latent, padded
 };
 
@@ -157,6 +158,7 @@ inline Plan make_plan(const Site& s) {
   if (!p.by_group) p.log_ratio = 0;
   p.scales = p.by_group ? s.groups : p.blocks;
   p.padded_blocks = round_up(p.columns / p.block, 16);
+  p.stride = p.log_ratio ? p.padded_blocks : p.blocks;
   p.lanes = round_up(s.rank, 16);
   return p;
 }

@@ -50,39 +50,47 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
     }
 }
 
-// Blocks b ... b + n - 1 of a row of `expand_scales`; 0 behind the last.
-template <class V>
-LOPRO_INLINE inline typename V::F row_scales(const Plan& p, const float* scales, int64_t b, int n) {
-  if (p.log_ratio == 0) return n == 16 ? V::load(scales + b) : V::load_n(scales + b, n);
-  int groups = (n + (1 << p.log_ratio) - 1) >> p.log_ratio;
-  return V::permute(V::load_n(scales + (b >> p.log_ratio), groups), V::shr_by(V::iota(), p.log_ratio));
-}
-
-// What rows of `expand_scales` are to T tokens: weights (T, rows, padded_blocks), of each block's integer product, and
-// starts (T, rows, 16), the lanes that a row's sum begins with. Made for many rows before the first is used, since a
-// load from a store that is still in the queue waits for every load of codes before it.
+// What `rows` rows of `expand_scales` are to T tokens, (T, rows, p.stride) each: weights, of each block's integer product,
+// and offsets, which a row's sum loses. Made for many rows before the first is used, since a load from a store that is
+// still in the queue waits for every load of codes before it.
 template <class V, bool INT8, int T>
 void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales, const float* shifts, float* weights,
-           float* starts) {
+           float* offsets) {
   using F = typename V::F;
-  for (int t = 0; t < T; ++t, weights += rows * p.padded_blocks, starts += rows * 16)
+  using I = typename V::I;
+  for (int t = 0; t < T; ++t, weights += rows * p.stride, offsets += rows * p.stride) {
+    if (p.log_ratio == 0) {
+      // Rows lie without gaps, so vectors may cross from one into the next, where steps and sums begin again.
+      int64_t turn = 16 % p.blocks;
+      for (int64_t i = 0, b = 0; i < rows * p.blocks; i += 16) {
+        F scale = V::load(scales + i);
+        V::store(weights + i, INT8 ? V::mul(scale, V::load(tokens[t].steps + b)) : scale);
+        V::store(offsets + i, V::mul(V::load(shifts + i), V::load(tokens[t].sums + b)));
+        b += turn;
+        if (b >= p.blocks) b -= p.blocks;
+      }
+      continue;
+    }
+    const I index = V::shr_by(V::iota(), p.log_ratio);
     for (int64_t b = 0; b < p.blocks; b += 16) {
-      int n = static_cast<int>(least(16, p.blocks - b));
+      int groups = static_cast<int>((least(16, p.blocks - b) + (1 << p.log_ratio) - 1) >> p.log_ratio);
       F steps = V::load(tokens[t].steps + b), sums = V::load(tokens[t].sums + b);
       for (int64_t r = 0; r < rows; ++r) {
-        F scale = row_scales<V>(p, scales + r * p.scales, b, n), shift = row_scales<V>(p, shifts + r * p.scales, b, n);
-        F start = b ? V::load(starts + r * 16) : V::zero();
-        V::store(starts + r * 16, V::fnma(shift, sums, start));
-        V::store(weights + r * p.padded_blocks + b, INT8 ? V::mul(scale, steps) : scale);
+        int64_t at = r * p.scales + (b >> p.log_ratio);
+        F scale = V::permute(V::load_n(scales + at, groups), index);
+        F shift = V::permute(V::load_n(shifts + at, groups), index);
+        V::store(weights + r * p.stride + b, INT8 ? V::mul(scale, steps) : scale);
+        V::store(offsets + r * p.stride + b, V::mul(shift, sums));
       }
     }
+  }
 }
 
-// Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and starts are those
-// of `weigh`, of `rows` rows. SINGLE: a chunk lies in one block.
+// Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and offsets are
+// those of `weigh`, of `rows` rows. SINGLE: a chunk lies in one block.
 template <class V, int BITS, bool INT8, int R, int T, bool SINGLE>
 LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token* tokens, int64_t row, int64_t rows,
-                                       const float* weights, const float* starts, typename V::F (&sum)[R][T]) {
+                                       const float* weights, const float* offsets, typename V::F (&sum)[R][T]) {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
@@ -91,8 +99,16 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
   const I lanes = V::shr_by(V::template times<C::lane>(V::iota()), p.log_block);
   const uint8_t* next = codes + ahead(p, R);
   repeat<R>([&](auto r) LOPRO_INLINE {
-    repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::load(starts + (t * rows + r) * 16); });
+    repeat<T>([&](auto t) LOPRO_INLINE { sum[r][t] = V::zero(); });
   });
+  for (int64_t b = 0; b < p.blocks; b += 16) {
+    int n = static_cast<int>(least(16, p.blocks - b));
+    repeat<R>([&](auto r) LOPRO_INLINE {
+      repeat<T>([&](auto t) LOPRO_INLINE {
+        sum[r][t] = V::sub(sum[r][t], V::load_n(offsets + (t * rows + r) * p.stride + b, n));
+      });
+    });
+  }
   auto step = [&](auto whole, int64_t c) LOPRO_INLINE {
     I low[R], high[R];
     repeat<R>([&](auto r) LOPRO_INLINE {
@@ -103,8 +119,11 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
     int64_t block = c * C::chunk >> p.log_block;
     I index = SINGLE ? lanes : V::add_i(lanes, V::set_i(static_cast<int>(block & 15)));
     auto weight = [&](int r, int t) LOPRO_INLINE {
-      const float* own = weights + (t * rows + r) * p.padded_blocks;
-      return SINGLE ? V::set(own[block]) : V::permute(V::load(own + (block & ~int64_t{15})), index);
+      const float* own = weights + (t * rows + r) * p.stride;
+      if (SINGLE) return V::set(own[block]);
+      int64_t first = block & ~int64_t{15};
+      // Behind a row's last block are the next row's weights, which may be no numbers.
+      return V::permute(whole ? V::load(own + first) : V::load_n(own + first, static_cast<int>(p.blocks - first)), index);
     };
     if (INT8) {
       I dot[R][T];
@@ -152,13 +171,13 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
 // y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
 template <class V, int BITS, bool INT8, int R, int T>
 void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t rows,
-                 const float* weights, const float* starts) {
+                 const float* weights, const float* offsets) {
   using F = typename V::F;
   F sum[R][T];
   if (Codes<BITS>::chunk <= p.block)
-    multiply_rows<V, BITS, INT8, R, T, true>(s, p, tokens, row, rows, weights, starts, sum);
+    multiply_rows<V, BITS, INT8, R, T, true>(s, p, tokens, row, rows, weights, offsets, sum);
   else
-    multiply_rows<V, BITS, INT8, R, T, false>(s, p, tokens, row, rows, weights, starts, sum);
+    multiply_rows<V, BITS, INT8, R, T, false>(s, p, tokens, row, rows, weights, offsets, sum);
   if (s.rank) {
     // Rows of one call rarely cross into another part.
     int64_t part = part_of(s, row), last = part_of(s, row + R - 1);
@@ -194,25 +213,25 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
 // Rows row ... end - 1, whose expanded scales begin at `scales` and `shifts`.
 template <class V, int BITS, bool INT8, int R, int T>
 void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t end,
-                  const float* scales, const float* shifts, float* weights, float* starts) {
+                  const float* scales, const float* shifts, float* weights, float* offsets) {
   int64_t rows = end - row;
-  weigh<V, INT8, T>(p, tokens, rows, scales, shifts, weights, starts);
-  for (; row + R <= end; row += R, weights += R * p.padded_blocks, starts += R * 16)
-    decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, rows, weights, starts);
-  for (; row < end; ++row, weights += p.padded_blocks, starts += 16)
-    decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, rows, weights, starts);
+  weigh<V, INT8, T>(p, tokens, rows, scales, shifts, weights, offsets);
+  for (; row + R <= end; row += R, weights += R * p.stride, offsets += R * p.stride)
+    decode_rows<V, BITS, INT8, R, T>(s, p, tokens, token, count, row, rows, weights, offsets);
+  for (; row < end; ++row, weights += p.stride, offsets += p.stride)
+    decode_rows<V, BITS, INT8, 1, T>(s, p, tokens, token, count, row, rows, weights, offsets);
 }
 
 // Memory of one token in a decode call.
 inline int64_t token_bytes(const Site& s, const Plan& p) {
-  return p.columns * 4 + 2 * p.padded_blocks * 4 + (s.parts + 1) * (p.lanes + 16) * 4 + 512;
+  return p.columns * 4 + 2 * (p.padded_blocks + 16) * 4 + (s.parts + 1) * (p.lanes + 16) * 4 + 512;
 }
 
 inline Token take_token(Scratch& scratch, const Site& s, const Plan& p) {
   Token token;
   token.x = scratch.take<float>(p.columns);
-  token.steps = scratch.take<float>(p.padded_blocks);
-  token.sums = scratch.take<float>(p.padded_blocks);
+  token.steps = scratch.take<float>(p.padded_blocks + 16);
+  token.sums = scratch.take<float>(p.padded_blocks + 16);
   token.latent = scratch.take<float>((s.parts > 1 ? s.parts : 1) * p.lanes + 16);
   return token;
 }
@@ -223,6 +242,11 @@ void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, f
   rotate<V>(s, p, index, raw, x);
   if (s.rank) project<V, 1>(s, p, x, 0, &token);
   round_blocks<V, INT8>(p, x, rounded, token);
+  if (p.log_ratio == 0)
+    for (int64_t b = p.blocks; b < p.blocks + 16; ++b) {
+      token.steps[b] = token.steps[b - p.blocks];
+      token.sums[b] = token.sums[b - p.blocks];
+    }
   if (INT8) {
     interleave<C::fields>(rounded, static_cast<int8_t*>(token.x), p.columns);
   } else {
@@ -246,14 +270,14 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
   int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.scales / 4 * 4);
   int64_t held = s.tokens > 1 ? 4 * run : run;
   Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.scales + 32) * 4 +
-                  held * (p.padded_blocks + 16) * 4);
+                  2 * (held * p.stride + 32) * 4);
   float* raw = scratch.take<float>(p.columns + 16);
   float* x = scratch.take<float>(p.columns + 16);
   int8_t* rounded = scratch.take<int8_t>(p.columns);
   float* scales = scratch.take<float>(run * p.scales + 16);
   float* shifts = scratch.take<float>(run * p.scales + 16);
-  float* weights = scratch.take<float>(held * p.padded_blocks);
-  float* starts = scratch.take<float>(held * 16);
+  float* weights = scratch.take<float>(held * p.stride + 16);
+  float* offsets = scratch.take<float>(held * p.stride + 16);
   if (s.tokens == 1) {
     // Every thread prepares the one token for itself: that is shorter than waiting for another to do it.
     Token own = take_token(scratch, s, p);
@@ -262,13 +286,14 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
     int64_t from = first_row(fixed, thread, threads), to = first_row(fixed, thread + 1, threads);
     fetch<V>(reinterpret_cast<const uint8_t*>(s.codes) + from * p.row_bytes, ahead(p, R));
     fetch_rows<V>(s, from, run);
+    if (s.rank) fetch<V>(s.down, s.rank * s.in * (s.down_type == Type::i8 ? 1 : 2));
     prepare_decode<V, BITS, INT8>(s, p, 0, own, raw, x, rounded);
     auto work = [&](int64_t row, int64_t stop) {
       for (; row < stop; row += run) {
         int64_t end = least(stop, row + run);
         expand_scales<V, BITS>(s, p, row, end - row, scales, shifts);
         fetch_rows<V>(s, end, run);
-        decode_range<V, BITS, INT8, R, 1>(s, p, &own, 0, 1, row, end, scales, shifts, weights, starts);
+        decode_range<V, BITS, INT8, R, 1>(s, p, &own, 0, 1, row, end, scales, shifts, weights, offsets);
       }
     };
     work(from, to);
@@ -291,10 +316,10 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
       Token four[4];
       for (int i = 0; i < 4; ++i) four[i] = shared[t + (i < count ? i : 0)];
       if (count > 2)
-        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, weights, starts);
+        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, weights, offsets);
       else
         for (int i = 0; i < count; ++i)
-          decode_range<V, BITS, INT8, R, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, weights, starts);
+          decode_range<V, BITS, INT8, R, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, weights, offsets);
     }
   }
 }
