@@ -115,9 +115,9 @@ def test_numbers_do_not_depend_on_the_number_of_tokens(path: str, bits: int, act
         assert_close(f"{count} tokens", alone[:count], cpu_site(x[:count], *site, act_bits), 2e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_threads_agree(path: str, tokens: int) -> None:
-    x, site = heavy_tailed(tokens, 512), operands(300, 512, 4, 128, rank=4, block=64)
+@pytest.mark.parametrize(("tokens", "out"), [(1, 300), (1, 3001), (5, 300), (30, 300)])
+def test_threads_agree(path: str, tokens: int, out: int) -> None:
+    x, site = heavy_tailed(tokens, 512), operands(out, 512, 4, 128, rank=4, block=64)
     results = []
     before = torch.get_num_threads()
     try:
@@ -150,6 +150,24 @@ def test_a_value_that_is_not_finite_shows(path: str, value: float, tokens: int) 
     y = cpu_site(x, *operands(20, 64, 4, 32), 8)
     assert not torch.isfinite(y[0]).any()
     assert torch.isfinite(y[1:]).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 4, 12])
+def test_a_scale_that_is_not_finite_shows_in_its_row_alone(path: str, tokens: int, bits: int, value: float) -> None:
+    for width, group_size, block in ((576, 64, 64), (576, 128, 64), (96, 96, 1)):
+        site = operands(21, width, bits, group_size, block=block)
+        site[7][9] = value
+        finite = torch.isfinite(cpu_site(heavy_tailed(tokens, width), *site, 8))
+        assert not finite[:, 9].any()
+        assert finite.sum() == tokens * 20
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_long_rows(path: str, bits: int) -> None:
+    """Several rows are longer than what memory is asked for in advance at least."""
+    compare(heavy_tailed(1, 20000), operands(9, 20000, bits, 128, rank=4, block=32), 8)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1e20])
