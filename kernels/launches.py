@@ -45,9 +45,12 @@ def launches(
     """
     x, weight = _empty(1, k, dtype=dtype), _weight(n, k, bits, group_size)
     signs = _empty(-(-k // 8), dtype=torch.uint8)
-    down, up = _empty(rank, k, dtype=torch.int8), _empty(n, rank, dtype=torch.int8)
     scale = _empty(rank, dtype=torch.float16)
+    down, up = _empty(rank, k, dtype=torch.int8), _empty(n, rank, dtype=torch.int8)
     yield "rotate", record(rotate.launch, rotate, x, None, signs, _BLOCK, 0)[0]
+    chunk = rotate.chunk_for(2, k, _BLOCK)
+    rows = (_empty(16, k, dtype=dtype), None, signs, _BLOCK, 0, down, scale, chunk)
+    yield "rotate, project", record(rotate.launch_project, rotate, *rows)[0]
     yield "decode, prepare", record(decode.prepare, decode, x, None, signs, _BLOCK, down, bits, group_size)[0]
     group = decode.activation_group(group_size)
     words = _empty(1, 2, 8 // main_width(bits), packed_words(k, bits) * main_width(bits) // bits, dtype=torch.int32)
@@ -61,7 +64,7 @@ def launches(
     )
     for tokens in packed_linear._SHAPES:
         rows = _empty(tokens or 2048, k, dtype=dtype)
-        latent = _empty(tokens or 2048, rank, dtype=dtype)
+        latent = _empty(16, tokens or 2048, rank, dtype=torch.float32)
         yield (
             f"matmul, {tokens or 'many'} tokens",
             record(

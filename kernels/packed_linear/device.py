@@ -24,7 +24,8 @@ def launch(
 
     Args:
         x: (M, K), contiguous.
-        codes, scales, zeros, bias, latent, up, up_scale, bits, group_size: as in `lopro::packed_linear`.
+        codes, scales, zeros, bias, up, up_scale, bits, group_size: as in `lopro::packed_linear`.
+        latent: (parts, M, R), summed over its parts.
         tokens: tile shape to use: 16, 64, or 0 for any number; it decides speed, not the result.
         splits: parts of the columns, each with programs of its own, summed in fp32 in a fixed order.
 
@@ -38,14 +39,17 @@ def launch(
         block_k, stages = 32, 2
     rank = 0 if up is None else up.shape[1]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
+    if latent is not None and tokens == 0 and latent.shape[0] > 1:
+        # Each of many programs would read all parts of its tokens.
+        latent = latent.sum(0, keepdim=True)
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
         x, codes, scales, zeros, x if bias is None else bias, x if latent is None else latent, x if up is None else up,
         x if up_scale is None else up_scale, y, m,
-        N=n, K=k, R=rank, PART_ROWS=n // parts, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
-        GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
+        N=n, K=k, R=rank, PARTS=0 if latent is None else latent.shape[0], PART_ROWS=n // parts,
+        WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width, GROUP=WHOLE_ROW if group_size == -1 else group_size,
+        WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
         HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -19,15 +19,16 @@ def packed_linear(
         return reference.packed_linear(x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if latent is not None:
-        latent = latent.reshape(-1, latent.shape[-1]).contiguous()
-    y = _product(rows, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
+        latent = latent.reshape(1, -1, latent.shape[-1]).contiguous()
+    y = product(rows, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _product(
+def product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
     up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int,
 ) -> Tensor:  # fmt: skip
+    """`packed_linear` by Triton, of x (M, K), contiguous, and latent (parts, M, R), which is summed over its parts."""
     from lopro_fx.kernels.decode.device import choose_splits, decode_prepare, decode_product
     from lopro_fx.kernels.packed_linear.device import packed_linear_device, tile_for
     from lopro_fx.kernels.packing.device import dequantize_device
@@ -36,7 +37,7 @@ def _product(
     count = dispatch.processors(x.device)
     if dispatch.at_most(m, dispatch.DECODE_TOKENS):
         words, steps, empty = decode_prepare(x, None, None, 1, None, bits, group_size)
-        parts = empty if latent is None else latent.to(torch.float32).unsqueeze(0)
+        parts = empty if latent is None else latent.to(torch.float32)
         splits = choose_splits(n, words.shape[-1], count)
         return decode_product(
             words, steps, parts, codes, scales, zeros, bias, None, up, up_scale, bits, group_size, splits, x.dtype
@@ -49,6 +50,7 @@ def _product(
     weight = dequantize_device(codes, scales, zeros, bits, group_size, k, x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
     if latent is not None and up is not None:
+        latent = (latent.squeeze(0) if latent.shape[0] == 1 else latent.sum(0)).to(x.dtype)
         y = y + torch.nn.functional.linear(latent, dense_factor(up, up_scale, 1).to(x.dtype))
     return y
 

@@ -15,13 +15,14 @@ def matmul_kernel(
     scales_ptr,  # (N, WEIGHT_GROUPS) fp16
     zeros_ptr,  # packed (N, WEIGHT_GROUPS)
     bias_ptr,  # (N,)
-    latent_ptr,  # (M, R)
+    latent_ptr,  # (PARTS, M, R)
     up_ptr,  # (N, R) int8 or fp16
     up_scale_ptr,  # (N / PART_ROWS, R) fp16
     y_ptr,  # (SPLITS, M, N)
     M,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,15 +58,17 @@ def matmul_kernel(
     if split == 0:
         if R > 0:
             r = tl.arange(0, BLOCK_R)
-            latent = tl.load(
-                latent_ptr + m[:, None] * R + r[None, :], mask=m_inside[:, None] & (r < R)[None, :], other=0.0
-            )
+            inside = m_inside[:, None] & (r < R)[None, :]
+            latent = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for part in tl.static_range(PARTS):
+                at = latent_ptr + (part * M + m[:, None]) * R + r[None, :]
+                latent += tl.load(at, mask=inside, other=0.0).to(tl.float32)
             up_inside = n_inside[:, None] & (r < R)[None, :]
             up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
             if HAS_SCALES:
                 part = (n // PART_ROWS)[:, None]
                 up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-            acc = tl.dot(latent, tl.trans(up.to(dtype)), acc, input_precision=PRECISION)
+            acc = tl.dot(latent.to(dtype), tl.trans(up.to(dtype)), acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
     y_ptr += (split.to(tl.int64) * M + first_m) * N

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lopro_fx.kernels import dispatch, registry
-from lopro_fx.kernels.packed_linear.op import packed_linear
+from lopro_fx.kernels.packed_linear.op import packed_linear, product
 from lopro_fx.kernels.packed_site import reference
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.op import rotate
@@ -16,7 +16,7 @@ def packed_site(
     down_scale: Tensor | None, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, up: Tensor | None,
     up_scale: Tensor | None, bits: int, group_size: int,
 ) -> Tensor:  # fmt: skip
-    """`reference.packed_site`: two launches for one token, the separate operators for more."""
+    """`reference.packed_site`: two launches, more where partial sums or full weights are written."""
     if not dispatch.runs_triton(x):
         return reference.packed_site(
             x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size
@@ -32,6 +32,13 @@ def packed_site(
             words, steps, latent, codes, scales, zeros, bias, down_scale, up, up_scale, bits, group_size, splits,
             x.dtype,
         )  # fmt: skip
+        return y.view(*x.shape[:-1], y.shape[-1])
+    if down is not None and (perm is not None or block > 1):
+        from lopro_fx.kernels.rotate.device import chunk_for, rotate_project
+
+        chunk = chunk_for(rows.shape[0], rows.shape[1], block)
+        rows, parts = rotate_project(rows.contiguous(), perm, signs, block, skip, down, down_scale, chunk)
+        y = product(rows, codes, scales, zeros, bias, parts, up, up_scale, bits, group_size)
         return y.view(*x.shape[:-1], y.shape[-1])
     if perm is not None or block > 1:
         x = rotate(x, perm, signs, block, skip)

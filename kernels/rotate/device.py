@@ -1,4 +1,4 @@
-"""`lopro::rotate_device`: the Triton form of `lopro::rotate`."""
+"""`lopro::rotate_device` and `lopro::rotate_project`: `lopro::rotate` by Triton, alone and with `lopro::project`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,61 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.rotate.triton import rotate_kernel
 
 _CHUNK = 256
+# Partial sums of a projection, at most; and rows of its factor at a time.
+_PARTS, _RANKS = 16, 4
 
 
 def launch(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int) -> Tensor:
     """Arguments and result as `lopro::rotate`, for x (M, K), contiguous."""
+    return _run(x, perm, signs, block, skip, None, None, max(block, _CHUNK))[0]
+
+
+def launch_project(
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor, scale: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rotate an activation and project what comes out, before it is rounded to x's dtype.
+
+    Args:
+        x: (M, K), contiguous.
+        perm, signs, block, skip: as in `lopro::rotate`.
+        down, scale: as in `lopro::project`.
+        chunk: columns of one partial sum, a multiple of `block` and a power of two.
+
+    Returns:
+        x' (M, K) of x's dtype, and fp32 (parts, M, R), whose sum over the parts is the projection.
+    """
+    return _run(x, perm, signs, block, skip, down, scale, chunk)
+
+
+def _run(
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
+    scale: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     m, k = x.shape
+    rank = 0 if down is None else down.shape[0]
+    parts = triton.cdiv(skip, chunk) + triton.cdiv(k - skip, chunk)
     y = torch.empty_like(x)
-    chunk = max(block, _CHUNK)
-    wrap_triton(rotate_kernel)[(m, triton.cdiv(skip, chunk) + triton.cdiv(k - skip, chunk))](
-        x, x if perm is None else perm, x if signs is None else signs, y,
-        K=k, SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None,
-        HAS_SIGNS=signs is not None,
+    latent = x.new_empty((parts, m, rank), dtype=torch.float32)
+    wrap_triton(rotate_kernel)[(m, parts)](
+        x, x if perm is None else perm, x if signs is None else signs, x if down is None else down,
+        x if scale is None else scale, y, latent, m,
+        K=k, R=rank, SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, BLOCK_R=_RANKS,
+        HAS_PERM=perm is not None, HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
     )  # fmt: skip
-    return y
+    return y, latent
 
 
-# The function above stays callable as it is, which is how launches are recorded without a device.
+def chunk_for(tokens: int | torch.SymInt, columns: int, block: int) -> int:
+    """Columns of a partial sum: many parts fill the device for one token; others sum few in each of their programs."""
+    few = _CHUNK if dispatch.at_most(tokens, dispatch.DECODE_TOKENS) else triton.cdiv(columns, _PARTS)
+    return max(block, _CHUNK, triton.next_power_of_2(few))
+
+
+# The functions above stay callable as they are, which is how launches are recorded without a device.
 rotate_device = triton_op("lopro::rotate_device", launch, mutates_args={})
+rotate_project = triton_op("lopro::rotate_project", launch_project, mutates_args={})

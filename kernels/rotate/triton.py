@@ -1,4 +1,4 @@
-"""`lopro::rotate` in one launch: gather, signs, block Hadamard, leading columns passed through."""
+"""`lopro::rotate` in one launch: gather, signs, block Hadamard, leading columns as they are; partial sums of A x'."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ def rotate_kernel(
     x_ptr,  # (M, K)
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
+    down_ptr,  # (R, K) int8 or fp16
+    down_scale_ptr,  # (R,) fp16
     y_ptr,  # (M, K)
-    K: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
+    latent_ptr,  # (PARTS, M, R) fp32
+    M,
+    K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, either of the SKIP leading ones or of those after them."""
     m = tl.program_id(0).to(tl.int64)
@@ -27,3 +31,11 @@ def rotate_kernel(
     y = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, limit, rotated, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
     k = start + tl.arange(0, CHUNK)
     tl.store(y_ptr + m * K + k, y.to(y_ptr.dtype.element_ty), mask=k < limit)
+    # A few rows of A at a time: whole, it would not fit the registers beside a wide chunk.
+    for first in tl.static_range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < limit)[None, :], other=0)
+        part = tl.sum(a.to(tl.float32) * y[None, :], axis=1)
+        if HAS_SCALE:
+            part *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+        tl.store(latent_ptr + (chunk * M + m) * R + r, part, mask=r < R)

@@ -41,6 +41,12 @@ def test_rotate_device() -> None:
     _check("rotate_device", x, None, None, block, 64)
 
 
+def test_rotate_project() -> None:
+    x, perm, signs, block, _, down, scale = _problem(3).args("cuda")[:7]
+    _check("rotate_project", x, perm, signs, block, 0, down, scale, 64)
+    _check("rotate_project", x, None, None, block, 64, down, None, 256)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_decode_prepare(rank: int) -> None:
     x, perm, signs, block, _, down = _problem(1, rank).args("cuda")[:6]
@@ -60,7 +66,7 @@ def test_decode_product(rank: int, splits: int) -> None:
 @pytest.mark.parametrize(("tokens", "shape", "splits"), [(3, 16, 2), (40, 64, 1), (130, 0, 1)])
 def test_packed_linear_device(tokens: int, shape: int, splits: int) -> None:
     x, _, _, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = _problem(tokens).args("cuda")
-    latent = project(x, down, down_scale)
+    latent = project(x, down, down_scale).unsqueeze(0)
     _check("packed_linear_device", x, codes, scales, zeros, bias, latent, up, up_scale, 3, 64, shape, splits)
     _check("packed_linear_device", x, codes, scales, zeros, None, None, None, None, 3, 64, shape, splits)
 

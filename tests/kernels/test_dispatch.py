@@ -46,9 +46,9 @@ def _calls(p: Problem, mode: FakeTensorMode, x: torch.Tensor | None = None) -> t
     ("tokens", "expected"),
     [
         (1, ["decode_prepare", "decode_product"]),
-        (2, ["rotate_device", "packed_linear_device"]),
-        (dispatch.DENSE_TOKENS, ["rotate_device", "packed_linear_device"]),
-        (dispatch.DENSE_TOKENS + 1, ["rotate_device", "dequantize_device"]),
+        (2, ["rotate_project", "packed_linear_device"]),
+        (dispatch.DENSE_TOKENS, ["rotate_project", "packed_linear_device"]),
+        (dispatch.DENSE_TOKENS + 1, ["rotate_project", "dequantize_device"]),
     ],
 )
 def test_the_number_of_tokens_decides(tokens: int, expected: list[str]) -> None:
@@ -60,7 +60,12 @@ def test_the_number_of_tokens_decides(tokens: int, expected: list[str]) -> None:
 
 def test_columns_left_alone_take_a_rotation_of_their_own() -> None:
     names, _ = _calls(problem(1, 192, 72, 3, 64, rank=4, block=64, skip=64), FakeTensorMode())
-    assert names == ["rotate_device", "decode_prepare", "decode_product"]
+    assert names == ["rotate_project", "decode_prepare", "decode_product"]
+
+
+def test_a_site_without_a_low_rank_branch_is_rotated_alone() -> None:
+    names, _ = _calls(problem(2, 192, 72, 3, 64, block=64), FakeTensorMode())
+    assert names == ["rotate_device", "packed_linear_device"]
 
 
 def test_a_free_number_of_tokens_is_not_guarded() -> None:
@@ -72,7 +77,7 @@ def test_a_free_number_of_tokens_is_not_guarded() -> None:
         x = _on_cuda(mode.from_tensor(p.x, symbolic_context=dynamic))
     guards = len(shapes.guards)
     names, y = _calls(p, mode, x)
-    assert names == ["rotate_device", "dequantize_device"]
+    assert names == ["rotate_project", "dequantize_device"]
     assert isinstance(y.shape[0], torch.SymInt)
     assert len(shapes.guards) == guards
 

@@ -97,8 +97,8 @@ def test_a_few_tokens(plain, optimized) -> None:
     assert packed["written"] == {"output": 8 * 192}
     assert report.totals["flops"] == 8 * FLOPS
     whole = lopro_fx.backend_report(optimized, tokens=8)
-    assert all(row["kernels"] == ["rotate_device", "aten", "mm", "packed_linear_device"] for row in whole.rows)
-    assert (report.totals["launches"], whole.totals["launches"]) == (4 * 1 + 4 * 2 + 7, 4 * 4)
+    assert all(row["kernels"] == ["rotate_project", "packed_linear_device"] for row in whole.rows)
+    assert (report.totals["launches"], whole.totals["launches"]) == (4 * 1 + 4 * 2 + 7, 4 * 2)
     assert whole.totals["bytes"] < report.totals["bytes"]
 
 
@@ -111,7 +111,7 @@ def test_many_tokens(plain, optimized) -> None:
     assert packed["read"]["intermediate"] == packed["written"]["intermediate"]
     assert (packed["read"]["x"], packed["read"]["codes"]) == (2048 * 128, 48 * 12)
     whole = lopro_fx.backend_report(optimized, tokens=2048)
-    assert all(row["kernels"] == ["rotate_device", "aten", "mm", *DENSE] for row in whole.rows)
+    assert all(row["kernels"] == ["rotate_project", *DENSE] for row in whole.rows)
     assert report.totals["flops"] == whole.totals["flops"] == 2048 * FLOPS
 
 

@@ -17,7 +17,7 @@ from lopro_fx.kernels.packed_site.reference import packed_site
 from lopro_fx.kernels.packing.device import dequantize_device
 from lopro_fx.kernels.packing.format import dequantize
 from lopro_fx.kernels.project.reference import project
-from lopro_fx.kernels.rotate.device import rotate_device
+from lopro_fx.kernels.rotate.device import chunk_for, rotate_device, rotate_project
 from lopro_fx.kernels.rotate.reference import rotate
 from lopro_fx.kernels.tiles import dot4
 from tests.helpers import TOLERANCE, assert_close, generator
@@ -71,6 +71,24 @@ def test_rotate(
     expected, got = rotate(*arguments), rotate_device(*arguments)
     assert_close("rotated", expected, got, TOLERANCE[dtype])
     assert torch.equal(expected[:, :skip], got[:, :skip])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "block", "skip", "rank", "factor_bits"),
+    [(576, 64, 0, 4, 8), (5000, 8, 0, 19, 8), (640, 128, 256, 3, 8), (99, 1, 0, 16, 16), (96, 32, 64, 1, 8)],
+)
+def test_rotate_project(
+    device: torch.device, dtype: torch.dtype, k: int, block: int, skip: int, rank: int, factor_bits: int
+) -> None:
+    p = problem(3, k, 1, 2, 32, rank=rank, factor_bits=factor_bits, block=block, skip=skip, dtype=dtype)
+    *arguments, down, scale = p.args(device)[:7]
+    expected = rotate(*arguments)
+    for chunk in {chunk_for(1, k, block), chunk_for(3, k, block)}:
+        got, parts = rotate_project(*arguments, down, scale, chunk)
+        assert_close("rotated", expected, got, TOLERANCE[dtype])
+        assert parts.shape == (-(-skip // chunk) - (skip - k) // chunk, 3, rank)
+        assert_close("latent", project(expected.float(), down, scale), parts.sum(0), 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -167,8 +185,9 @@ def test_packed_linear(
     p = problem(m, k, n, bits, group_size, rank=rank, biased=rank > 2, dtype=dtype, factor_bits=16 if rank == 5 else 8)
     x, _, _, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
     latent = project(x, down, down_scale) if down is not None else None
-    arguments = (x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
-    expected, got = packed_linear(*arguments), packed_linear_device(*arguments, tokens, splits)
+    expected = packed_linear(x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
+    parts = None if latent is None else torch.stack([latent.float() / 4, latent.float() * 3 / 4])
+    got = packed_linear_device(x, codes, scales, zeros, bias, parts, up, up_scale, bits, group_size, tokens, splits)
     assert got.dtype == dtype
     assert_close("y", expected, got, 2 * TOLERANCE[dtype])
 
@@ -191,6 +210,6 @@ def test_merged_linears_keep_scales_of_their_own(device: torch.device, parts: in
     got = decode_product(*prepared, codes, scales, zeros, bias, down_scale, up, up_scale, 3, 64, 1, torch.float32)
     assert_close("decode", expected, got.cpu(), 5e-4)
     rotated = rotate(x, perm, signs, block, 0)
-    latent = project(rotated, down, down_scale)
+    latent = project(rotated, down, down_scale).unsqueeze(0)
     got = packed_linear_device(rotated, codes, scales, zeros, bias, latent, up, up_scale, 3, 64, 16, 1)
     assert_close("matmul", expected, got.cpu(), 1e-5)
