@@ -9,7 +9,8 @@ namespace {
 template <class V>
 void load_token(const Site& s, int64_t token, float* out) {
   int64_t offset = 0;
-  for (int64_t d = s.dims - 1, rest = token; d >= 0; rest /= s.sizes[d], --d) offset += rest % s.sizes[d] * s.strides[d];
+  for (int64_t d = s.dims - 1, rest = token; d >= 0; rest /= s.sizes[d], --d)
+    offset += rest % s.sizes[d] * s.strides[d];
   if (s.column_stride != 1) {
     for (int64_t j = 0; j < s.in; ++j) out[j] = load_scalar(s.x, s.type, offset + j * s.column_stride);
   } else if (s.type == Type::f32) {

@@ -50,9 +50,9 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
     }
 }
 
-// What `rows` rows of `expand_scales` are to T tokens, (T, rows, p.stride) each: weights, of each block's integer product,
-// and offsets, which a row's sum loses. Made for many rows before the first is used, since a load from a store that is
-// still in the queue waits for every load of codes before it.
+// What `rows` rows of `expand_scales` are to T tokens, (T, rows, p.stride) each: weights, of each block's integer
+// product, and offsets, which a row's sum loses. Made for many rows before the first is used, since a load from a store
+// that is still in the queue waits for every load of codes before it.
 template <class V, bool INT8, int T>
 void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales, const float* shifts, float* weights,
            float* offsets) {
@@ -123,7 +123,8 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
       if (SINGLE) return V::set(own[block]);
       int64_t first = block & ~int64_t{15};
       // Behind a row's last block are the next row's weights, which may be no numbers.
-      return V::permute(whole ? V::load(own + first) : V::load_n(own + first, static_cast<int>(p.blocks - first)), index);
+      F some = whole ? V::load(own + first) : V::load_n(own + first, static_cast<int>(p.blocks - first));
+      return V::permute(some, index);
     };
     if (INT8) {
       I dot[R][T];
@@ -315,8 +316,9 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
       int count = static_cast<int>(least(4, s.tokens - t));
       Token four[4];
       for (int i = 0; i < 4; ++i) four[i] = shared[t + (i < count ? i : 0)];
+      constexpr int S = V::shared_rows;
       if (count > 2)
-        decode_range<V, BITS, INT8, V::shared_rows, 4>(s, p, four, t, count, from, end, scales, shifts, weights, offsets);
+        decode_range<V, BITS, INT8, S, 4>(s, p, four, t, count, from, end, scales, shifts, weights, offsets);
       else
         for (int i = 0; i < count; ++i)
           decode_range<V, BITS, INT8, R, 1>(s, p, four + i, t + i, 1, from, end, scales, shifts, weights, offsets);

@@ -239,7 +239,8 @@ void prefill(const Site& s, const Plan& p, int thread, int threads, const Tiles&
   constexpr int T = V::tile, P = V::panel * 16;
   int64_t tiles = ceil_div(s.tokens, T), panels = ceil_div(s.out, P);
   {
-    Scratch scratch((p.columns + 16) * 4 * (T + 1) + p.columns * (T + 1) + T * 2 * p.padded_blocks * 4 + 64 * (4 * T + 4));
+    Scratch scratch((p.columns + 16) * 4 * (T + 1) + p.columns * (T + 1) + T * 2 * p.padded_blocks * 4 +
+                    64 * (4 * T + 4));
     for (int64_t tile = thread; tile < tiles; tile += threads)
       prepare_tile<V, BITS, INT8>(s, p, tile, all, reinterpret_cast<char*>(&scratch));
   }
