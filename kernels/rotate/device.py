@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
@@ -17,7 +16,9 @@ _PARTS, _RANKS = 16, 4
 
 def launch(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int) -> Tensor:
     """Arguments and result as `lopro::rotate`, for x (M, K), contiguous."""
-    return _run(x, perm, signs, block, skip, None, None, max(block, _CHUNK))[0]
+    y = torch.empty_like(x)
+    _run(x, perm, signs, block, skip, None, None, y, None, max(block, _CHUNK))
+    return y
 
 
 def launch_project(
@@ -35,31 +36,34 @@ def launch_project(
     Returns:
         x' (M, K) of x's dtype, and fp32 (parts, M, R), whose sum over the parts is the projection.
     """
-    return _run(x, perm, signs, block, skip, down, scale, chunk)
+    (m, k), rank = x.shape, down.shape[0]
+    y = torch.empty_like(x)
+    latent = x.new_empty((_programs(k, skip, chunk), m, rank), dtype=torch.float32)
+    _run(x, perm, signs, block, skip, down, scale, y, latent, chunk)
+    return y, latent
+
+
+def _programs(columns: int, skip: int, chunk: int) -> int:
+    return -(-skip // chunk) - (skip - columns) // chunk
 
 
 def _run(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
-    scale: Tensor | None, chunk: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scale: Tensor | None, y: Tensor, latent: Tensor | None, chunk: int,
+) -> None:  # fmt: skip
     m, k = x.shape
-    rank = 0 if down is None else down.shape[0]
-    parts = triton.cdiv(skip, chunk) + triton.cdiv(k - skip, chunk)
-    y = torch.empty_like(x)
-    latent = x.new_empty((parts, m, rank), dtype=torch.float32)
-    wrap_triton(rotate_kernel)[(m, parts)](
+    wrap_triton(rotate_kernel)[(m, _programs(k, skip, chunk))](
         x, x if perm is None else perm, x if signs is None else signs, x if down is None else down,
-        x if scale is None else scale, y, latent, m,
-        K=k, R=rank, SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, BLOCK_R=_RANKS,
-        HAS_PERM=perm is not None, HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
+        x if scale is None else scale, y, x if latent is None else latent, m,
+        K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1,
+        BLOCK_R=_RANKS, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
     )  # fmt: skip
-    return y, latent
 
 
 def chunk_for(tokens: int | torch.SymInt, columns: int, block: int) -> int:
     """Columns of a partial sum: many parts fill the device for one token; others sum few in each of their programs."""
-    few = _CHUNK if dispatch.at_most(tokens, dispatch.DECODE_TOKENS) else triton.cdiv(columns, _PARTS)
-    return max(block, _CHUNK, triton.next_power_of_2(few))
+    few = _CHUNK if dispatch.at_most(tokens, dispatch.DECODE_TOKENS) else -(-columns // _PARTS)
+    return max(block, _CHUNK, 1 << (few - 1).bit_length())
 
 
 # The functions above stay callable as they are, which is how launches are recorded without a device.
