@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,7 +64,8 @@ def plan(
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         rows = mode.from_tensor(torch.empty(_TRACED_ROWS, device="meta"), symbolic_context=context).shape[0]
     names: dict[int, str] = {}
-    with torch.no_grad(), mode:
+    # Composite operators would ask for sizes that are free.
+    with torch.no_grad(), mode, enable_python_dispatcher():
         operands: list[Any] = []
         for argument, value in zip(operator._schema.arguments, args, strict=True):
             if isinstance(value, Tensor):

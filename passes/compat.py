@@ -1,6 +1,6 @@
 """Private torch calls of the graph passes, but for those of `serde.py`, with the versions that they were tried on.
 
-Tried on torch 2.13.0. When a name moves, these two and `kernels/plan.py` are the files to change.
+Tried on torch 2.11.0, 2.13.0 and 2.15.0. When a name moves, these two and `kernels/plan.py` are the ones to change.
 """
 
 from __future__ import annotations

@@ -102,8 +102,13 @@ def product_kernel(
         high_bits = codes
         if BITS == 3:
             # Two words of the main plane share one of the high plane; the second takes its bits four places up.
-            shared = tl.load(codes_ptr + rows[:, None] * ROW + WORDS + (w >> 1)[None, :], mask=inside, other=0)
-            high_bits = shared >> (4 * (w & 1))[None, :]
+            p = tile * (BLOCK_W // 2) + tl.arange(0, BLOCK_W // 2)
+            # Never 2: with an address that may be no multiple of 16 bytes, a thread loads the two words that belong to
+            # its four of the main plane, and none is exchanged with another thread.
+            p += tl.where(split < 0, 2, 0)
+            pairs = n_inside & (p < WORDS // 2)[None, :]
+            shared = tl.load(codes_ptr + rows[:, None] * ROW + WORDS + p[None, :], mask=pairs, other=0)
+            high_bits = tl.interleave(shared, shared >> 4)
         x_at = words_ptr + m * (2 * FIELDS * WORDS) + w
         upper = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
         lower = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)

