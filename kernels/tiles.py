@@ -6,9 +6,14 @@ Names: `M` tokens, `N` output features, `K` input features; a *word* holds `32 /
 
 from __future__ import annotations
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
+# Inline assembly exists on NVIDIA devices alone; the interpreter computes the same in Triton's own arithmetic.
+NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
 # A group size larger than any row, so that every column lies in group 0.
 WHOLE_ROW = 1 << 30
 

@@ -6,8 +6,6 @@ Both are `triton_op`s, so Inductor and AOTInductor compile the kernels inside an
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 from torch import Tensor
@@ -15,10 +13,8 @@ from torch.library import triton_op, wrap_triton
 
 from lopro_fx.kernels.decode.triton import prepare_kernel, product_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
-from lopro_fx.kernels.tiles import main_width
+from lopro_fx.kernels.tiles import NATIVE, main_width
 
-# Inline assembly exists on NVIDIA devices alone; the interpreter computes the same sums in Triton's own arithmetic.
-_NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
 # Columns of a group in the fixed-point activation where the weights have one scale a row.
 _WIDE_GROUP = 128
 
@@ -102,7 +98,7 @@ def product(
         SPLITS=splits, BLOCK_N=block_n,
         BLOCK_W=block_w, BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         HAS_BIAS=bias is not None,
-        HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=_NATIVE, num_warps=8,
+        HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=NATIVE, num_warps=8,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 

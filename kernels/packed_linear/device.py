@@ -10,10 +10,12 @@ from torch.library import triton_op, wrap_triton
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.packed_linear.triton import matmul_kernel
 from lopro_fx.kernels.packing.format import WORD
-from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
+from lopro_fx.kernels.tiles import NATIVE, WHOLE_ROW, main_width
 
-# (tokens, features, columns of a step, warps, stages) by the most tokens that the shape is for.
-_SHAPES = {16: (16, 64, 64, 4, 3), 64: (64, 64, 64, 4, 3), 0: (128, 128, 32, 8, 3)}
+# (tokens, features, warps, stages) by the most tokens that the shape is for.
+_SHAPES = {16: (16, 64, 4, 4), 64: (64, 64, 4, 3), 0: (64, 64, 4, 3)}
+# Columns of a step, which lie in one group where groups are as large.
+_COLUMNS = 128
 
 
 def launch(
@@ -34,9 +36,10 @@ def launch(
     """
     (m, k), (n, weight_groups) = x.shape, scales.shape
     width = main_width(bits)
-    block_m, block_n, block_k, warps, stages = _SHAPES[tokens]
+    block_m, block_n, warps, stages = _SHAPES[tokens]
+    block_k = 64 if group_size == 64 else _COLUMNS
     if x.dtype == torch.float32:
-        block_k, stages = 32, 2
+        block_m, block_n, block_k, warps, stages = min(block_m, 32), 64, 64, 4, 2
     rank = 0 if up is None else up.shape[1]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     if latent is not None and tokens == 0 and latent.shape[0] > 1:
@@ -51,17 +54,17 @@ def launch(
         WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
         HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(x.dtype)
 
 
 def tile_for(tokens: int | torch.SymInt, rows: int, columns: int, processors: int) -> tuple[int, int]:
     """Tile shape and parts of the columns for a number of tokens."""
-    for shape, (_, block_n, block_k, _, _) in _SHAPES.items():
+    for shape, (_, block_n, _, _) in _SHAPES.items():
         if shape and dispatch.at_most(tokens, shape):
             programs, splits = triton.cdiv(rows, block_n), 1
-            while programs * splits < 2 * processors and columns >= 4 * splits * 2 * block_k:
+            while programs * splits < 2 * processors and columns >= 4 * splits * 2 * _COLUMNS:
                 splits *= 2
             return shape, splits
     return 0, 1

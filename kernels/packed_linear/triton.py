@@ -1,11 +1,16 @@
-"""Packed product for many tokens: weights are dequantised in registers on their way into `tl.dot`."""
+"""Packed product for several tokens: codes become an operand of `tl.dot` in registers, scales follow the product.
+
+Tiles are transposed, output features by tokens: a tensor core takes its first operand in larger pieces, and tokens may
+be few.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from lopro_fx.kernels.tiles import by_column, load_codes, load_zeros
+from lopro_fx.kernels.fragments import centred_codes, in_order, load_words, reordered
+from lopro_fx.kernels.tiles import by_column, load_zeros
 
 
 @triton.jit
@@ -24,7 +29,7 @@ def matmul_kernel(
     WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens by BLOCK_N output features, over one of SPLITS parts of the columns."""
     # Neighbouring programs share weights: GROUP_M tiles of tokens for each tile of features, so that L2 serves them.
@@ -40,21 +45,34 @@ def matmul_kernel(
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m, n = first_m + rows, first_n + cols
     m_inside, n_inside = m < M, n < N
-    BLOCK_G: tl.constexpr = BLOCK_K // GROUP if GROUP < BLOCK_K else 1
+    BLOCK_W: tl.constexpr = BLOCK_K * WIDTH // 32
     dtype = x_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     for tile in range(split * tiles, min((split + 1) * tiles, tl.cdiv(K, BLOCK_K))):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0.0)
-        codes = load_codes(codes_ptr, cols, tile * BLOCK_K, n_inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
-        g = tile * BLOCK_K // GROUP + tl.arange(0, BLOCK_G)
-        inside = n_inside[:, None] & (g < WEIGHT_GROUPS)[None, :]
-        at = n[:, None] * WEIGHT_GROUPS + g[None, :]
-        scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        shift = -scale * load_zeros(zeros_ptr, at, inside, N * WEIGHT_GROUPS, BITS, WIDTH)
-        weight = codes * by_column(scale, BLOCK_G, BLOCK_N, BLOCK_K) + by_column(shift, BLOCK_G, BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, tl.trans(weight.to(dtype)), acc, input_precision=PRECISION)
+        x = tl.trans(reordered(x, WIDTH, BLOCK_M, BLOCK_W))
+        main, high = load_words(codes_ptr, cols, tile, n_inside, WORDS, BITS, WIDTH, BLOCK_W)
+        if GROUP < BLOCK_K:
+            g = tile * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+            inside = n_inside[:, None] & (g < WEIGHT_GROUPS)[None, :]
+            at = n[:, None] * WEIGHT_GROUPS + g[None, :]
+            scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            zero = load_zeros(zeros_ptr, at, inside, N * WEIGHT_GROUPS, BITS, WIDTH)
+            scale = by_column(scale, BLOCK_K // GROUP, BLOCK_N, BLOCK_W)
+            zero = by_column(zero, BLOCK_K // GROUP, BLOCK_N, BLOCK_W)
+            codes = centred_codes(main, high, zero, dtype, BITS, WIDTH, BLOCK_N, BLOCK_W, NATIVE)
+            weight = (codes.to(tl.float32) * scale[:, :, None, None]).to(dtype)
+            acc = tl.dot(in_order(weight, WIDTH, BLOCK_N, BLOCK_W), x, acc, input_precision=PRECISION)
+        else:
+            # A step lies in one group: its scale multiplies the product, and no weight is rounded.
+            at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
+            scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
+            zero = load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
+            codes = centred_codes(main, high, zero[:, None], dtype, BITS, WIDTH, BLOCK_N, BLOCK_W, NATIVE)
+            codes = in_order(codes, WIDTH, BLOCK_N, BLOCK_W)
+            acc += tl.dot(codes, x, input_precision=PRECISION) * scale[:, None]
     if split == 0:
         if R > 0:
             r = tl.arange(0, BLOCK_R)
@@ -68,12 +86,9 @@ def matmul_kernel(
             if HAS_SCALES:
                 part = (n // PART_ROWS)[:, None]
                 up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-            acc = tl.dot(latent.to(dtype), tl.trans(up.to(dtype)), acc, input_precision=PRECISION)
+            acc = tl.dot(up.to(dtype), tl.trans(latent.to(dtype)), acc, input_precision=PRECISION)
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
     y_ptr += (split.to(tl.int64) * M + first_m) * N
-    tl.store(
-        y_ptr + rows[:, None] * N + n[None, :],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=m_inside[:, None] & n_inside[None, :],
-    )
+    inside = n_inside[:, None] & m_inside[None, :]
+    tl.store(y_ptr + rows[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)

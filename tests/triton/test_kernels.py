@@ -11,15 +11,16 @@ from torch.nn import functional
 
 from lopro_fx.kernels.decode import reference as decode_reference
 from lopro_fx.kernels.decode.device import activation_group, decode_prepare, decode_product
+from lopro_fx.kernels.fragments import centred_codes, in_order, load_words, reordered
 from lopro_fx.kernels.packed_linear.device import packed_linear_device
 from lopro_fx.kernels.packed_linear.reference import packed_linear
 from lopro_fx.kernels.packed_site.reference import packed_site
 from lopro_fx.kernels.packing.device import dequantize_device
-from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.kernels.packing.format import dequantize, pack
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.device import chunk_for, rotate_device, rotate_project
 from lopro_fx.kernels.rotate.reference import rotate
-from lopro_fx.kernels.tiles import dot4
+from lopro_fx.kernels.tiles import dot4, main_width
 from tests.helpers import TOLERANCE, assert_close, generator
 from tests.triton.conftest import INTERPRETED
 from tests.triton.problems import problem
@@ -47,6 +48,46 @@ def test_four_bytes_times_four_bytes(device: torch.device, signed: bool, native:
     left = a.cpu().numpy().view(np.uint8).reshape(64, 4).astype(np.int64)
     right = b.cpu().numpy().view(np.int8 if signed else np.uint8).reshape(64, 4).astype(np.int64)
     np.testing.assert_array_equal(y.cpu().numpy(), (left * right).sum(1) + 5)
+
+
+@triton.jit
+def _operands_kernel(
+    codes_ptr,  # (16, ROW) int32
+    zeros_ptr,  # (16,) fp32
+    weight_ptr,  # (16, COLUMNS)
+    order_ptr,  # (16, COLUMNS) fp32
+    BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    WORDS: tl.constexpr = COLUMNS * WIDTH // 32
+    rows, columns = tl.arange(0, 16), tl.arange(0, COLUMNS)
+    main, high = load_words(codes_ptr, rows, 0, rows < 16, WORDS, BITS, WIDTH, WORDS)
+    zero = tl.load(zeros_ptr + rows)[:, None]
+    weight = centred_codes(main, high, zero, weight_ptr.dtype.element_ty, BITS, WIDTH, 16, WORDS, NATIVE)
+    at = rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(weight_ptr + at, in_order(weight, WIDTH, 16, WORDS))
+    numbers = tl.broadcast_to(columns[None, :].to(tl.float32), (16, COLUMNS))
+    tl.store(order_ptr + at, reordered(numbers, WIDTH, 16, WORDS))
+
+
+@pytest.mark.parametrize("native", [False] if INTERPRETED else [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_operands_of_a_product_are_exact_and_in_one_order(
+    device: torch.device, bits: int, dtype: torch.dtype, native: bool
+) -> None:
+    columns = 128
+    codes = torch.randint(0, 2**bits, (16, columns), generator=generator())
+    zeros = torch.randint(0, 2**bits, (16,), generator=generator(1)) + 0.5
+    weight = torch.empty(16, columns, dtype=dtype, device=device)
+    order = torch.empty(16, columns, device=device)
+    _operands_kernel[(1,)](
+        pack(codes, bits).to(device), zeros.to(device), weight, order, BITS=bits, WIDTH=main_width(bits),
+        COLUMNS=columns, NATIVE=native,
+    )  # fmt: skip
+    columns_of = order[0].long().cpu()
+    assert sorted(columns_of.tolist()) == list(range(columns))
+    expected = (codes - zeros[:, None])[:, columns_of].to(dtype)
+    assert torch.equal(weight.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,6 +215,8 @@ def test_fixed_point_costs_less_than_half_precision_does(device: torch.device) -
         (3, -1, 99, 33, 1, 5, 16, 1),
         (4, 128, 256, 17, 130, 0, 0, 1),
         (4, 64, 1536, 24, 1, 16, 16, 4),
+        (4, 32, 200, 70, 9, 0, 16, 1),
+        (3, 32, 416, 20, 70, 3, 0, 1),
         (8, 32, 96, 5, 3, 2, 16, 1),
         (8, -1, 640, 20, 65, 2, 64, 1),
     ],

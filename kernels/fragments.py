@@ -1,0 +1,127 @@
+"""Packed codes as an operand of `tl.dot` that a thread unpacks from whole words.
+
+Of 16 columns a tensor core takes from thread t of four the pairs (2t, 2t + 1) and (2t + 8, 2t + 9). A dot product may
+take columns in any order in which both operands come, so here four neighbouring words are the four threads: pair p of
+word t, its codes p and p + PAIRS, stands at columns 8 p + 2 t. `in_order` brings a weight there, `reordered` the
+activation. Codes p and p + PAIRS lie 16 bits apart, so one shift and one mask unpack both, as bits of a floating-point
+number whose exponent is fixed. Names are those of `tiles.py`; PAIRS is 16 / WIDTH, and a step has at least four words.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_words(
+    tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
+    rows, tile, inside,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Words [tile * BLOCK_W, + BLOCK_W) of the main plane (BLOCK_N, BLOCK_W), and of 3 bits the high plane's beside.
+
+    A word of the high plane serves two of the main plane; the second finds its bits where the first does.
+    """
+    row = tile_ptr + rows[:, None] * (WORDS * BITS // WIDTH)
+    w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
+    main = tl.load(row + w[None, :], mask=inside[:, None] & (w < WORDS)[None, :], other=0)
+    high = main
+    if BITS == 3:
+        p = tile * (BLOCK_W // 2) + tl.arange(0, BLOCK_W // 2)
+        pairs = tl.load(row + WORDS + p[None, :], mask=inside[:, None] & (p < WORDS // 2)[None, :], other=0)
+        high = tl.interleave(pairs, pairs >> 4)
+    return main, high
+
+
+@triton.jit
+def _moved(word, DOWN: tl.constexpr):
+    """`word` shifted to the right by DOWN bits, to the left where that is negative."""
+    return word >> DOWN if DOWN >= 0 else word << (-DOWN)
+
+
+@triton.jit
+def _pair(main, high, P: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, LIFT: tl.constexpr, BASE: tl.constexpr):
+    """Pair P of every word: two 16-bit numbers BASE whose bits from LIFT on are the codes."""
+    pair = (_moved(main, WIDTH * P - LIFT) & ((((1 << WIDTH) - 1) << LIFT) * 0x10001)) | (BASE * 0x10001)
+    if BITS == 3:
+        pair |= _moved(high, 8 * (P >> 2) + (P & 3) - LIFT - 2) & ((4 << LIFT) * 0x10001)
+    return pair
+
+
+@triton.jit
+def _four(
+    main, high, P: tl.constexpr, STEP: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, LIFT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Pairs P, P + STEP, P + 2 STEP, P + 3 STEP of every word, as (…, 2, 2)."""
+    a = _pair(main, high, P, BITS, WIDTH, LIFT, BASE)
+    b = _pair(main, high, P + STEP, BITS, WIDTH, LIFT, BASE)
+    c = _pair(main, high, P + 2 * STEP, BITS, WIDTH, LIFT, BASE)
+    d = _pair(main, high, P + 3 * STEP, BITS, WIDTH, LIFT, BASE)
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def centred_codes(
+    main, high,  # (BLOCK_N, BLOCK_W) int32
+    zero,  # (BLOCK_N, 1 or BLOCK_W) fp32, code + 1/2
+    dtype: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Code minus zero point, (BLOCK_N, BLOCK_W, PAIRS, 2) of `dtype`; exact but for 8 bits in bf16, rounded once."""
+    PAIRS: tl.constexpr = 16 // WIDTH
+    BF16: tl.constexpr = dtype == tl.bfloat16 and BITS < 8
+    half: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    # 64 + code, with a bit to spare for the half of a zero point; 8 bits fit 1024 + code alone.
+    LIFT: tl.constexpr = 1 if BF16 else 4 if BITS < 8 else 0
+    BASE: tl.constexpr = 0x4280 if BF16 else 0x5400 if BITS < 8 else 0x6400
+    if PAIRS == 2:
+        first = _pair(main, high, 0, BITS, WIDTH, LIFT, BASE)
+        pairs = tl.join(first, _pair(main, high, 1, BITS, WIDTH, LIFT, BASE))
+    elif PAIRS == 4:
+        pairs = tl.reshape(_four(main, high, 0, 1, BITS, WIDTH, LIFT, BASE), (BLOCK_N, BLOCK_W, PAIRS))
+    else:
+        even = _four(main, high, 0, 2, BITS, WIDTH, LIFT, BASE)
+        odd = _four(main, high, 1, 2, BITS, WIDTH, LIFT, BASE)
+        pairs = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_W, PAIRS))
+    if NATIVE and BITS < 8:
+        # Both numbers of a register at once, which Triton's own arithmetic doesn't do.
+        base = (-64.0 - zero).to(half).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        base = tl.broadcast_to((base | (base << 16))[:, :, None], pairs.shape)
+        if BF16:
+            low, high_ = tl.inline_asm_elementwise(
+                "{.reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t;}", "=h,=h,r,r,r",
+                [pairs, tl.full(pairs.shape, 0x3F803F80, tl.int32), base],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            low, high_ = tl.inline_asm_elementwise(
+                "{.reg .b32 t; add.rn.f16x2 t, $2, $3; mov.b32 {$0, $1}, t;}", "=h,=h,r,r",
+                [pairs, base], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
+        codes = tl.join(low, high_)
+    else:
+        low = (pairs & 0xFFFF).to(tl.int16).to(half, bitcast=True)
+        codes = tl.join(low, (pairs >> 16).to(tl.int16).to(half, bitcast=True))
+        if BITS < 8:
+            codes = codes - (64.0 + zero).to(half)[:, :, None, None]
+        else:
+            codes = codes.to(tl.float32) - (1024.0 + zero)[:, :, None, None]
+    return codes.to(dtype)
+
+
+@triton.jit
+def in_order(weight, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(BLOCK_N, BLOCK_W, PAIRS, 2) as an operand (BLOCK_N, columns)."""
+    PAIRS: tl.constexpr = 16 // WIDTH
+    weight = tl.permute(tl.reshape(weight, (BLOCK_N, BLOCK_W // 4, 4, PAIRS, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(weight, (BLOCK_N, BLOCK_W * 2 * PAIRS))
+
+
+@triton.jit
+def reordered(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(BLOCK_M, columns) in the order of `in_order`."""
+    PAIRS: tl.constexpr = 16 // WIDTH
+    x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // 4, 4, 2, PAIRS)), (0, 1, 4, 2, 3))
+    return tl.reshape(x, (BLOCK_M, BLOCK_W * 2 * PAIRS))
