@@ -31,7 +31,18 @@ def measure(name: str, launch: Launch, bits: int, capability: int) -> dict[str, 
         "shared_bytes": taken.shared_bytes,
         **{opcode: taken.instructions.get(opcode, 0) for opcode in _OPCODES},
         "instructions": sum(taken.instructions.values()),
+        "loop": taken.loop,
+        "loop_per_weight": round(taken.loop / weights, 2) if (weights := weights_per_thread(launch)) else None,
     }
+
+
+def weights_per_thread(launch: Launch) -> float:
+    """Weights that a thread multiplies in one turn of its kernel's loop; 0 where the kernel has none."""
+    options = launch.options
+    if "BLOCK_N" not in options or ("BLOCK_M" not in options and "BLOCK_W" not in options):
+        return 0
+    columns = options["BLOCK_K"] if "BLOCK_K" in options else options["BLOCK_W"] * 32 // options["WIDTH"]
+    return options["BLOCK_N"] * columns / (32 * options.get("num_warps", 4))
 
 
 def main() -> None:

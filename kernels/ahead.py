@@ -40,13 +40,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory."""
+    """What a compiled kernel takes: registers of a thread, bytes of spilled registers, bytes of shared memory.
+
+    `instructions` counts all by name, `loop` those of the longest loop, which is where a kernel spends its time.
+    """
 
     name: str
     registers: int
     spill_bytes: int
     shared_bytes: int
     instructions: dict[str, int]
+    loop: int
 
 
 def record(function: Callable[..., Any], module: Any, *args: Any) -> list[Launch]:
@@ -97,8 +101,25 @@ def _resources(name: str, cubin: bytes, shared: int) -> Resources:
     local = re.search(r"LOCAL:(\d+)", usage)
     if registers is None or stack is None or local is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {name}: {usage}")
-    opcodes = re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)[ .;]", re.sub(r"/\*.*?\*/", "", code), re.MULTILINE)
-    return Resources(name, int(registers[1]), int(stack[1]) + int(local[1]), shared, dict(Counter(opcodes)))
+    opcodes, loop = _instructions(code)
+    return Resources(name, int(registers[1]), int(stack[1]) + int(local[1]), shared, opcodes, loop)
+
+
+def _instructions(disassembly: str) -> tuple[dict[str, int], int]:
+    """Instructions by name, and how many lie between the two ends of the longest jump backwards."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loop = 0
+    for line in re.sub(r"/\*.*?\*/", "", disassembly).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)[ .;](.*)", line):
+            names.append(instruction[1])
+            target = re.search(r"\.L_\w+", instruction[2]) if instruction[1] == "BRA" else None
+            # What follows the last instruction jumps to itself.
+            if target and labels.get(target[0], len(names)) < len(names) - 1:
+                loop = max(loop, len(names) - labels[target[0]])
+    return dict(Counter(names)), loop
 
 
 def _run(tool: str, *args: str) -> str:

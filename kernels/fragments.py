@@ -125,3 +125,39 @@ def reordered(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constex
     PAIRS: tl.constexpr = 16 // WIDTH
     x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // 4, 4, 2, PAIRS)), (0, 1, 4, 2, 3))
     return tl.reshape(x, (BLOCK_M, BLOCK_W * 2 * PAIRS))
+
+
+@triton.jit
+def _field(main, high, FIELD: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Field FIELD of every word as four int8 (BLOCK_N, BLOCK_W, 2, 2); codes of 8 bits less 128."""
+    # 8 bits have one field, and a mask of all bits doesn't fit a signed constant.
+    four = main ^ -0x7F7F7F80 if BITS == 8 else (main >> (WIDTH * FIELD)) & (((1 << WIDTH) - 1) * 0x01010101)
+    if BITS == 3:
+        four |= ((high >> FIELD) & 0x01010101) << 2
+    even = tl.join(four.to(tl.int8), (four >> 16).to(tl.int8))
+    return tl.join(even, tl.join((four >> 8).to(tl.int8), (four >> 24).to(tl.int8)))
+
+
+@triton.jit
+def code_bytes(main, high, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Codes as int8 (BLOCK_N, columns), less 128 where they have 8 bits, in the order of `reordered_bytes`."""
+    FIELDS: tl.constexpr = 8 // WIDTH
+    T: tl.constexpr = min(BLOCK_W, 4)
+    codes = _field(main, high, 0, BITS, WIDTH)
+    if FIELDS == 2:
+        codes = tl.join(codes, _field(main, high, 1, BITS, WIDTH))
+    elif FIELDS == 4:
+        even = tl.join(codes, _field(main, high, 2, BITS, WIDTH))
+        odd = tl.join(_field(main, high, 1, BITS, WIDTH), _field(main, high, 3, BITS, WIDTH))
+        codes = tl.join(even, odd)
+    codes = tl.permute(tl.reshape(codes, (BLOCK_N, BLOCK_W // T, T, 4, FIELDS)), (0, 1, 4, 2, 3))
+    return tl.reshape(codes, (BLOCK_N, BLOCK_W * 4 * FIELDS))
+
+
+@triton.jit
+def reordered_bytes(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(BLOCK_M, columns) int8: byte j of field i of four neighbouring words t at column 16 i + 4 t + j."""
+    FIELDS: tl.constexpr = 8 // WIDTH
+    T: tl.constexpr = min(BLOCK_W, 4)
+    x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // T, T, 4, FIELDS)), (0, 1, 4, 2, 3))
+    return tl.reshape(x, (BLOCK_M, BLOCK_W * 4 * FIELDS))

@@ -77,8 +77,8 @@ def launches(
         count = tokens or 2048
         rows = (
             _empty(count, k, dtype=torch.int8),
-            _empty(count, group_count(k, group_size), dtype=torch.float32),
-            _empty(count, -(-k // size), dtype=torch.int32),
+            _empty(group_count(k, group_size), count, dtype=torch.float32),
+            _empty(-(-k // size), count, dtype=torch.float32),
         )
         latent = _empty(count, rank, dtype=dtype)
         branch = (None, latent, up, scale, bits, group_size, group_size, tokens, dtype)

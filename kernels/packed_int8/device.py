@@ -13,10 +13,10 @@ from lopro_fx.kernels.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
 
 _CHUNK = 256
-# Most columns of an integer product: wider ones spill registers.
-_WIDE = 64
+# Most columns of an integer product; the fewer, the more often its sums are scaled.
+_WIDE = 128
 # (tokens, features, warps) of a tile by the most tokens that it is for.
-_SHAPES = {16: (16, 64, 4), 64: (64, 64, 4), 0: (128, 64, 8)}
+_SHAPES = {16: (16, 64, 4), 64: (64, 64, 4), 0: (64, 128, 8)}
 
 
 def columns(group_size: int, act_group: int) -> int:
@@ -36,18 +36,19 @@ def round_rows(
         sum_size: columns whose integers are summed, a divisor of the group.
 
     Returns:
-        int8 (M, K), steps fp32 (M, groups), sums int32 (M, ceil(K / sum_size)).
+        int8 (M, K), steps fp32 (groups, M), sums of the integers fp32 (ceil(K / sum_size), M): times the step, but for
+        a single group, whose step multiplies the result.
     """
     m, k = x.shape
     size = max(triton.next_power_of_2(k), block, sum_size) if act_group == -1 else act_group
     groups, sums = group_count(k, act_group), -(-k // sum_size)
     chunk = max(block, size, sum_size, _CHUNK if act_group != -1 else 1)
     y = torch.empty_like(x, dtype=torch.int8)
-    steps = x.new_empty((m, groups), dtype=torch.float32)
-    totals = x.new_empty((m, sums), dtype=torch.int32)
+    steps = x.new_empty((groups, m), dtype=torch.float32)
+    totals = x.new_empty((sums, m), dtype=torch.float32)
     wrap_triton(round_kernel)[(m, -(-k // chunk))](
         x, x if perm is None else perm, x if signs is None else signs, y, steps, totals,
-        K=k, TOP=(1 << (act_bits - 1)) - 1, ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums,
+        m, K=k, TOP=(1 << (act_bits - 1)) - 1, ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums,
         CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
         num_warps=8 if chunk > 4096 else 4,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def matmul(
         x if up is None else up, x if up_scale is None else up_scale, y, m,
         N=n, K=k, R=rank, PART_ROWS=n // parts, WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width,
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups,
-        ACT_GROUP=WHOLE_ROW if act_group == -1 else act_group, ACT_GROUPS=steps.shape[1], BLOCK_M=block_m,
+        ACT_GROUP=WHOLE_ROW if act_group == -1 else act_group, ACT_GROUPS=steps.shape[0], BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=columns(group_size, act_group), BLOCK_R=max(16, triton.next_power_of_2(rank)),
         GROUP_M=8, HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, num_warps=warps, num_stages=3,
     )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lopro_fx.kernels.tiles import load_integers, load_rotated, load_zeros
+from lopro_fx.kernels.fragments import code_bytes, load_words, reordered_bytes
+from lopro_fx.kernels.tiles import load_rotated, load_zeros
 
 
 @triton.jit
@@ -14,8 +15,9 @@ def round_kernel(
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
     y_ptr,  # (M, K) int8
-    step_ptr,  # (M, ACT_GROUPS) fp32
-    sum_ptr,  # (M, SUM_GROUPS) int32: sums of the integers of each SUM_SIZE columns
+    step_ptr,  # (ACT_GROUPS, M) fp32
+    sum_ptr,  # (SUM_GROUPS, M) fp32: sums of the integers of each SUM_SIZE columns, times the step if there are many
+    M,
     K: tl.constexpr, TOP: tl.constexpr, ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, SUM_SIZE: tl.constexpr,
     SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr,
     HAS_SIGNS: tl.constexpr,
@@ -25,24 +27,28 @@ def round_kernel(
     chunk = tl.program_id(1)
     start = chunk * CHUNK
     x = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
-    parts = tl.reshape(x, (CHUNK // ACT_GROUP, ACT_GROUP))
+    PARTS: tl.constexpr = CHUNK // ACT_GROUP
+    parts = tl.reshape(x, (PARTS, ACT_GROUP))
     top = tl.max(tl.abs(parts), axis=1)
     step = tl.where(top > 0, top, 1.0) * (1.0 / TOP)
-    codes = tl.reshape(tl.floor(parts / step[:, None] + 0.5).to(tl.int32), (CHUNK,))
-    g = chunk * (CHUNK // ACT_GROUP) + tl.arange(0, CHUNK // ACT_GROUP)
-    tl.store(step_ptr + m * ACT_GROUPS + g, step, mask=g < ACT_GROUPS)
+    codes = tl.floor(parts / step[:, None] + 0.5).to(tl.int32)
+    g = chunk * PARTS + tl.arange(0, PARTS)
+    tl.store(step_ptr + g.to(tl.int64) * M + m, step, mask=g < ACT_GROUPS)
     k = start + tl.arange(0, CHUNK)
-    tl.store(y_ptr + m * K + k, codes.to(tl.int8), mask=k < K)
-    s = chunk * (CHUNK // SUM_SIZE) + tl.arange(0, CHUNK // SUM_SIZE)
-    sums = tl.sum(tl.reshape(codes, (CHUNK // SUM_SIZE, SUM_SIZE)), axis=1)
-    tl.store(sum_ptr + m * SUM_GROUPS + s, sums, mask=s < SUM_GROUPS)
+    tl.store(y_ptr + m * K + k, tl.reshape(codes, (CHUNK,)).to(tl.int8), mask=k < K)
+    SUMS: tl.constexpr = CHUNK // SUM_SIZE
+    sums = tl.sum(tl.reshape(codes, (PARTS, SUMS // PARTS, SUM_SIZE)), axis=2).to(tl.float32)
+    if ACT_GROUPS > 1:
+        sums *= step[:, None]
+    s = chunk * SUMS + tl.arange(0, SUMS)
+    tl.store(sum_ptr + s.to(tl.int64) * M + m, tl.reshape(sums, (SUMS,)), mask=s < SUM_GROUPS)
 
 
 @triton.jit
 def int8_matmul_kernel(
     x_ptr,  # (M, K) int8
-    step_ptr,  # (M, ACT_GROUPS) fp32
-    sum_ptr,  # (M, tiles of BLOCK_K) int32
+    step_ptr,  # (ACT_GROUPS, M) fp32
+    sum_ptr,  # (tiles of BLOCK_K, M) fp32, as `round_kernel` writes them
     codes_ptr,  # (N, ROW) int32
     scales_ptr,  # (N, WEIGHT_GROUPS) fp16
     zeros_ptr,  # packed (N, WEIGHT_GROUPS)
@@ -72,20 +78,30 @@ def int8_matmul_kernel(
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m, n = first_m + rows, first_n + cols
     m_inside, n_inside = m < M, n < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    BLOCK_W: tl.constexpr = BLOCK_K * WIDTH // 32
+    # Codes of 8 bits don't fit int8, so half their range is taken off and put back with the zero point.
+    CENTRE: tl.constexpr = 128 if BITS == 8 else 0
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    step_ptr += m
+    sum_ptr += m
     for tile in range(TILES):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0)
-        codes = load_integers(codes_ptr, cols, tile * BLOCK_K, n_inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
-        # Codes of 8 bits don't fit int8, so half their range is taken off and put back with the zero point.
-        weight = (codes - (1 << (BITS - 1))).to(tl.int8)
-        product = tl.dot(x, tl.trans(weight)).to(tl.float32)
+        x = tl.trans(reordered_bytes(x, WIDTH, BLOCK_M, BLOCK_W))
+        main, high = load_words(codes_ptr, cols, tile, n_inside, WORDS, BITS, WIDTH, BLOCK_W)
+        codes = code_bytes(main, high, BITS, WIDTH, BLOCK_N, BLOCK_W)
+        product = tl.dot(codes, x).to(tl.float32)
         at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
         scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
-        offset = (1 << (BITS - 1)) - load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
-        total = tl.load(sum_ptr + m * TILES + tile, mask=m_inside, other=0).to(tl.float32)
-        step = tl.load(step_ptr + m * ACT_GROUPS + tile * BLOCK_K // ACT_GROUP, mask=m_inside, other=0.0)
-        acc += (product + total[:, None] * offset[None, :]) * (step[:, None] * scale[None, :])
+        offset = CENTRE - load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
+        total = tl.load(sum_ptr, mask=m_inside, other=0.0)
+        sum_ptr += M
+        if ACT_GROUPS > 1:
+            step = tl.load(step_ptr + tile * BLOCK_K // ACT_GROUP * M, mask=m_inside, other=0.0)
+            product *= step[None, :]
+        acc += (product + offset[:, None] * total[None, :]) * scale[:, None]
+    if ACT_GROUPS == 1:
+        acc *= tl.load(step_ptr, mask=m_inside, other=0.0)[None, :]
     if R > 0:
         r = tl.arange(0, BLOCK_R)
         latent = tl.load(latent_ptr + m[:, None] * R + r[None, :], mask=m_inside[:, None] & (r < R)[None, :], other=0.0)
@@ -94,9 +110,9 @@ def int8_matmul_kernel(
         if HAS_SCALES:
             part = (n // PART_ROWS)[:, None]
             up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-        acc = tl.dot(latent, tl.trans(up.to(latent.dtype)), acc, input_precision="ieee")
+        acc = tl.dot(up.to(latent.dtype), tl.trans(latent), acc, input_precision="ieee")
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
     y_ptr += first_m.to(tl.int64) * N
-    inside = m_inside[:, None] & n_inside[None, :]
-    tl.store(y_ptr + rows[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
+    inside = n_inside[:, None] & m_inside[None, :]
+    tl.store(y_ptr + rows[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)

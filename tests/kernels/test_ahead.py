@@ -22,6 +22,21 @@ def test_no_kernel_spills(capability: int, bits: int) -> None:
         assert resources.shared_bytes <= 160 * 1024, (name, resources)
 
 
+@pytest.mark.parametrize(("name", "bits", "most"), [
+    ("decode, product", 2, 1.5), ("decode, product", 3, 2.2), ("decode, product", 4, 1.8),
+    ("matmul, 16 tokens", 2, 5), ("matmul, 16 tokens", 3, 6.5), ("matmul, 16 tokens", 4, 5),
+    ("matmul, many tokens", 4, 6.5), ("int8, matmul, 16 tokens", 4, 4.5), ("int8, matmul, many tokens", 4, 7.5),
+])  # fmt: skip
+def test_few_instructions_a_weight(name: str, bits: int, most: float) -> None:
+    # While an H100 reads a weight of 4 bits it has time for four instructions, and for two with 2 bits.
+    launch = dict(launches(bits))[name]
+    resources = compile_launch(launch, 90)
+    options = launch.options
+    columns = options["BLOCK_K"] if "BLOCK_K" in options else options["BLOCK_W"] * 32 // options["WIDTH"]
+    weights = options["BLOCK_N"] * columns // (32 * options["num_warps"])
+    assert 0 < resources.loop <= most * weights
+
+
 def test_decode_uses_the_byte_dot_product() -> None:
     launch = dict(launches(2))["decode, product"]
     resources = compile_launch(launch, 90)
