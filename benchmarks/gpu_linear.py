@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.common import RESULTS
 from benchmarks.gpu_sites import (
+    GROUP,
     Contender,
     decode_only,
     dense,
@@ -27,6 +28,7 @@ from benchmarks.gpu_sites import (
     packed_matmul,
     random_input,
     random_sites,
+    rounded_site,
     whole_site,
 )
 from benchmarks.gpu_timing import copy_bandwidth, measure, save
@@ -34,7 +36,7 @@ from benchmarks.gpu_timing import copy_bandwidth, measure, save
 LARGE, SMALL = (8192, 28672), (4096, 14336)
 # Times faster than bf16 that a whole site has to be, by bits.
 BARS = {LARGE: {2: 5.0, 3: 3.8, 4: 3.0}, SMALL: {2: 3.5, 3: 3.0, 4: 2.4}}
-BANDWIDTH_BAR, RIVAL_BAR, PREFILL_BAR = 0.80, 1.0, 0.85
+BANDWIDTH_BAR, RIVAL_BAR, PREFILL_BAR, INT8_BAR = 0.80, 1.0, 0.85, 1.2
 BATCHES, PREFILLS, CROSSOVER = (2, 4, 8, 16), (2048, 8192), (16, 32, 64, 128, 256, 512, 1024)
 _EVER = 1 << 30
 Row = dict[str, Any]
@@ -134,14 +136,19 @@ def batches(run: Run) -> None:
 
 
 def prefill(run: Run) -> None:
-    """Many tokens: weights written out in full, which is what dispatch chooses, and the fused product."""
+    """Many tokens: weights written out in full, which is what dispatch chooses, the fused product, and that in int8."""
     k, n = LARGE
     sites = random_sites(k, n, 4)
     for m in PREFILLS:
         x = random_input(m, k)
         ways = (whole_site("dense 4", x, sites, 1), whole_site("fused 4", x, sites, _EVER))
-        rows = run.time(f"prefill {m}", [dense(x, n), *ways])
+        steps = {"w4a8, step a token": -1, "w4a8, step a group": GROUP}
+        rounded = (rounded_site(name, x, sites, act_group) for name, act_group in steps.items())
+        rows = run.time(f"prefill {m}", [dense(x, n), *ways, *rounded])
         hold(rows["dense 4"], "beside bf16", rows["dense 4"]["speed_beside_bf16"], PREFILL_BAR)
+        if m == PREFILLS[-1]:
+            row = rows["w4a8, step a token"]
+            hold(row, "beside bf16", row["speed_beside_bf16"], INT8_BAR)
 
 
 def crossover(run: Run) -> None:
@@ -191,7 +198,7 @@ def main() -> int:
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="try tile constants of the decode kernel instead; --only decode-large or decode-small picks a shape",
+        help="try tiles of the kernels instead; --only decode-large, decode-small, batches or prefill picks some",
     )
     parser.add_argument("--out", type=Path, help="folder of the JSON; without it only whole runs are saved")
     args = parser.parse_args()
@@ -201,10 +208,12 @@ def main() -> int:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.sweep:
-        from benchmarks.gpu_sweep import sweep
+        from benchmarks.gpu_sweep import sweep, sweep_matmuls
 
         wanted = {"decode-large": LARGE, "decode-small": SMALL}
-        sweep([shape for name, shape in wanted.items() if name in (args.only or wanted)], args.out)
+        chosen = args.only or ["batches", "prefill", *wanted]
+        sweep([shape for name, shape in wanted.items() if name in chosen], args.out)
+        sweep_matmuls(LARGE, [name for name in ("batches", "prefill") if name in chosen], args.out)
         return 0
     folder = args.out or (None if args.quick or args.only else RESULTS)
     repetitions = 10 if args.quick else 60

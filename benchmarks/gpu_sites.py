@@ -14,6 +14,7 @@ from torch.nn import functional
 from benchmarks.gpu_timing import DEVICE, Contender, copies_for
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.packed_int8.reference import packed_int8
 from lopro_fx.kernels.packed_linear.reference import packed_linear
 from lopro_fx.kernels.packed_site.reference import packed_site
 from lopro_fx.kernels.packing.format import group_count, packed_words
@@ -111,6 +112,15 @@ def packed_matmul(name: str, x: Tensor, sites: Sequence[Site]) -> Contender:
     first = sites[0]
     expected = packed_linear(x.float(), *first.weight, None, None, None, None, first.bits, first.group_size)
     return Contender(name, calls, expected)
+
+
+def rounded_site(name: str, x: Tensor, sites: Sequence[Site], act_group: int) -> Contender:
+    """`lopro::packed_int8` with rotation and activations of 8 bits, a step for `act_group` columns (-1: a token)."""
+    first, *_ = operands = [(site[:4], (*site.weight, None, None, None, None, site.bits, site.group_size, 8, act_group))
+                            for site in sites]  # fmt: skip
+    calls = [lambda rotation=rotation, rest=rest: torch.ops.lopro.packed_int8(x, *rotation, *rest)
+             for rotation, rest in operands]  # fmt: skip
+    return Contender(name, calls, packed_int8(x.float(), *first[0], *first[1]))
 
 
 def product_call(x: Tensor, site: Site, splits: int, product: Callable[..., Tensor]) -> Callable[[], Tensor]:

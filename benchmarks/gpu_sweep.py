@@ -1,9 +1,10 @@
-"""Tile constants of the decode kernel, tried one after the other: `python -m benchmarks.gpu_linear --sweep`."""
+"""Tile constants of the kernels, tried one after the other: `python -m benchmarks.gpu_linear --sweep`."""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,18 +12,44 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
-from benchmarks.gpu_sites import product_call, random_input, random_sites, whole_site
+from benchmarks.gpu_sites import (
+    GROUP,
+    Site,
+    packed_matmul,
+    product_call,
+    random_input,
+    random_sites,
+    rounded_site,
+    whole_site,
+)
 from benchmarks.gpu_timing import DEVICE, Contender, measure, save
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.packed_int8 import device as packed_int8
+from lopro_fx.kernels.packed_linear import device as packed_linear
 from lopro_fx.kernels.packing.format import WORD
 from lopro_fx.kernels.tiles import main_width
 
 BLOCKS, WORDS, WARPS, SPLITS = (16, 32, 64), (64, 128, 256), (4, 8), (1, 2, 4, 8)
 BITS = (2, 3, 4)
+# (tokens, features, warps, stages) of the matmuls by the tokens that they are tried with.
+MATMULS = {
+    "batches": {
+        16: [(16, 64, 4, 3), (16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 4, 4), (16, 128, 8, 4), (16, 256, 8, 3)],
+        64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3)],
+    },
+    "prefill": {
+        512: [(64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2),
+              (128, 128, 8, 3), (128, 256, 8, 2)],
+        8192: [(64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2),
+               (128, 128, 8, 3), (128, 256, 8, 2)],
+    },
+}  # fmt: skip
 _REPETITIONS, _SHOWN = 20, 5
+_PRINTED = ("tile", "microseconds", "error", "absent")
 
 
 @dataclass(frozen=True)
@@ -89,3 +116,49 @@ def sweep(shapes: Sequence[tuple[int, int]], folder: Path | None) -> None:
         torch.cuda.empty_cache()
         if folder:
             save("gpu_sweep", folder, rows, repetitions=_REPETITIONS)
+
+
+def sweep_matmuls(shape: tuple[int, int], cases: Sequence[str], folder: Path | None) -> None:
+    """Print the fastest tiles of the matmuls for several and for many tokens, of bf16 and of int8 activations."""
+    (k, n), rows = shape, []
+    for case, bits in itertools.product(cases, BITS):
+        sites: list[Site] = random_sites(k, n, bits)
+        for tokens, tiles_of in MATMULS[case].items():
+            x = random_input(tokens, k)
+            kinds = ((packed_linear, packed_matmul("", x, sites)), (packed_int8, rounded_site("", x, sites, -1)))
+            for module, plain in kinds:
+                name = module.__name__.split(".")[-2]
+                timed = []
+                for tile in tiles_of:
+                    row = {"kernel": name, "tokens": tokens, "bits": bits, "tile": tile}
+                    try:
+                        row |= _timed(module, tile, plain)
+                    except triton.runtime.errors.OutOfResources as error:
+                        row |= {"absent": str(error).splitlines()[0]}
+                    timed.append(row)
+                timed.sort(key=lambda row: row.get("microseconds", math.inf))
+                print(f"{name}, {tokens} tokens, {bits} bits, groups of {GROUP}")
+                for row in timed[:_SHOWN]:
+                    print(
+                        "  " + ", ".join(f"{key} {value}" for key, value in row.items() if key in _PRINTED), flush=True
+                    )
+                rows += timed
+        del sites
+        gc.collect()
+        torch.cuda.empty_cache()
+        if folder:
+            save("gpu_sweep_matmuls", folder, rows, repetitions=_REPETITIONS)
+
+
+def _timed(module: Any, tile: tuple[int, int, int, int], plain: Contender) -> dict[str, Any]:
+    """Time and error of a contender whose operator uses one tile for any number of tokens."""
+
+    def call(inner: Callable[[], Tensor]) -> Tensor:
+        with mock.patch.dict(module._SHAPES, dict.fromkeys(module._SHAPES, tile)), \
+             mock.patch.object(dispatch, "DENSE_TOKENS", 1 << 30):  # fmt: skip
+            return inner()
+
+    contender = Contender(str(tile), [lambda inner=inner: call(inner) for inner in plain.calls], plain.expected)
+    error = contender.error()
+    seconds = measure([contender], _REPETITIONS)[contender.name].median
+    return {"microseconds": round(seconds * 1e6, 1), "error": error}

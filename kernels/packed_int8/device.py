@@ -15,8 +15,8 @@ from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
 _CHUNK = 256
 # Most columns of an integer product; the fewer, the more often its sums are scaled.
 _WIDE = 128
-# (tokens, features, warps) of a tile by the most tokens that it is for.
-_SHAPES = {16: (16, 64, 4), 64: (64, 64, 4), 0: (64, 128, 8)}
+# (tokens, features, warps, stages) by the most tokens that the shape is for.
+_SHAPES = {16: (16, 64, 4, 3), 64: (64, 64, 4, 3), 0: (64, 128, 8, 3)}
 
 
 def columns(group_size: int, act_group: int) -> int:
@@ -74,7 +74,7 @@ def matmul(
     """
     (m, k), (n, weight_groups) = x.shape, scales.shape
     width = main_width(bits)
-    block_m, block_n, warps = _SHAPES[tokens]
+    block_m, block_n, warps, stages = _SHAPES[tokens]
     rank = 0 if up is None else up.shape[1]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     y = x.new_empty((m, n), dtype=dtype)
@@ -85,7 +85,7 @@ def matmul(
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups,
         ACT_GROUP=WHOLE_ROW if act_group == -1 else act_group, ACT_GROUPS=steps.shape[0], BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=columns(group_size, act_group), BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        GROUP_M=8, HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, num_warps=warps, num_stages=3,
+        GROUP_M=8, HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
