@@ -16,10 +16,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.packing.format import pack, unpack
-from lopro_fx.passes import compat
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.calls import PACKED_LINEAR, Note, PackedLinear, PackedPass, group_of, operands, sites_of
 from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.rewrite import META, enclosing
 
@@ -63,7 +63,7 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
         note: Note = {"what": [name for node in members for name in sites_of(node)]}
         if len(members) == 1:
             note["reason"] = _reason_alone(key, [other for other in alike if other != key])
-        elif _written_between(members):
+        elif written_between(operands(PackedLinear, members[0]).x, members[0], members[-1]):
             note["reason"] = "the program writes into their input between them"
         else:
             tensors = _merged(editor, members)
@@ -100,22 +100,6 @@ def _reason_alone(key: tuple[tuple[str, Any], ...], others: list[tuple[tuple[str
     differing = {name: None for other in others for (name, mine), (_, theirs) in zip(key, other, strict=True)
                  if mine != theirs}  # fmt: skip
     return f"the other Linears that read its input differ in {', '.join(differing)}"
-
-
-def _written_between(members: list[Node]) -> bool:
-    """Whether something writes the members' input in place, directly or through a view, between the first and last."""
-    source, node = _base(operands(PackedLinear, members[0]).x), members[0]
-    while node is not members[-1]:
-        if any(_base(written) is source for written in compat.written_operands(node)):
-            return True
-        node = node.next
-    return False
-
-
-def _base(node: Node) -> Node:
-    while (viewed := compat.viewed_operand(node)) is not None:
-        node = viewed
-    return node
 
 
 def _stored(editor: ProgramEditor, node: Node) -> dict[str, Tensor]:

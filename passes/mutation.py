@@ -1,4 +1,4 @@
-"""Which buffers running a program writes, such as a KV cache, and their clean state."""
+"""What running a program writes: buffers, such as a KV cache, and values that are still read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def mutated_buffers(program: ExportedProgram) -> set[str]:
             if name in signature.inputs_to_buffers:
                 found.add(signature.inputs_to_buffers[name])
     return found
+
+
+def written_between(source: Node, first: Node, last: Node) -> bool:
+    """Whether something from `first` to before `last` writes `source` in place, directly or through a view."""
+    owner, node = _base(source), first
+    while node is not last:
+        if any(_base(written) is owner for written in written_operands(node)):
+            return True
+        node = node.next
+    return False
 
 
 def clean_constants(program: ExportedProgram) -> dict[str, Any]:

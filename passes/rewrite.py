@@ -14,6 +14,7 @@ from torch.fx import Node
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import ProgramPass, counters
 from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.passes.sites import Site, find_sites
 from lopro_fx.passes.ties import identity
@@ -99,9 +100,11 @@ class RewritePass(ProgramPass):
         source = linear.args[0]
         bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
-        if (group.name, source) not in shared:
-            shared[group.name, source] = self._input_side(editor, linear, source, group, buffers)
-        rotated, latent = shared[group.name, source]
+        rotated, latent = shared.get((group.name, source), (source, None))
+        made = rotated if latent is None else latent
+        # A value that was written meanwhile, through a view of it, is another one.
+        if (group.name, source) not in shared or (made is not source and written_between(source, made, linear)):
+            rotated, latent = shared[group.name, source] = self._input_side(editor, linear, source, group, buffers)
 
         def own(key: str) -> Node | None:
             return buffers.get((site.name, key))

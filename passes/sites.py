@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
+from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.ties import identity
 
 _EMBEDDING = torch.ops.aten.embedding.default
@@ -55,7 +56,7 @@ class Site:
 
 @dataclass
 class Group:
-    """Sites that read the same tensor, in graph order; the first site's name is the group's."""
+    """Sites that read the same value, in graph order; the first site's name is the group's."""
 
     sites: list[Site]
 
@@ -242,8 +243,13 @@ def _nested_linears(root: GraphModule) -> Iterator[tuple[str, str, str]]:
 
 def _grouped(sites: Iterable[Site]) -> list[Group]:
     groups: dict[Node, Group] = {}
+    found: list[Group] = []
     for site in sites:
         source = site.nodes[0].args[0]
         assert isinstance(source, Node)
-        groups.setdefault(source, Group([])).sites.append(site)
-    return list(groups.values())
+        group = groups.get(source)
+        if group is None or written_between(source, group.sites[-1].nodes[0], site.nodes[0]):
+            groups[source] = group = Group([])
+            found.append(group)
+        group.sites.append(site)
+    return found

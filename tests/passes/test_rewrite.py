@@ -170,6 +170,30 @@ def test_a_module_used_twice_is_rewritten_twice() -> None:
     assert_close("output", _dense_twin(module, groups, sites)(rows(4, seed=1)), _run(result, rows(4, seed=1)), 1e-5)
 
 
+class Written(nn.Module):
+    """Linears that read one node before and after it is written through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x * 2
+        part = whole[1:]
+        y = self.first(whole)
+        part.mul_(3)
+        return y + self.second(whole) * self.first(whole)
+
+
+def test_a_value_that_was_written_is_rotated_again() -> None:
+    module = seeded(Written())
+    program = export(module, rows(4))
+    assert [[site.name for site in group.sites] for group in find_sites(program).groups] == [["first"], ["second"]]
+    done, groups, sites = _rewritten(program, rank=2)
+    assert len(_calls(done, torch.ops.lopro.rotate.default)) == 3
+    assert_close("rewritten", _dense_twin(module, groups, sites)(rows(4)), _run(done, rows(4)), 1e-5)
+
+
 def test_a_program_that_is_one_linear() -> None:
     module = seeded(nn.Sequential(nn.Linear(WIDTH, 8)))
     result, groups, sites = _rewritten(export(module, rows(4)))
