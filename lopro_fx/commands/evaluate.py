@@ -16,8 +16,7 @@ from torch import Tensor
 from lopro_fx.commands import data, output, scores
 from lopro_fx.commands.source import Source, add_model, is_checkpoint, open_either
 from lopro_fx.deploy.checkpoint import load
-from lopro_fx.deploy.manifest import first_line
-from lopro_fx.errors import ConfigError, LoProError
+from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
 from lopro_fx.progress import bar
 

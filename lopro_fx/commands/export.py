@@ -11,9 +11,8 @@ from lopro_fx.commands.data import positive
 from lopro_fx.commands.source import open_checkpoint
 from lopro_fx.deploy.aoti import AotiResult, check_name, export_aoti
 from lopro_fx.deploy.checkpoint import load
-from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.package import package
-from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.errors import CheckpointError, ModelError, first_line
 from lopro_fx.huggingface import save_pretrained
 from lopro_fx.models import export_for_generation, rebuild_model
 from lopro_fx.models.quiet import quiet

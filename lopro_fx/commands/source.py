@@ -11,8 +11,8 @@ import torch
 from torch.export import ExportedProgram
 
 from lopro_fx.deploy.checkpoint import load
-from lopro_fx.deploy.manifest import MANIFEST, first_line
-from lopro_fx.errors import CheckpointError, ModelError
+from lopro_fx.deploy.manifest import MANIFEST
+from lopro_fx.errors import CheckpointError, ModelError, first_line
 from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.tensors import unique
-from lopro_fx.errors import CheckpointError, GraphError
+from lopro_fx.errors import CheckpointError, GraphError, first_line
 from lopro_fx.files import replacing
 from lopro_fx.kernels.cpu_site.aoti import inductor_options
 from lopro_fx.kernels.cpu_site.build import BuildError

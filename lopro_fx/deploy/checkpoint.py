@@ -20,9 +20,9 @@ from torch.export import ExportedProgram
 
 from lopro_fx import records
 from lopro_fx.deploy import inputs, tensors
-from lopro_fx.deploy.manifest import first_line, read_manifest, require_ours, write_manifest
+from lopro_fx.deploy.manifest import read_manifest, require_ours, write_manifest
 from lopro_fx.deploy.vetting import vet
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import replacing, write_tensors
 from lopro_fx.passes import compat
 from lopro_fx.passes.mutation import clean_constants

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import write_json
 
 MANIFEST = "lopro_fx.json"
@@ -80,11 +80,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check(path: Path, manifest: dict[str, Any]) -> None:

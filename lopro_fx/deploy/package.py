@@ -25,9 +25,8 @@ from lopro_fx.__about__ import __version__
 from lopro_fx.deploy import processor
 from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_bound
 from lopro_fx.deploy.generator import Generator
-from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import replacing
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize

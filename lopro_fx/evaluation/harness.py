@@ -16,8 +16,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 from torch import Tensor
 
-from lopro_fx.deploy.manifest import first_line
-from lopro_fx.errors import ConfigError, LoProError
+from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation.likelihood import continuation
 from lopro_fx.models.quiet import quiet
 from lopro_fx.progress import Progress, silent

@@ -12,8 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.deploy.manifest import first_line
-from lopro_fx.errors import CheckpointError, ConfigError, ModelError
+from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.modules import ACTIVATIONS, Packed
 from lopro_fx.huggingface.replace import embedding_of, has_module, linear_of, replace_modules, restore_modules

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from lopro_fx.deploy.manifest import first_line
-from lopro_fx.errors import ModelError
+from lopro_fx.errors import ModelError, first_line
 
 
 def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedProgram:

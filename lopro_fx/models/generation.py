@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lopro_fx.deploy.manifest import first_line
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
-from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.errors import ConfigError, ModelError, first_line
 from lopro_fx.models.attention import grouped_attention_in
 from lopro_fx.models.export import export_view
 from lopro_fx.passes import compat

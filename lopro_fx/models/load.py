@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopro_fx.deploy.manifest import first_line
-from lopro_fx.errors import ModelError
+from lopro_fx.errors import ModelError, first_line
 from lopro_fx.models.gguf import read_gguf
 from lopro_fx.models.quiet import quiet
 from lopro_fx.models.smollm2 import REQUIREMENT, smollm2_folder
