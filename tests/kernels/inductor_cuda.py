@@ -1,0 +1,170 @@
+"""What Inductor makes of a packed site on an H100 that isn't there: `-m tests.kernels.inductor_cuda TOKENS BITS`.
+
+Inductor generates code from shapes alone, so a device of which only the properties are known is enough to see which
+kernels it writes and to compile each of them. Prints JSON: the kernels in the order in which the program launches them.
+A process of its own, because Inductor remembers what it was told of the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import compile_fx, graph
+from torch._inductor import config as inductor_config
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime import triton_helpers, triton_heuristics
+from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+import lopro_fx  # noqa: F401  registers the operators
+from lopro_fx.kernels.ahead import _resources
+
+K, N, RANK, BLOCK, GROUP = 8192, 28672, 16, 256, 128
+_H100 = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName="",
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20, total_memory=80 << 30,
+)  # fmt: skip
+
+
+class _Generated(Exception):
+    """Ends a compilation that has got as far as it can without a device."""
+
+
+class _Driver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, *_: Any) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def pretend() -> None:
+    """Let this process believe in an H100 as long as nothing is computed."""
+    answers = {
+        "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": _H100,
+        "get_device_capability": (9, 0), "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
+        "_lazy_init": None, "_exchange_device": 0, "_maybe_exchange_device": 0, "_get_device_properties": _H100,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    interface = {"is_available": True, "current_device": 0, "get_compute_capability": 90, "is_triton_capable": True,
+                 "raise_if_triton_unavailable": None, "get_device_properties": _H100}  # fmt: skip
+    for name, answer in interface.items():
+        setattr(CudaInterface, name, staticmethod(lambda *_, answer=answer: answer))
+    CudaInterface.Worker.get_device_properties = staticmethod(lambda *_: _H100)  # type: ignore[assignment]
+    CudaInterface.Worker.current_device = staticmethod(lambda: 0)  # type: ignore[assignment]
+    fake_tensor.init_gpu_context = lambda _device: None
+    triton_helpers.set_driver_to_gpu = lambda: None
+    triton.runtime.driver.set_active(_Driver())
+
+
+def site(tokens: int, bits: int) -> tuple[Any, ...]:
+    """Operands of `lopro::packed_site` without data."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    groups = K // GROUP
+    return (
+        empty(tokens, K, dtype=torch.bfloat16), None, empty(K // 8, dtype=torch.uint8), BLOCK, 0,
+        empty(RANK, K, dtype=torch.int8), empty(RANK, dtype=torch.float16), empty(N, K * bits // 32, dtype=torch.int32),
+        empty(N, groups, dtype=torch.float16), empty(N * groups * bits // 32, dtype=torch.int32), None,
+        empty(N, RANK, dtype=torch.int8), empty(RANK, dtype=torch.float16), bits, GROUP,
+    )  # fmt: skip
+
+
+def generate(tokens: int, bits: int) -> str:
+    """Inductor's program for relu(site(x) + residual)."""
+    generated: list[str] = []
+
+    def stop(lowering: graph.GraphLowering) -> None:
+        code = lowering.codegen()[0]
+        generated.append(getattr(code, "value", code))
+        raise _Generated
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(inductor_config.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(mock.patch.object(graph.GraphLowering, "_compile_to_module", stop))
+        operands = site(tokens, bits)
+        residual = torch.empty(tokens, N, dtype=torch.bfloat16, device="cuda")
+        inputs = [*(value for value in operands if isinstance(value, Tensor)), residual]
+
+        def program(*tensors: Tensor) -> tuple[Tensor]:
+            rest = iter(tensors)
+            y = torch.ops.lopro.packed_site(*(next(rest) if isinstance(v, Tensor) else v for v in operands))
+            return (torch.relu(y + next(rest)),)
+
+        traced = make_fx(dispatch_functionalize(program), decomposition_table=select_decomp_table())(*inputs)
+        try:
+            compile_fx.compile_fx_inner(traced, inputs)
+        except Exception:
+            if not generated:
+                raise
+    return generated[0]
+
+
+def compile_kernel(name: str, source: str) -> dict[str, Any]:
+    """Compile one kernel of a generated program as Inductor would, and tell what it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.py")
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        compiled: list[Any] = []
+        compile_for_real = triton.compile
+
+        def keep(*args: Any, **options: Any) -> None:
+            compiled.append(compile_for_real(*args, **options))
+            raise _Generated
+
+        kernel = getattr(module, name)
+        with mock.patch.object(triton_heuristics.triton, "compile", keep), suppress(_Generated):
+            kernel._precompile_config(kernel.configs[0])
+    binary = compiled[0]
+    taken = _resources(name, binary.asm["cubin"], binary.metadata.shared)
+    return {"name": name, "warps": binary.metadata.num_warps, "spill_bytes": taken.spill_bytes, "loop": taken.loop}
+
+
+def main() -> None:
+    pretend()
+    code = generate(int(sys.argv[1]), int(sys.argv[2]))
+    sources = dict(re.findall(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL | re.MULTILINE))
+    names = dict(re.findall(r"^(\w+) = async_compile\.triton\('(\w+)'", code, re.MULTILINE))
+    launched = re.findall(r"^\s+(\w+)\.run\(|extern_kernels\.(\w+)\(", code, re.MULTILINE)
+    kernels = [compile_kernel(names[ours], sources[ours].replace("\\\\", "\\")) if ours in names else {"name": theirs}
+               for ours, theirs in launched]  # fmt: skip
+    sys.stdout.write(json.dumps(kernels) + "\n")
+
+
+if __name__ == "__main__":
+    main()

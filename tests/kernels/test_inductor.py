@@ -1,0 +1,36 @@
+"""Inductor lowers a site to our kernels and compiles them; no device is needed to see that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled by Triton")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "expected"),
+    [
+        (1, 3, {"prepare_kernel": 4, "product_kernel": 8}),
+        (16, 4, {"rotate_kernel": 4, "matmul_kernel": 4}),
+        (600, 2, {"dequantize_kernel": 4}),
+    ],
+)
+def test_a_site_becomes_few_launches(tokens: int, bits: int, expected: dict[str, int]) -> None:
+    command = [sys.executable, "-m", "tests.kernels.inductor_cuda", str(tokens), str(bits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert not any(kernel.get("spill_bytes") for kernel in kernels)
+    warps = {kernel["name"]: kernel.get("warps") for kernel in kernels}
+    assert warps.items() >= expected.items()
+    if tokens <= 16:
+        # Residual and activation are one launch more, and nothing else is.
+        assert len(kernels) == 3
+        assert kernels[-1]["name"].startswith("triton_poi")
+    else:
+        assert {"mm", "addmm"} & set(warps)
