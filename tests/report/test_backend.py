@@ -146,8 +146,8 @@ def test_partial_sums_are_written_and_added_up() -> None:
     report = lopro_fx.backend_report(lopro_fx.quantize(program, None, lopro_fx.RTN(bits=8)), tokens=2)
     packed = row(report, "packed_linear", "0")
     assert packed["kernels"] == ["packed_linear_device", "sum"]
-    # 4096 columns in 16 parts, each of four steps of 64.
-    assert packed["written"] == {"intermediate": 16 * 2 * 32 * 4, "output": 2 * 32 * 4}
+    # 4096 columns in 8 parts, each of four steps of 128.
+    assert packed["written"] == {"intermediate": 8 * 2 * 32 * 4, "output": 2 * 32 * 4}
     assert packed["read"]["intermediate"] == packed["written"]["intermediate"]
 
 
