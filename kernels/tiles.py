@@ -11,6 +11,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Inline assembly exists on NVIDIA devices alone; the interpreter computes the same in Triton's own arithmetic.
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
@@ -21,6 +22,14 @@ WHOLE_ROW = 1 << 30
 def main_width(bits: int) -> int:
     """Bits of a code in the main plane."""
     return 2 if bits == 3 else bits
+
+
+def stand_in(*tensors: Tensor | None) -> Tensor:
+    """The first tensor that is there, for an argument that a kernel doesn't read; activations come last.
+
+    Inductor writes the result of an elementwise producer once for each argument that it is passed as.
+    """
+    return next(tensor for tensor in tensors if tensor is not None)
 
 
 @triton.jit

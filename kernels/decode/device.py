@@ -13,7 +13,7 @@ from torch.library import triton_op, wrap_triton
 
 from lopro_fx.kernels.decode.triton import prepare_kernel, product_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
-from lopro_fx.kernels.tiles import NATIVE, main_width
+from lopro_fx.kernels.tiles import NATIVE, main_width, stand_in
 
 # Columns of a group in the fixed-point activation where the weights have one scale a row.
 _WIDE_GROUP = 128
@@ -50,8 +50,10 @@ def prepare(
     out = x.new_empty((m, 2, fields, words), dtype=torch.int32)
     steps = x.new_empty((m, 2, groups), dtype=torch.float32)
     latent = x.new_empty((chunks, m, rank), dtype=torch.float32)
+    absent = stand_in(signs, perm, down, x)
     wrap_triton(prepare_kernel)[(m, chunks)](
-        x, x if perm is None else perm, x if signs is None else signs, x if down is None else down, out, steps, latent,
+        x, absent if perm is None else perm, absent if signs is None else signs, absent if down is None else down, out,
+        steps, latent,
         m, K=k, R=rank, WORDS=words, FIELDS=fields, GROUP=group, GROUPS=groups, CHUNK=chunk,
         LOG_BLOCK=block.bit_length() - 1, BLOCK_R=triton.next_power_of_2(max(rank, 1)), HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None,

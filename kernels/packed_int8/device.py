@@ -10,7 +10,7 @@ from torch.library import triton_op, wrap_triton
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.packed_int8.triton import int8_matmul_kernel, round_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
-from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
+from lopro_fx.kernels.tiles import WHOLE_ROW, main_width, stand_in
 
 _CHUNK = 256
 # Most columns of an integer product; the fewer, the more often its sums are scaled.
@@ -46,8 +46,9 @@ def round_rows(
     y = torch.empty_like(x, dtype=torch.int8)
     steps = x.new_empty((groups, m), dtype=torch.float32)
     totals = x.new_empty((sums, m), dtype=torch.float32)
+    absent = stand_in(signs, perm, x)
     wrap_triton(round_kernel)[(m, -(-k // chunk))](
-        x, x if perm is None else perm, x if signs is None else signs, y, steps, totals,
+        x, absent if perm is None else perm, absent if signs is None else signs, y, steps, totals,
         m, K=k, TOP=(1 << (act_bits - 1)) - 1, ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums,
         CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
         num_warps=8 if chunk > 4096 else 4,

@@ -47,8 +47,8 @@ def launch(
         latent = latent.sum(0, keepdim=True)
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
-        x, codes, scales, zeros, x if bias is None else bias, x if latent is None else latent, x if up is None else up,
-        x if up_scale is None else up_scale, y, m,
+        x, codes, scales, zeros, codes if bias is None else bias, codes if latent is None else latent,
+        codes if up is None else up, codes if up_scale is None else up_scale, y, m,
         N=n, K=k, R=rank, PARTS=0 if latent is None else latent.shape[0], PART_ROWS=n // parts,
         WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width, GROUP=WHOLE_ROW if group_size == -1 else group_size,
         WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -8,6 +8,7 @@ from torch.library import triton_op, wrap_triton
 
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.rotate.triton import rotate_kernel
+from lopro_fx.kernels.tiles import stand_in
 
 _CHUNK = 256
 # Partial sums of a projection, at most; and rows of its factor at a time.
@@ -52,9 +53,10 @@ def _run(
     scale: Tensor | None, y: Tensor, latent: Tensor | None, chunk: int,
 ) -> None:  # fmt: skip
     m, k = x.shape
+    absent = stand_in(signs, perm, down, x)
     wrap_triton(rotate_kernel)[(m, _programs(k, skip, chunk))](
-        x, x if perm is None else perm, x if signs is None else signs, x if down is None else down,
-        x if scale is None else scale, y, x if latent is None else latent, m,
+        x, absent if perm is None else perm, absent if signs is None else signs, absent if down is None else down,
+        absent if scale is None else scale, y, absent if latent is None else latent, m,
         K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1,
         BLOCK_R=_RANKS, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
     )  # fmt: skip
