@@ -66,7 +66,7 @@ def matmul_kernel(
             weight = (codes.to(tl.float32) * scale[:, :, None, None]).to(dtype)
             acc = tl.dot(in_order(weight, WIDTH, BLOCK_N, BLOCK_W), x, acc, input_precision=PRECISION)
         else:
-            # A step lies in one group: its scale multiplies the product, and no weight is rounded.
+            # A step lies in one group: its scale multiplies the product, and codes of up to 4 bits are exact.
             at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
             scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
             zero = load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
