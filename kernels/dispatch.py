@@ -20,6 +20,8 @@ from torch import Tensor
 DECODE_TOKENS = 1
 # From here on, writing the weights out in full and calling the vendor's matmul moves fewer bytes a token than it saves.
 DENSE_TOKENS = 512
+# Up to here a norm is computed where its result is rotated, by every program of a token anew: it reads the row from L2.
+NORM_TOKENS = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Multiprocessors to plan for where no device can be asked.
 _PROCESSORS = 132

@@ -49,9 +49,17 @@ def launches(
     down, up = _empty(rank, k, dtype=torch.int8), _empty(n, rank, dtype=torch.int8)
     yield "rotate", record(rotate.launch, rotate, x, None, signs, _BLOCK, 0)[0]
     chunk = rotate.chunk_for(2, k, _BLOCK)
-    rows = (_empty(16, k, dtype=dtype), None, signs, _BLOCK, 0, down, scale, chunk)
-    yield "rotate, project", record(rotate.launch_project, rotate, *rows)[0]
-    yield "decode, prepare", record(decode.prepare, decode, x, None, signs, _BLOCK, down, bits, group_size)[0]
+    several = _empty(16, k, dtype=dtype)
+    norm = (_empty(k, dtype=dtype), 1e-5, None, "")
+    for name, one, many in (
+        ("", (), ()),
+        (", norm", norm, norm),
+        (", gate", (None, 0.0, x, "silu"), (None, 0.0, several, "silu")),
+    ):
+        rows = (several, None, signs, _BLOCK, 0, down, scale, chunk, *many)
+        yield f"rotate, project{name}", record(rotate.launch_project, rotate, *rows)[0]
+        token = (x, None, signs, _BLOCK, down, bits, group_size, *one)
+        yield f"decode, prepare{name}", record(decode.prepare, decode, *token)[0]
     group = decode.activation_group(group_size)
     words = _empty(1, 2, 8 // main_width(bits), packed_words(k, bits) * main_width(bits) // bits, dtype=torch.int32)
     steps = _empty(1, 2, group_count(k, group), dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operands of `lopro::` operators that have one row a token.
-_ACTIVATIONS = ("x", "latent")
+_ACTIVATIONS = ("x", "latent", "gate", "residual")
 # Rows of an activation while a free number of tokens is traced: small ones would be taken for sizes that broadcast.
 _TRACED_ROWS = 7
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lopro_fx.kernels.prologue.triton import inverse_rms, load_input
+
 # Inline assembly exists on NVIDIA devices alone; the interpreter computes the same in Triton's own arithmetic.
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
 # A group size larger than any row, so that every column lies in group 0.
@@ -49,21 +51,28 @@ def hadamard(x, SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr):
 @triton.jit
 def load_rotated(
     x_ptr,  # (K,) of one token
+    norm_ptr,  # (K,)
+    gate_ptr,  # (K,) of one token
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
     start, limit, rotated,
-    SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
+    K: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """Entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
 
-    `rotated` is False for the leading columns that the rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
+    A norm (HAS_NORM) or a gate (ACTIVATION, if not "") comes first. `rotated` is False for the leading columns that the
+    rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
     """
     k = start + tl.arange(0, SIZE)
     inside = k < limit
     source = k
     if HAS_PERM:
         source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
-    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0
+    if HAS_NORM:
+        scale = inverse_rms(x_ptr, K, EPS)
+    x = load_input(x_ptr, norm_ptr, gate_ptr, source, inside, scale, ACTIVATION, HAS_NORM)
     if LOG_BLOCK > 0:
         y = x
         if HAS_SIGNS:

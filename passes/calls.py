@@ -57,6 +57,31 @@ class PackedLinear(NamedTuple):
     group_size: int
 
 
+class PackedSite(NamedTuple):
+    """Operands of `lopro::packed_site`."""
+
+    x: Node
+    perm: Node | None
+    signs: Node | None
+    block: int
+    skip: int
+    down: Node | None
+    down_scale: Node | None
+    codes: Node
+    scales: Node
+    zeros: Node
+    bias: Node | None
+    up: Node | None
+    up_scale: Node | None
+    bits: int
+    group_size: int
+    norm: Node | None = None
+    eps: float = 0.0
+    gate: Node | None = None
+    activation: str = ""
+    residual: Node | None = None
+
+
 def operands(kind: Callable[..., _Operands], node: Node) -> _Operands:
     """Operands of a node by name, however they are passed; `kind` is the class for the node's operator."""
     return kind(*node.args, **node.kwargs)

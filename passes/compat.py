@@ -43,9 +43,17 @@ def rebuild(
         return program._update(graph_module, signature, state_dict=dict(state_dict), constants=dict(constants))
 
 
+def deep_copy(graph_module: GraphModule) -> GraphModule:
+    """A deep copy without the module that `torch.export.unflatten` leaves in `meta`, whose values can't be copied."""
+    stray = graph_module.meta.get("unflattened_module")
+    twin = copy.deepcopy(graph_module, {} if stray is None else {id(stray): None})
+    twin.meta.pop("unflattened_module", None)
+    return twin
+
+
 def copied(graph_module: GraphModule) -> GraphModule:
     """A deep copy in which every node keeps its name."""
-    twin = copy.deepcopy(graph_module)
+    twin = deep_copy(graph_module)
     # A placeholder that is named like a builtin, such as `input`, is renamed by the copy; the signature goes by names.
     for node, new in zip(graph_module.graph.nodes, twin.graph.nodes, strict=True):
         new.name = node.name

@@ -21,7 +21,7 @@ class ProgramEditor:
 
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
-        self.graph_module = copy.deepcopy(program.graph_module)
+        self.graph_module = compat.deep_copy(program.graph_module)
         self.graph = self.graph_module.graph
         self._signature = copy.deepcopy(program.graph_signature)
         self._state = dict(program.state_dict)
@@ -44,6 +44,10 @@ class ProgramEditor:
     def fqn(self, placeholder: Node) -> str:
         """Name of the parameter, buffer or constant that a placeholder stands for."""
         return self._targets[placeholder.name]
+
+    def owns(self, placeholder: Node, fqn: str) -> bool:
+        """Whether a placeholder stands for the parameter, buffer or constant of this name."""
+        return self._targets.get(placeholder.name) == fqn
 
     def tensor(self, placeholder: Node) -> Tensor | None:
         """The parameter, buffer or constant that a placeholder stands for; None for any other node."""

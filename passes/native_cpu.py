@@ -7,6 +7,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.calls import (
     CPU_SITE,
@@ -43,6 +44,15 @@ class NativeCpuPass(PackedPass):
 
     def __init__(self, act_bits: int) -> None:
         self.act_bits = act_bits
+
+    def requires(self, program: ExportedProgram) -> None:
+        super().requires(program)
+        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+            if node.kwargs:
+                raise GraphError(
+                    f"'{sites_of(node)[0]}' holds {', '.join(node.kwargs)} since the program was optimised for CUDA; "
+                    "optimise the quantised program itself"
+                )
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []

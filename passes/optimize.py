@@ -7,6 +7,8 @@ from torch.export import ExportedProgram
 from lopro_fx.kernels.errors import ConfigError
 from lopro_fx.passes.calls import PackedPass
 from lopro_fx.passes.fold_permutation import FoldPermutationPass
+from lopro_fx.passes.fuse_prologue import FuseProloguePass
+from lopro_fx.passes.fuse_residual import FuseResidualPass
 from lopro_fx.passes.fuse_site import FuseSitePass
 from lopro_fx.passes.merge import MergeLinearsPass
 from lopro_fx.passes.native_cpu import NativeCpuPass
@@ -21,6 +23,8 @@ def optimize(
     merge: bool = True,
     fuse: bool = True,
     fold: bool = True,
+    prologue: bool = True,
+    residual: bool = True,
     target: str | None = None,
     activations: str = "int8",
 ) -> ExportedProgram:
@@ -33,27 +37,35 @@ def optimize(
         merge: packed Linears that read one tensor become one.
         fuse: rotation, down-projection and packed Linear become one `lopro::packed_site`.
         fold: permutations move into the rows of the Linears before, where only elementwise operators are between.
-        target: "cpu" makes every packed Linear a `lopro::cpu_site`, compiled code where a C++ compiler is found. Such
-            a program runs on CPUs fast, elsewhere slowly. None keeps operators for every device.
-        activations: with a target, "int8" rounds what a packed product reads to 8 bits, with a scale a token and block
-            of at most 128 columns; "float" keeps it.
+        prologue, residual: with the target "cuda", norms and gated activations before a site, and sums after it, become
+            part of it.
+        target: "cuda" or "cpu". "cpu" makes every packed Linear a `lopro::cpu_site`, compiled code where a C++ compiler
+            is found. Such a program runs on CPUs fast, elsewhere slowly. None is "cuda" for a program that lies on a
+            GPU; otherwise it keeps operators for every device.
+        activations: with the target "cpu", "int8" rounds what a packed product reads to 8 bits, with a scale a token
+            and block of at most 128 columns; "float" keeps it.
 
     Returns:
-        A new program, whose outputs differ by no more than the order of fp32 sums, and the rounding of activations.
+        A new program, whose outputs differ by no more than the order of fp32 sums, and the rounding of activations:
+        in 16-bit types, what becomes part of a site isn't rounded before it.
 
     Raises:
         ConfigError: `target` or `activations` is unknown.
         GraphError: the program holds no packed Linear.
     """
-    if target not in (None, "cpu"):
-        raise ConfigError(f"target is '{target}'; give \"cpu\" or None")
+    if target not in (None, "cpu", "cuda"):
+        raise ConfigError(f'target is \'{target}\'; give "cuda", "cpu" or None')
     if activations not in _ACTIVATIONS:
         raise ConfigError(f"activations is '{activations}'; known: {', '.join(_ACTIVATIONS)}")
     PackedPass().requires(program)
+    if target is None and any(tensor.is_cuda for tensor in program.state_dict.values()):
+        target = "cuda"
     passes = (
         (fold, FoldPermutationPass()),
         (merge, MergeLinearsPass()),
         (fuse, FuseSitePass()),
+        (prologue and target == "cuda", FuseProloguePass()),
+        (residual and target == "cuda", FuseResidualPass()),
         (target == "cpu", NativeCpuPass(_ACTIVATIONS[activations])),
     )
     for wanted, apply in passes:

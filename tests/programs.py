@@ -19,9 +19,9 @@ VOCAB, WIDTH = 50, 32
 class Block(nn.Module):
     """Three Linears that read one tensor, one that reads what they make, and a gated pair."""
 
-    def __init__(self, width: int = WIDTH, hidden: int = 48, bias: bool = False) -> None:
+    def __init__(self, width: int = WIDTH, hidden: int = 48, bias: bool = False, rms: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.RMSNorm(width, eps=1e-5) if rms else nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, width, bias=bias) for _ in range(3))
         self.o = nn.Linear(width, width, bias=bias)
         self.gate, self.up = nn.Linear(width, hidden, bias=bias), nn.Linear(width, hidden, bias=bias)
@@ -35,12 +35,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Ids (batch, sequence) int64 to logits (batch, sequence, vocabulary); `tied` shares the embedding's weight."""
+    """Ids (batch, sequence) int64 to logits (batch, sequence, vocabulary).
 
-    def __init__(self, tied: bool = True, bias: bool = False, depth: int = 2) -> None:
+    `tied` shares the embedding's weight, `rms` takes RMS norms in place of layer norms.
+    """
+
+    def __init__(self, tied: bool = True, bias: bool = False, depth: int = 2, rms: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block(bias=bias) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(bias=bias, rms=rms) for _ in range(depth))
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
         if tied:
             self.lm_head.weight = self.embed.weight

@@ -25,15 +25,18 @@ def activation_group(group_size: int) -> int:
 
 
 def prepare(
-    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, down: Tensor | None, bits: int, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, down: Tensor | None, bits: int, group_size: int,
+    norm: Tensor | None = None, eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotate an activation and write it as 16-bit fixed point, with partial sums of the down-projection.
 
     Args:
-        x: (M, K) fp32, fp16 or bf16, contiguous.
+        x: (M, K) fp32, fp16 or bf16, with contiguous columns.
         perm, signs, block: as in `lopro::rotate` with `skip` 0.
         down: int8 or fp16 (R, K), or None; its scale is applied by `decode_product`.
         bits, group_size: of the weights that will be multiplied.
+        norm, eps, gate, activation: what is applied first, as in `prologue/reference.py`, one of norm and gate; gate
+            (M, K) with contiguous columns.
 
     Returns:
         words int32 (M, 2, fields, words): high and low bytes of the fixed-point values, four a word.
@@ -50,12 +53,14 @@ def prepare(
     out = x.new_empty((m, 2, fields, words), dtype=torch.int32)
     steps = x.new_empty((m, 2, groups), dtype=torch.float32)
     latent = x.new_empty((chunks, m, rank), dtype=torch.float32)
-    absent = stand_in(signs, perm, down, x)
+    absent = stand_in(signs, perm, down, norm, x)
     wrap_triton(prepare_kernel)[(m, chunks)](
-        x, absent if perm is None else perm, absent if signs is None else signs, absent if down is None else down, out,
-        steps, latent,
+        x, absent if norm is None else norm, absent if gate is None else gate, absent if perm is None else perm,
+        absent if signs is None else signs, absent if down is None else down, out, steps, latent,
         m, K=k, R=rank, WORDS=words, FIELDS=fields, GROUP=group, GROUPS=groups, CHUNK=chunk,
-        LOG_BLOCK=block.bit_length() - 1, BLOCK_R=triton.next_power_of_2(max(rank, 1)), HAS_PERM=perm is not None,
+        LOG_BLOCK=block.bit_length() - 1, BLOCK_R=triton.next_power_of_2(max(rank, 1)),
+        X_ROW=x.stride(0), GATE_ROW=0 if gate is None else gate.stride(0), EPS=eps,
+        ACTIVATION="" if gate is None else activation, HAS_NORM=norm is not None, HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None,
     )  # fmt: skip
     return out, steps, latent
@@ -64,7 +69,7 @@ def prepare(
 def product(
     words: Tensor, steps: Tensor, latent: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None,
     down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, splits: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Product of a prepared activation with a packed weight, plus low-rank branch and bias.
 
@@ -76,6 +81,7 @@ def product(
         splits: parts of the columns, each with programs of its own; their sum is returned in `dtype`, so the result
             doesn't depend on the order in which programs finish.
         dtype: of the result.
+        residual: (M, N), contiguous, added to the result before it is rounded.
 
     Returns:
         (M, N) of `dtype`.
@@ -94,13 +100,14 @@ def product(
     wrap_triton(product_kernel)[(triton.cdiv(n, block_n), splits, m)](
         words, steps, latent, codes, scales, zeros, words if bias is None else bias,
         words if down_scale is None else down_scale, words if up is None else up,
-        words if up_scale is None else up_scale, y, m,
+        words if up_scale is None else up_scale, words if residual is None else residual, y, m,
         N=n, R=rank, PART_ROWS=n // parts, WORDS=count, FIELDS=fields, BITS=bits, WIDTH=width,
         WORDS_IN_GROUP=group_words, GROUPS=steps.shape[2], WEIGHT_GROUPS=weight_groups, CHUNKS=chunks,
         SPLITS=splits, BLOCK_N=block_n,
         BLOCK_W=block_w, BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         HAS_BIAS=bias is not None,
-        HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None, NATIVE=NATIVE, num_warps=8,
+        HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None,
+        HAS_RESIDUAL=residual is not None, NATIVE=NATIVE, num_warps=8,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 

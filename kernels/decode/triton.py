@@ -1,9 +1,10 @@
 """Decode: y = Q̂ x' + B (A x') + b for a few tokens, limited by how fast packed weights can be read.
 
-`prepare_kernel` gathers, rotates and writes x' as 16-bit fixed point with one scale a group, split into a signed high
-and an unsigned low byte and laid out as the words of the weights want it, together with the partial sums of A x'.
-`product_kernel` then needs, for four weights, a shift, a mask and two four-way dot products of bytes. The integer sums
-of a group are exact; fixed point rounds x' by at most 2^-16 of the group's largest entry, less than bf16 or fp16 do.
+`prepare_kernel` applies a prologue, gathers, rotates and writes x' as 16-bit fixed point with one scale a group, split
+into a signed high and an unsigned low byte and laid out as the words of the weights want it, together with the partial
+sums of A x'. `product_kernel` then needs, for four weights, a shift, a mask and two four-way dot products of bytes. The
+integer sums of a group are exact; fixed point rounds x' by at most 2^-16 of the group's largest entry, less than bf16
+or fp16 do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from lopro_fx.kernels.tiles import dot4, load_rotated, load_zeros
 
 @triton.jit
 def prepare_kernel(
-    x_ptr,  # (M, K)
+    x_ptr,  # (M, K), rows X_ROW apart
+    norm_ptr,  # (K,)
+    gate_ptr,  # (M, K), rows GATE_ROW apart
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
     down_ptr,  # (R, K) int8 or fp16
@@ -26,13 +29,17 @@ def prepare_kernel(
     M,
     K: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
+    BLOCK_R: tl.constexpr, X_ROW: tl.constexpr, GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token."""
     m = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = chunk * CHUNK
-    x = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
+    x = load_rotated(
+        x_ptr + m * X_ROW, norm_ptr, gate_ptr + m * GATE_ROW, perm_ptr, signs_ptr, start, K, True,
+        K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
+    )  # fmt: skip
     parts = tl.reshape(x, (CHUNK // GROUP, GROUP))
     top = tl.max(tl.abs(parts), axis=1)
     step = tl.where(top > 0, top, 1.0) * (1.0 / 32767)
@@ -73,6 +80,7 @@ def product_kernel(
     down_scale_ptr,  # (R,) fp16
     up_ptr,  # (N, R) int8 or fp16
     up_scale_ptr,  # (N / PART_ROWS, R) fp16
+    residual_ptr,  # (M, N)
     y_ptr,  # (SPLITS, M, N)
     M,
     N: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
@@ -80,7 +88,7 @@ def product_kernel(
     WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
-    NATIVE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N output features of one token, over one of SPLITS parts of the columns."""
     # A tile of weights starts at a 64-bit address; inside it 32 bits are enough.
@@ -157,4 +165,6 @@ def product_kernel(
             y += tl.sum(up * latent[None, :], axis=1)
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y += tl.load(residual_ptr + m * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + (split * M + m) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

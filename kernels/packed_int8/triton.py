@@ -26,7 +26,10 @@ def round_kernel(
     m = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = chunk * CHUNK
-    x = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, K, True, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
+    x = load_rotated(
+        x_ptr + m * K, x_ptr, x_ptr, perm_ptr, signs_ptr, start, K, True,
+        K, 0.0, CHUNK, LOG_BLOCK, "", False, HAS_PERM, HAS_SIGNS,
+    )  # fmt: skip
     PARTS: tl.constexpr = CHUNK // ACT_GROUP
     parts = tl.reshape(x, (PARTS, ACT_GROUP))
     top = tl.max(tl.abs(parts), axis=1)

@@ -21,6 +21,7 @@ _COLUMNS = 128
 def launch(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
     up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, tokens: int, splits: int,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Packed product with `tl.dot`.
 
@@ -30,6 +31,7 @@ def launch(
         latent: (parts, M, R), summed over its parts.
         tokens: tile shape to use: 16, 64, or 0 for any number; it decides speed, not the result.
         splits: parts of the columns, each with programs of its own, summed in fp32 in a fixed order.
+        residual: (M, N), contiguous, added to the result before it is rounded.
 
     Returns:
         (M, N) of x's dtype.
@@ -48,12 +50,13 @@ def launch(
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
         x, codes, scales, zeros, codes if bias is None else bias, codes if latent is None else latent,
-        codes if up is None else up, codes if up_scale is None else up_scale, y, m,
+        codes if up is None else up, codes if up_scale is None else up_scale,
+        codes if residual is None else residual, y, m,
         N=n, K=k, R=rank, PARTS=0 if latent is None else latent.shape[0], PART_ROWS=n // parts,
         WORDS=-(-k // WORD) * width, BITS=bits, WIDTH=width, GROUP=WHOLE_ROW if group_size == -1 else group_size,
         WEIGHT_GROUPS=weight_groups, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         BLOCK_R=max(16, triton.next_power_of_2(rank)), GROUP_M=8,
-        HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None,
+        HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, HAS_RESIDUAL=residual is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(x.dtype)

@@ -26,9 +26,12 @@ def packed_linear(
 
 def product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
-    up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int,
+    up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`packed_linear` by Triton, of x (M, K), contiguous, and latent (parts, M, R), which is summed over its parts."""
+    """`packed_linear` by Triton, of x (M, K), contiguous, and latent (parts, M, R), which is summed over its parts.
+
+    `residual` (M, N), contiguous, is added to the result.
+    """
     from lopro_fx.kernels.decode.device import choose_splits, decode_prepare, decode_product
     from lopro_fx.kernels.packed_linear.device import packed_linear_device, tile_for
     from lopro_fx.kernels.packing.device import dequantize_device
@@ -40,19 +43,20 @@ def product(
         parts = empty if latent is None else latent.to(torch.float32)
         splits = choose_splits(n, words.shape[-1], count)
         return decode_product(
-            words, steps, parts, codes, scales, zeros, bias, None, up, up_scale, bits, group_size, splits, x.dtype
-        )
+            words, steps, parts, codes, scales, zeros, bias, None, up, up_scale, bits, group_size, splits, x.dtype,
+            residual,
+        )  # fmt: skip
     if dispatch.at_most(m, dispatch.DENSE_TOKENS):
         tokens, splits = tile_for(m, n, k, count)
         return packed_linear_device(
-            x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, tokens, splits
+            x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, tokens, splits, residual
         )
     weight = dequantize_device(codes, scales, zeros, bits, group_size, k, x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
     if latent is not None and up is not None:
         latent = (latent.squeeze(0) if latent.shape[0] == 1 else latent.sum(0)).to(x.dtype)
         y = y + torch.nn.functional.linear(latent, dense_factor(up, up_scale, 1).to(x.dtype))
-    return y
+    return y if residual is None else y + residual
 
 
 registry.register(

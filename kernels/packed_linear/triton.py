@@ -23,13 +23,15 @@ def matmul_kernel(
     latent_ptr,  # (PARTS, M, R)
     up_ptr,  # (N, R) int8 or fp16
     up_scale_ptr,  # (N / PART_ROWS, R) fp16
+    residual_ptr,  # (M, N)
     y_ptr,  # (SPLITS, M, N)
     M,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr,
     WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens by BLOCK_N output features, over one of SPLITS parts of the columns."""
     # Neighbouring programs share weights: GROUP_M tiles of tokens for each tile of features, so that L2 serves them.
@@ -89,6 +91,9 @@ def matmul_kernel(
             acc = tl.dot(up.to(dtype), tl.trans(latent.to(dtype)), acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
+        if HAS_RESIDUAL:
+            at = residual_ptr + first_m.to(tl.int64) * N + rows[None, :] * N + n[:, None]
+            acc += tl.load(at, mask=n_inside[:, None] & m_inside[None, :], other=0.0).to(tl.float32)
     y_ptr += (split.to(tl.int64) * M + first_m) * N
     inside = n_inside[:, None] & m_inside[None, :]
     tl.store(y_ptr + rows[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)

@@ -15,32 +15,40 @@ _CHUNK = 256
 _PARTS, _RANKS = 16, 4
 
 
-def launch(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int) -> Tensor:
-    """Arguments and result as `lopro::rotate`, for x (M, K), contiguous."""
-    y = torch.empty_like(x)
-    _run(x, perm, signs, block, skip, None, None, y, None, max(block, _CHUNK))
+def launch(
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, norm: Tensor | None = None,
+    eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
+) -> Tensor:  # fmt: skip
+    """Arguments and result as `lopro::rotate`, for x (M, K) with contiguous columns, after a prologue.
+
+    norm, eps, gate and activation are as in `launch_project`.
+    """
+    y = x.new_empty(x.shape)
+    _run(x, perm, signs, block, skip, None, None, norm, eps, gate, activation, y, None, max(block, _CHUNK))
     return y
 
 
 def launch_project(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor, scale: Tensor | None,
-    chunk: int,
+    chunk: int, norm: Tensor | None = None, eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate an activation and project what comes out, before it is rounded to x's dtype.
 
     Args:
-        x: (M, K), contiguous.
+        x: (M, K), with contiguous columns.
         perm, signs, block, skip: as in `lopro::rotate`.
         down, scale: as in `lopro::project`.
         chunk: columns of one partial sum, a multiple of `block` and a power of two.
+        norm, eps, gate, activation: what is applied first, as in `prologue/reference.py`, one of norm and gate; gate
+            (M, K) with contiguous columns.
 
     Returns:
         x' (M, K) of x's dtype, and fp32 (parts, M, R), whose sum over the parts is the projection.
     """
     (m, k), rank = x.shape, down.shape[0]
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     latent = x.new_empty((_programs(k, skip, chunk), m, rank), dtype=torch.float32)
-    _run(x, perm, signs, block, skip, down, scale, y, latent, chunk)
+    _run(x, perm, signs, block, skip, down, scale, norm, eps, gate, activation, y, latent, chunk)
     return y, latent
 
 
@@ -50,15 +58,19 @@ def _programs(columns: int, skip: int, chunk: int) -> int:
 
 def _run(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
-    scale: Tensor | None, y: Tensor, latent: Tensor | None, chunk: int,
+    scale: Tensor | None, norm: Tensor | None, eps: float, gate: Tensor | None, activation: str, y: Tensor,
+    latent: Tensor | None, chunk: int,
 ) -> None:  # fmt: skip
     m, k = x.shape
-    absent = stand_in(signs, perm, down, x)
+    absent = stand_in(signs, perm, down, norm, x)
     wrap_triton(rotate_kernel)[(m, _programs(k, skip, chunk))](
-        x, absent if perm is None else perm, absent if signs is None else signs, absent if down is None else down,
-        absent if scale is None else scale, y, absent if latent is None else latent, m,
+        x, absent if norm is None else norm, absent if gate is None else gate, absent if perm is None else perm,
+        absent if signs is None else signs, absent if down is None else down, absent if scale is None else scale, y,
+        absent if latent is None else latent, m,
         K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1,
-        BLOCK_R=_RANKS, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
+        BLOCK_R=_RANKS, X_ROW=x.stride(0), GATE_ROW=0 if gate is None else gate.stride(0), EPS=eps,
+        ACTIVATION="" if gate is None else activation, HAS_NORM=norm is not None, HAS_PERM=perm is not None,
+        HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
     )  # fmt: skip
 
 

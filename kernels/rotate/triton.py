@@ -1,4 +1,4 @@
-"""`lopro::rotate` in one launch: gather, signs, block Hadamard, leading columns as they are; partial sums of A x'."""
+"""`lopro::rotate` in one launch, a prologue and the partial sums of A x' with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from lopro_fx.kernels.tiles import load_rotated
 
 @triton.jit
 def rotate_kernel(
-    x_ptr,  # (M, K)
+    x_ptr,  # (M, K), rows X_ROW apart
+    norm_ptr,  # (K,)
+    gate_ptr,  # (M, K), rows GATE_ROW apart
     perm_ptr,  # (K,) int16 or int32
     signs_ptr,  # (ceil(K / 8),) uint8
     down_ptr,  # (R, K) int8 or fp16
@@ -19,7 +21,8 @@ def rotate_kernel(
     latent_ptr,  # (PARTS, M, R) fp32
     M,
     K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr, X_ROW: tl.constexpr, GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, either of the SKIP leading ones or of those after them."""
     m = tl.program_id(0).to(tl.int64)
@@ -28,7 +31,10 @@ def rotate_kernel(
     rotated = chunk >= SKIPPED
     start = tl.where(rotated, SKIP + (chunk - SKIPPED) * CHUNK, chunk * CHUNK)
     limit = tl.where(rotated, K, SKIP)
-    y = load_rotated(x_ptr + m * K, perm_ptr, signs_ptr, start, limit, rotated, CHUNK, LOG_BLOCK, HAS_PERM, HAS_SIGNS)
+    y = load_rotated(
+        x_ptr + m * X_ROW, norm_ptr, gate_ptr + m * GATE_ROW, perm_ptr, signs_ptr, start, limit, rotated,
+        K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
+    )  # fmt: skip
     k = start + tl.arange(0, CHUNK)
     tl.store(y_ptr + m * K + k, y.to(y_ptr.dtype.element_ty), mask=k < limit)
     # A few rows of A at a time: whole, it would not fit the registers beside a wide chunk.

@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _prepared(program: ExportedProgram, device: torch.device, activations: str) -> ExportedProgram:
     if META not in program.graph_module.meta:
         return program
-    return optimize(program, target="cpu" if device.type == "cpu" else None, activations=activations)
+    return optimize(program, target=device.type, activations=activations)
 
 
 def _manifest(programs: GenerationPrograms, device: torch.device, activations: str, tokenizer: Any) -> dict[str, Any]:

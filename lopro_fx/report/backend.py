@@ -85,7 +85,8 @@ def backend_report(
     launch reads each of its operands and writes each of its results once, which is the least that it can move; ATen's
     small operators between two products count as one launch, as compilers make of them. FLOPs are those of the
     definition: two for each multiply-add of product and low-rank branch, one for each addition of the Hadamard
-    transform; unpacking and scaling codes isn't counted. A packed embedding moves a row a token and has no row here.
+    transform; unpacking and scaling codes isn't counted, nor are norm, activation and residual of a site. A packed
+    embedding moves a row a token and has no row here.
 
     Args:
         program: from `quantize`, `apply`, `load` or `optimize`.
@@ -151,11 +152,10 @@ def _row(
 
 def _arguments(node: Node, operator: torch._ops.OpOverload) -> dict[str, Any]:
     """Operands by name; a node stands for the tensor that it makes, without data."""
-    names = [argument.name for argument in operator._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    values = [given[name] for name in names]
-    return {name: value.meta["val"] if isinstance(value, Node) else value
-            for name, value in zip(names, values, strict=True)}  # fmt: skip
+    arguments = operator._schema.arguments
+    named = {argument.name: argument.default_value for argument in arguments}
+    named |= dict(zip(named, node.args, strict=False)) | node.kwargs
+    return {name: value.meta["val"] if isinstance(value, Node) else value for name, value in named.items()}
 
 
 def _shape(value: Any) -> Any:

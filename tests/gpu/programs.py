@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def _export(dtype: torch.dtype, shape: tuple[int, int], dynamic: bool) -> ExportedProgram:
-    return export(seeded(Decoder(bias=True)).to(dtype), ids(*shape), dynamic=dynamic)
+    return export(seeded(Decoder(bias=True, rms=True)).to(dtype), ids(*shape), dynamic=dynamic)
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def optimized(
     dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 9), dynamic: bool = False
 ) -> ExportedProgram:
     """The quantised decoder exported for `shape` on the CPU; `dynamic` frees both sizes."""
-    return lopro_fx.optimize(lopro_fx.apply(_export(dtype, shape, dynamic), state()))
+    return lopro_fx.optimize(lopro_fx.apply(_export(dtype, shape, dynamic), state()), target="cuda")
 
 
 def on_cuda(program: ExportedProgram) -> ExportedProgram:

@@ -39,18 +39,22 @@ def test_rotate_device() -> None:
     x, perm, signs, block = _problem(3).args("cuda")[:4]
     _check("rotate_device", x, perm, signs, block, 0)
     _check("rotate_device", x, None, None, block, 64)
+    _check("rotate_device", x, None, signs, block, 0, x[0], 1e-5, None, "")
 
 
 def test_rotate_project() -> None:
     x, perm, signs, block, _, down, scale = _problem(3).args("cuda")[:7]
     _check("rotate_project", x, perm, signs, block, 0, down, scale, 64)
     _check("rotate_project", x, None, None, block, 64, down, None, 256)
+    _check("rotate_project", x, perm, signs, block, 0, down, scale, 64, None, 0.0, x + 1, "silu")
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_decode_prepare(rank: int) -> None:
     x, perm, signs, block, _, down = _problem(1, rank).args("cuda")[:6]
     _check("decode_prepare", x, perm, signs, block, down, 3, 64)
+    _check("decode_prepare", x, perm, signs, block, down, 3, 64, x[0], 1e-5, None, "")
+    _check("decode_prepare", x, perm, signs, block, down, 3, 64, None, 0.0, x + 1, "gelu")
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -59,8 +63,9 @@ def test_decode_product(rank: int, splits: int) -> None:
     p = _problem(1, rank).args("cuda")
     x, perm, signs, block, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size = p
     prepared = torch.ops.lopro.decode_prepare(x, perm, signs, block, down, bits, group_size)
-    _check("decode_product", *prepared, codes, scales, zeros, bias, down_scale, up, up_scale, bits, group_size, splits,
-           torch.bfloat16)  # fmt: skip
+    rest = (codes, scales, zeros, bias, down_scale, up, up_scale, bits, group_size, splits, torch.bfloat16)
+    _check("decode_product", *prepared, *rest)
+    _check("decode_product", *prepared, *rest, torch.ones(1, 72, dtype=torch.bfloat16, device="cuda"))
 
 
 @pytest.mark.parametrize(("tokens", "shape", "splits"), [(3, 16, 2), (40, 64, 1), (130, 0, 1)])
@@ -69,6 +74,8 @@ def test_packed_linear_device(tokens: int, shape: int, splits: int) -> None:
     latent = project(x, down, down_scale).unsqueeze(0)
     _check("packed_linear_device", x, codes, scales, zeros, bias, latent, up, up_scale, 3, 64, shape, splits)
     _check("packed_linear_device", x, codes, scales, zeros, None, None, None, None, 3, 64, shape, splits)
+    residual = torch.ones(tokens, 72, dtype=torch.bfloat16, device="cuda")
+    _check("packed_linear_device", x, codes, scales, zeros, None, None, None, None, 3, 64, shape, splits, residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,9 @@
-"""What Inductor makes of a packed site on an H100 that isn't there: `-m tests.kernels.inductor_cuda TOKENS BITS`.
+"""What Inductor makes of packed sites on an H100 that isn't there.
 
-Inductor generates code from shapes alone, so a device of which only the properties are known is enough to see which
-kernels it writes and to compile each of them. Prints JSON: the kernels in the order in which the program launches them.
-A process of its own, because Inductor remembers what it was told of the device.
+`-m tests.kernels.inductor_cuda PROGRAM TOKENS BITS`, where PROGRAM is "site" or "feed_forward", prints JSON: kernels in
+the order in which the program launches them. Inductor generates code from shapes alone, so a device of which only
+the properties are known is enough to see which kernels it writes and to compile each of them. A process of its own,
+because Inductor remembers what it was told of the device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,23 +85,49 @@ def pretend() -> None:
     triton.runtime.driver.set_active(_Driver())
 
 
-def site(tokens: int, bits: int) -> tuple[Any, ...]:
-    """Operands of `lopro::packed_site` without data."""
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
 
-    groups = K // GROUP
+def _site(k: int, n: int, bits: int) -> tuple[Any, ...]:
+    """Operands of `lopro::packed_site` after the activation, without data."""
+    groups = k // GROUP
     return (
-        empty(tokens, K, dtype=torch.bfloat16), None, empty(K // 8, dtype=torch.uint8), BLOCK, 0,
-        empty(RANK, K, dtype=torch.int8), empty(RANK, dtype=torch.float16), empty(N, K * bits // 32, dtype=torch.int32),
-        empty(N, groups, dtype=torch.float16), empty(N * groups * bits // 32, dtype=torch.int32), None,
-        empty(N, RANK, dtype=torch.int8), empty(RANK, dtype=torch.float16), bits, GROUP,
+        None, _empty(k // 8, dtype=torch.uint8), BLOCK, 0, _empty(RANK, k, dtype=torch.int8),
+        _empty(RANK, dtype=torch.float16), _empty(n, k * bits // 32, dtype=torch.int32),
+        _empty(n, groups, dtype=torch.float16), _empty(n * groups * bits // 32, dtype=torch.int32), None,
+        _empty(n, RANK, dtype=torch.int8), _empty(RANK, dtype=torch.float16), bits, GROUP,
     )  # fmt: skip
 
 
-def generate(tokens: int, bits: int) -> str:
-    """Inductor's program for relu(site(2 x) + residual)."""
+def site(tokens: int, bits: int) -> tuple[Callable[..., Tensor], list[Any]]:
+    """relu(site(2 x) + residual), and its arguments."""
+
+    def program(x: Tensor, residual: Tensor, *operands: Any) -> Tensor:
+        return torch.relu(torch.ops.lopro.packed_site(2 * x, *operands) + residual)
+
+    return program, [_empty(tokens, K), _empty(tokens, N), *_site(K, N, bits)]
+
+
+def feed_forward(tokens: int, bits: int) -> tuple[Callable[..., Tensor], list[Any]]:
+    """relu(x + down(silu(gate(y)) * up(y))) of x = 2 h and its RMS norm y, gate and up merged, and its arguments."""
+    first, second = _site(K, 2 * N, bits), _site(N, K, bits)
+
+    def program(h: Tensor, norm: Tensor, *operands: Any) -> Tensor:
+        x = 2 * h
+        y = torch.ops.lopro.packed_site(x, *operands[: len(first)], norm, 1e-5)
+        gate, up = y.split(N, -1)
+        y = torch.ops.lopro.packed_site(up, *operands[len(first) :], gate=gate, activation="silu", residual=x)
+        return torch.relu(y)
+
+    return program, [_empty(tokens, K), _empty(K), *first, *second]
+
+
+PROGRAMS = {"site": site, "feed_forward": feed_forward}
+
+
+def generate(name: str, tokens: int, bits: int) -> str:
+    """Inductor's code for a program."""
     generated: list[str] = []
 
     def stop(lowering: graph.GraphLowering) -> None:
@@ -112,17 +140,14 @@ def generate(tokens: int, bits: int) -> str:
         stack.enter_context(torch.no_grad())
         stack.enter_context(inductor_config.patch(fx_graph_cache=False, compile_threads=1))
         stack.enter_context(mock.patch.object(graph.GraphLowering, "_compile_to_module", stop))
-        operands = site(tokens, bits)
-        residual = torch.empty(tokens, N, dtype=torch.bfloat16, device="cuda")
-        inputs = [*(value for value in operands if isinstance(value, Tensor)), residual]
+        program, arguments = PROGRAMS[name](tokens, bits)
+        inputs = [value for value in arguments if isinstance(value, Tensor)]
 
-        def program(*tensors: Tensor) -> tuple[Tensor]:
-            *rest, residual = tensors
-            values = iter([rest[0] * 2, *rest[1:]])
-            y = torch.ops.lopro.packed_site(*(next(values) if isinstance(v, Tensor) else v for v in operands))
-            return (torch.relu(y + residual),)
+        def of_tensors(*tensors: Tensor) -> tuple[Tensor]:
+            values = iter(tensors)
+            return (program(*(next(values) if isinstance(value, Tensor) else value for value in arguments)),)
 
-        traced = make_fx(dispatch_functionalize(program), decomposition_table=select_decomp_table())(*inputs)
+        traced = make_fx(dispatch_functionalize(of_tensors), decomposition_table=select_decomp_table())(*inputs)
         try:
             compile_fx.compile_fx_inner(traced, inputs)
         except Exception:
@@ -159,7 +184,7 @@ def compile_kernel(name: str, source: str) -> dict[str, Any]:
 
 def main() -> None:
     pretend()
-    code = generate(int(sys.argv[1]), int(sys.argv[2]))
+    code = generate(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     sources = dict(re.findall(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL | re.MULTILINE))
     names = dict(re.findall(r"^(\w+) = async_compile\.triton\('(\w+)'", code, re.MULTILINE))
     launched = re.findall(r"^\s+(\w+)\.run\(|extern_kernels\.(\w+)\(", code, re.MULTILINE)

@@ -6,10 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
+
+
+def _kernels(program: str, tokens: int, bits: int) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.kernels.inductor_cuda", program, str(tokens), str(bits)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert not any(kernel.get("spill_bytes") for kernel in kernels)
+    return kernels
 
 
 @pytest.mark.parametrize(
@@ -21,11 +31,7 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton")
     ],
 )
 def test_a_site_becomes_few_launches(tokens: int, bits: int, expected: dict[str, int]) -> None:
-    command = [sys.executable, "-m", "tests.kernels.inductor_cuda", str(tokens), str(bits)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = json.loads(done.stdout.splitlines()[-1])
-    assert not any(kernel.get("spill_bytes") for kernel in kernels)
+    kernels = _kernels("site", tokens, bits)
     warps = {kernel["name"]: kernel.get("warps") for kernel in kernels}
     assert warps.items() >= expected.items()
     # What comes before writes the site's input once, although kernels have arguments that they don't read.
@@ -37,3 +43,15 @@ def test_a_site_becomes_few_launches(tokens: int, bits: int, expected: dict[str,
         assert kernels[-1]["name"].startswith("triton_poi")
     else:
         assert {"mm", "addmm"} & set(warps)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pair"), [(1, ["prepare_kernel", "product_kernel"]), (16, ["rotate_kernel", "matmul_kernel"])]
+)
+def test_norm_gate_and_residual_take_no_launch(tokens: int, pair: list[str]) -> None:
+    names = [kernel["name"] for kernel in _kernels("feed_forward", tokens, 4)]
+    first, *ours, last = names
+    # The sum of the parts of 28672 columns goes along with the activation behind it.
+    assert ours == 2 * pair
+    assert first.startswith("triton_poi")
+    assert last.startswith("triton_poi")

@@ -47,9 +47,10 @@ def notes(program: ExportedProgram) -> list[dict[str, Any]]:
     return program.graph_module.meta[META]["optimized"]
 
 
-def reasons(program: ExportedProgram) -> dict[str, str]:
-    """First layer of each note that has a reason, and that reason."""
-    return {note["what"][0]: note["reason"] for note in notes(program) if "reason" in note}
+def reasons(program: ExportedProgram, name: str | None = None) -> dict[str, str]:
+    """First layer of each note that has a reason, and that reason; of one pass alone, or of all."""
+    return {note["what"][0]: note["reason"] for note in notes(program)
+            if "reason" in note and name in (None, note["pass"])}  # fmt: skip
 
 
 def run(program: ExportedProgram, *args: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,175 @@
+"""RMS norms and gated activations become part of the site that alone reads them: a kernel applies them as it loads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.passes.base import counters
+from lopro_fx.passes.calls import (
+    PACKED_LINEAR,
+    PACKED_SITE,
+    ROTATE,
+    Note,
+    PackedLinear,
+    PackedPass,
+    PackedSite,
+    operands,
+    sites_of,
+)
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.fuse_site import fused_operands
+from lopro_fx.passes.mutation import written_between
+from lopro_fx.passes.norms import Norm, match_norm
+from lopro_fx.passes.rewrite import META
+
+aten = torch.ops.aten
+_ASSERTION = aten._assert_tensor_metadata.default
+
+
+class Gate(NamedTuple):
+    """activation(gate) * x; `inside` holds the nodes that compute it."""
+
+    x: Node
+    gate: Node
+    activation: str
+    inside: set[Node]
+
+
+class FuseProloguePass(PackedPass):
+    """Makes the RMS norm or the gated activation that a site alone reads part of it.
+
+    That saves a launch and the memory traffic of what it writes. A norm is then computed by every program that rotates
+    a part of a token, so for more than `dispatch.NORM_TOKENS` tokens kernels keep it apart, as they do for a free
+    number. Left alone, with the reason in the record: sites of another input, and one that other nodes read too, which
+    would compute it again.
+    """
+
+    name = "fuse_prologue"
+
+    def edit(self, editor: ProgramEditor) -> list[Note]:
+        notes: list[Note] = []
+        for node in list(editor.graph.nodes):
+            if node.target not in (PACKED_SITE, PACKED_LINEAR) or has_prologue(node):
+                continue
+            x = operands(PackedSite if node.target is PACKED_SITE else PackedLinear, node).x
+            found = match_norm(x) or match_gate(x)
+            reason = _reason_to_leave(editor, node, x, found)
+            if reason or found is None:
+                notes.append({"what": sites_of(node), "reason": reason})
+                continue
+            kind = "norm" if isinstance(found, Norm) else "gate"
+            notes.append({"what": sites_of(node), "prologue": kind})
+            _fuse(editor, as_site(editor, node), found)
+            counters[f"fuse_prologue.{kind}"] += 1
+        return notes
+
+    def ensures(self, program: ExportedProgram) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+            site = operands(PackedSite, node)
+            assert site.norm is None or site.norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
+            assert (site.gate is None) == (site.activation == "")
+
+
+def has_prologue(node: Node) -> bool:
+    """Whether a node is a site that has a norm or a gate already."""
+    return node.target is PACKED_SITE and bool({"norm", "gate"} & node.kwargs.keys())
+
+
+def as_site(editor: ProgramEditor, node: Node) -> Node:
+    """The node, or the `lopro::packed_site` that takes the place of a `lopro::packed_linear`."""
+    if node.target is PACKED_SITE:
+        return node
+    site = editor.add_call(node, f"site_{node.name}", PACKED_SITE, fused_operands(operands(PackedLinear, node)), node)
+    site.meta[META] = node.meta[META]
+    editor.replace(node, site)
+    return site
+
+
+def reads_its_own_input(node: Node) -> bool:
+    """Whether nothing of what a packed node computes first is shared with others."""
+    if node.target is PACKED_SITE:
+        return True
+    call = operands(PackedLinear, node)
+    return call.latent is None and call.x.target is not ROTATE
+
+
+def match_gate(node: Node) -> Gate | None:
+    """The gated activation whose result `node` is."""
+    if node.target is not aten.mul.Tensor or not all(isinstance(factor, Node) for factor in node.args):
+        return None
+    left, right = node.args
+    for gate, x in ((left, right), (right, left)):
+        assert isinstance(gate, Node)
+        assert isinstance(x, Node)
+        activation = _activation(gate)
+        if activation is not None and gate.meta["val"].shape == x.meta["val"].shape:
+            source = gate.args[0]
+            assert isinstance(source, Node)
+            return Gate(x, source, activation, {node, gate})
+    return None
+
+
+def _activation(node: Node) -> str | None:
+    if node.target is aten.silu.default:
+        return "silu"
+    if node.target is aten.gelu.default:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(node.kwargs.get("approximate", "none")))
+    return None
+
+
+def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | Gate | None) -> str | None:
+    if not reads_its_own_input(node):
+        return "its rotation or low-rank branch is shared by several readers"
+    if found is None:
+        return "its input is neither an RMS norm nor a gated activation"
+    if isinstance(found, Norm) and editor.tensor(found.weight) is None:
+        return "the weight of its norm is computed by the program"
+    sources = [found.x, *([found.gate] if isinstance(found, Gate) else [])]
+    if any(source.meta["val"].dtype != x.meta["val"].dtype for source in sources):
+        return f"its prologue turns {found.x.meta['val'].dtype} into {x.meta['val'].dtype}"
+    for inner in found.inside:
+        for user in inner.users:
+            if user is not node and user not in found.inside and user.target is not _ASSERTION:
+                return f"'{inner.name}' is also read by '{user.name}'"
+    # The inner nodes are read at the site from now on.
+    first = next(member for member in editor.graph.nodes if member in found.inside)
+    if any(written_between(source, first, node) for source in sources):
+        return "the program writes into what its prologue reads"
+    return None
+
+
+def _fuse(editor: ProgramEditor, site: Node, found: Norm | Gate) -> None:
+    site.update_arg(0, found.x)
+    if isinstance(found, Norm):
+        site.kwargs = {**site.kwargs, "norm": _weight(editor, found), "eps": found.eps}
+    else:
+        site.kwargs = {**site.kwargs, "gate": found.gate, "activation": found.activation}
+    _erase(editor, found.inside)
+    if isinstance(found, Norm) and all(user.target is _ASSERTION for user in found.weight.users):
+        for user in list(found.weight.users):
+            editor.graph.erase_node(user)
+        editor.drop_unused_weight(found.weight)
+
+
+def _weight(editor: ProgramEditor, norm: Norm) -> Node:
+    """The norm's weight, with its shift added ahead of time."""
+    if not norm.shift:
+        return norm.weight
+    weight = editor.tensor(norm.weight)
+    assert weight is not None
+    fqn = f"{editor.fqn(norm.weight)}_shifted"
+    known = next((node for node in editor.graph.find_nodes(op="placeholder") if editor.owns(node, fqn)), None)
+    return known or editor.add_buffer(fqn, weight.detach().to(torch.float32) + norm.shift)
+
+
+def _erase(editor: ProgramEditor, nodes: set[Node]) -> None:
+    """Erase nodes that are read by each other and by assertions alone, with these assertions."""
+    for node in reversed(editor.graph.nodes):
+        if node in nodes:
+            for user in list(node.users):
+                editor.graph.erase_node(user)
+            editor.graph.erase_node(node)

@@ -1,0 +1,79 @@
+"""A residual that is added to a site's result alone becomes part of the site: its kernel adds it before it rounds."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+from lopro_fx.passes.base import counters
+from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, Note, PackedPass, PackedSite, operands, sites_of
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.fuse_prologue import as_site, reads_its_own_input
+from lopro_fx.passes.mutation import written_between
+
+aten = torch.ops.aten
+
+
+class FuseResidualPass(PackedPass):
+    """Makes `x + site(y)` one site where the sum alone reads the site's result.
+
+    The sum costs the product's kernel a read, and a launch of its own goes. Left alone, with the reason in the record:
+    sites whose result is read otherwise, broadcasts, and sums in another type.
+    """
+
+    name = "fuse_residual"
+
+    def edit(self, editor: ProgramEditor) -> list[Note]:
+        notes: list[Note] = []
+        for node in list(editor.graph.nodes):
+            if node.target not in (PACKED_SITE, PACKED_LINEAR) or "residual" in node.kwargs:
+                continue
+            reason = _reason_to_leave(node)
+            notes.append({"what": sites_of(node), **({"reason": reason} if reason else {})})
+            if reason is None:
+                _fuse(editor, node)
+                counters["fuse_residual.site"] += 1
+        return notes
+
+    def ensures(self, program: ExportedProgram) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+            residual = operands(PackedSite, node).residual
+            assert residual is None or residual.meta["val"].dtype == node.meta["val"].dtype
+
+
+def _reason_to_leave(node: Node) -> str | None:
+    if not reads_its_own_input(node):
+        return "its rotation or low-rank branch is shared by several readers"
+    if len(node.users) != 1:
+        return f"its result has {len(node.users)} readers"
+    total = next(iter(node.users))
+    if total.target is not aten.add.Tensor or total.kwargs.get("alpha", 1) != 1:
+        return f"'{total.name}' reads its result, which is no sum"
+    other = _other(total, node)
+    if other is None or other is node or not isinstance(other.meta["val"], torch.Tensor):
+        return f"'{total.name}' adds no other tensor"
+    value, residual = node.meta["val"], other.meta["val"]
+    if residual.dtype != value.dtype:
+        return f"'{total.name}' adds {residual.dtype} to {value.dtype}"
+    if residual.dim() != value.dim() or not statically_known_true(sym_eq(residual.shape, value.shape)):
+        return f"'{total.name}' broadcasts"
+    if any(written_between(operand, node, total) for operand in node.all_input_nodes):
+        return "the program writes into its input before the sum"
+    return None
+
+
+def _other(total: Node, node: Node) -> Node | None:
+    """The summand that isn't `node`."""
+    found = [operand for operand in total.args[:2] if operand is not node]
+    return found[0] if found and isinstance(found[0], Node) else None
+
+
+def _fuse(editor: ProgramEditor, node: Node) -> None:
+    site = as_site(editor, node)
+    total = next(iter(site.users))
+    site.kwargs = {**site.kwargs, "residual": _other(total, site)}
+    # The residual may be computed after what the site reads.
+    total.prepend(site)
+    editor.replace(total, site)

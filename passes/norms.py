@@ -1,0 +1,104 @@
+"""Find RMS norms in a graph, as one operator or spelled out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default})
+
+
+class Norm(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) * (weight + shift) over the last dimension, computed by the nodes in `inside`."""
+
+    x: Node
+    weight: Node
+    shift: float
+    eps: float
+    inside: set[Node]
+
+
+def match_norm(node: Node) -> Norm | None:
+    """The RMS norm whose result `node` is; `weight` is a placeholder, and casts on the way are left out."""
+    inside: set[Node] = set()
+    top = _uncast(node, inside)
+    if top.target is aten.rms_norm.default:
+        x, shape, weight, eps = (*top.args, None, None)[:4]
+        inside.add(top)
+        if not isinstance(weight, Node) or not isinstance(eps, float) or shape != [_node(x).meta["val"].shape[-1]]:
+            return None
+        return _checked(Norm(_node(x), weight, 0.0, eps, inside))
+    for scaled, weight in _factors(top, inside):
+        norm = _normalised(scaled, weight, {*inside, top})
+        if norm is not None:
+            return _checked(norm)
+    return None
+
+
+def _normalised(scaled: Node, weight: Node, inside: set[Node]) -> Norm | None:
+    """The norm whose last step multiplies `scaled` with a weight, if x * rsqrt(mean(x * x) + eps) is what that is."""
+    shift = 0.0
+    inside.add(scaled)
+    if weight.target is aten.add.Tensor and isinstance(weight.args[1], (int, float)):
+        inside.add(weight)
+        shift, weight = float(weight.args[1]), _uncast(_node(weight.args[0]), inside)
+    for x, root in _factors(scaled, inside):
+        if root.target is not aten.rsqrt.default:
+            continue
+        shifted = _node(root.args[0])
+        mean = _node(shifted.args[0]) if shifted.target is aten.add.Tensor else shifted
+        eps = shifted.args[1] if shifted.target is aten.add.Tensor else None
+        if mean.target is not aten.mean.dim or not isinstance(eps, float) or not _keeps_last(mean):
+            continue
+        square = _node(mean.args[0])
+        inside |= {root, shifted, mean, square}
+        if _squared(square, inside) is x:
+            return Norm(x, weight, shift, eps, inside)
+    return None
+
+
+def _checked(norm: Norm) -> Norm | None:
+    """The norm, if its weight is one number a column that the program holds."""
+    weight = norm.weight.meta["val"]
+    held = norm.weight.op == "placeholder" and tuple(weight.shape) == (norm.x.meta["val"].shape[-1],)
+    return norm if held else None
+
+
+def _uncast(node: Node, inside: set[Node]) -> Node:
+    """What a chain of casts casts; the casts are added to `inside`."""
+    while node.target in _CASTS:
+        inside.add(node)
+        node = _node(node.args[0])
+    return node
+
+
+def _factors(node: Node, inside: set[Node]) -> list[tuple[Node, Node]]:
+    """Both orders of a product's factors, without casts."""
+    if node.target is not aten.mul.Tensor or not all(isinstance(factor, Node) for factor in node.args):
+        return []
+    left, right = (_uncast(_node(factor), inside) for factor in node.args)
+    return [(left, right), (right, left)]
+
+
+def _squared(node: Node, inside: set[Node]) -> Node | None:
+    """x, if `node` is its square."""
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+        return _uncast(_node(node.args[0]), inside)
+    factors = _factors(node, inside)
+    return factors[0][0] if factors and factors[0][0] is factors[0][1] else None
+
+
+def _keeps_last(mean: Node) -> bool:
+    """Whether a mean is one over the last dimension, which stays with size 1."""
+    dims, keeps, *_ = (*mean.args[1:], False)
+    last = _node(mean.args[0]).meta["val"].dim() - 1
+    return dims in ([-1], [last]) and bool(keeps)
+
+
+def _node(value: Any) -> Node:
+    assert isinstance(value, Node)
+    return value
