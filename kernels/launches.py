@@ -94,4 +94,5 @@ def launches(
             f"int8, matmul, {tokens or 'many'} tokens",
             record(packed_int8.matmul, packed_int8, *rows, *weight, *branch)[0],
         )
-    yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype)[0]
+    factors = (up, scale, down, scale)
+    yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype, *factors)[0]

@@ -46,13 +46,14 @@ class FuseResidualPass(PackedPass):
 def _reason_to_leave(node: Node) -> str | None:
     if not reads_its_own_input(node):
         return "its rotation or low-rank branch is shared by several readers"
-    if len(node.users) != 1:
-        return f"its result has {len(node.users)} readers"
-    total = next(iter(node.users))
+    result = _result(node)
+    if len(result.users) != 1:
+        return f"its result has {len(result.users)} readers"
+    total = next(iter(result.users))
     if total.target is not aten.add.Tensor or total.kwargs.get("alpha", 1) != 1:
         return f"'{total.name}' reads its result, which is no sum"
-    other = _other(total, node)
-    if other is None or other is node or not isinstance(other.meta["val"], torch.Tensor):
+    other = _other(total, result)
+    if other is None or not isinstance(other.meta["val"], torch.Tensor):
         return f"'{total.name}' adds no other tensor"
     value, residual = node.meta["val"], other.meta["val"]
     if residual.dtype != value.dtype:
@@ -64,16 +65,32 @@ def _reason_to_leave(node: Node) -> str | None:
     return None
 
 
-def _other(total: Node, node: Node) -> Node | None:
-    """The summand that isn't `node`."""
-    found = [operand for operand in total.args[:2] if operand is not node]
+def _result(node: Node) -> Node:
+    """The node's result behind dropouts that are off, which models leave in their graphs."""
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        if reader.target is not aten.dropout.default or (reader.args[2] and reader.args[1]):
+            break
+        node = reader
+    return node
+
+
+def _other(total: Node, result: Node) -> Node | None:
+    """The summand that isn't `result`."""
+    found = [operand for operand in total.args[:2] if operand is not result]
     return found[0] if found and isinstance(found[0], Node) else None
 
 
 def _fuse(editor: ProgramEditor, node: Node) -> None:
     site = as_site(editor, node)
-    total = next(iter(site.users))
-    site.kwargs = {**site.kwargs, "residual": _other(total, site)}
+    result = _result(site)
+    total = next(iter(result.users))
+    site.kwargs = {**site.kwargs, "residual": _other(total, result)}
     # The residual may be computed after what the site reads.
     total.prepend(site)
     editor.replace(total, site)
+    while result is not site:
+        before = result.args[0]
+        assert isinstance(before, Node)
+        editor.graph.erase_node(result)
+        result = before

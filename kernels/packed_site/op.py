@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.packed_linear.op import product
@@ -17,7 +18,7 @@ def packed_site(
     up_scale: Tensor | None, bits: int, group_size: int, norm: Tensor | None = None, eps: float = 0.0,
     gate: Tensor | None = None, activation: str = "", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference.packed_site`: two launches, more where partial sums or full weights are written."""
+    """`reference.packed_site`: two launches, three where partial sums or full weights are written."""
     if not dispatch.runs_triton(x):
         return reference.packed_site(
             x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size,
@@ -45,6 +46,17 @@ def packed_site(
             x.dtype, residual,
         )  # fmt: skip
         return y.view(shape)
+    if not dispatch.at_most(rows.shape[0], dispatch.DENSE_TOKENS):
+        from lopro_fx.kernels.packing.device import dequantize_device
+
+        if rotates:
+            from lopro_fx.kernels.rotate.device import rotate_device
+
+            rows = rotate_device(rows, perm, signs, block, skip, *before)
+        branch = (up, up_scale, down, down_scale)
+        weight = dequantize_device(codes, scales, zeros, bits, group_size, rows.shape[1], rows.dtype, *branch)
+        y = functional.linear(rows, weight, bias)
+        return (y if residual is None else y + residual).view(shape)
     latent = None
     if rotates and down is not None:
         from lopro_fx.kernels.rotate.device import chunk_for, rotate_project

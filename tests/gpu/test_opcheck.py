@@ -82,3 +82,5 @@ def test_packed_linear_device(tokens: int, shape: int, splits: int) -> None:
 def test_dequantize_device(dtype: torch.dtype) -> None:
     codes, scales, zeros = _problem(1).args("cuda")[7:10]
     _check("dequantize_device", codes, scales, zeros, 3, 64, 192, dtype)
+    down, down_scale, *_, up, up_scale = _problem(1).args("cuda")[5:13]
+    _check("dequantize_device", codes, scales, zeros, 3, 64, 192, dtype, up, up_scale, down, down_scale)

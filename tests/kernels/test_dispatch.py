@@ -48,7 +48,7 @@ def _calls(p: Problem, mode: FakeTensorMode, x: torch.Tensor | None = None) -> t
         (1, ["decode_prepare", "decode_product"]),
         (2, ["rotate_project", "packed_linear_device"]),
         (dispatch.DENSE_TOKENS, ["rotate_project", "packed_linear_device"]),
-        (dispatch.DENSE_TOKENS + 1, ["rotate_project", "dequantize_device"]),
+        (dispatch.DENSE_TOKENS + 1, ["rotate_device", "dequantize_device"]),
     ],
 )
 def test_the_number_of_tokens_decides(tokens: int, expected: list[str]) -> None:
@@ -77,7 +77,7 @@ def test_a_free_number_of_tokens_is_not_guarded() -> None:
         x = _on_cuda(mode.from_tensor(p.x, symbolic_context=dynamic))
     guards = len(shapes.guards)
     names, y = _calls(p, mode, x)
-    assert names == ["rotate_project", "dequantize_device"]
+    assert names == ["rotate_device", "dequantize_device"]
     assert isinstance(y.shape[0], torch.SymInt)
     assert len(shapes.guards) == guards
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn import functional
 
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.fuse_residual import FuseResidualPass
@@ -85,6 +86,7 @@ def test_residuals_of_a_block() -> None:
 @pytest.mark.parametrize(("combine", "reason"), [
     (lambda x, y: x + y, None),
     (lambda x, y: y + x, None),
+    (lambda x, y: x + functional.dropout(functional.dropout(y, 0.1, False), 0.0, True), None),
     (lambda x, y: torch.add(x, y, alpha=2), "'add' reads its result, which is no sum"),
     (lambda x, y: y + 1.0, "'add' adds no other tensor"),
     (lambda x, y: y + y, "'add' adds no other tensor"),

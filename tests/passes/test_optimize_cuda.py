@@ -125,4 +125,4 @@ def test_launches_of_a_step(optimized: ExportedProgram) -> None:
     down = lopro_fx.backend_report(optimized, tokens=16).rows[3]
     assert (down["read"]["x"], down["read"]["gate"], down["read"]["residual"]) == (16 * 48 * 4, 16 * 48 * 4, 16 * 128)
     many = lopro_fx.backend_report(optimized, tokens=2048).rows
-    assert [row["kernels"][0] for row in many[:4]] == ["aten", "rotate_project", "aten", "rotate_project"]
+    assert [row["kernels"][0] for row in many[:4]] == ["aten", "rotate_device", "aten", "rotate_device"]

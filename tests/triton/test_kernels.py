@@ -17,7 +17,7 @@ from lopro_fx.kernels.packed_linear.reference import packed_linear
 from lopro_fx.kernels.packed_site.reference import packed_site
 from lopro_fx.kernels.packing.device import dequantize_device
 from lopro_fx.kernels.packing.format import dequantize, pack
-from lopro_fx.kernels.project.reference import project
+from lopro_fx.kernels.project.reference import dense_factor, project
 from lopro_fx.kernels.rotate.device import chunk_for, rotate_device, rotate_project
 from lopro_fx.kernels.rotate.reference import rotate
 from lopro_fx.kernels.tiles import dot4, main_width
@@ -142,6 +142,23 @@ def test_dequantize(device: torch.device, dtype: torch.dtype, bits: int, group_s
     p = problem(1, k, n, bits, group_size)
     arguments = (p.codes.to(device), p.scales.to(device), p.zeros.to(device), bits, group_size, k, dtype)
     assert torch.equal(dequantize(*arguments), dequantize_device(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "n", "rank", "factor_bits", "parts"),
+    [(2, 64, 192, 40, 3, 8, 1), (3, 32, 99, 33, 16, 16, 1), (4, 128, 256, 66, 19, 8, 3), (8, -1, 130, 17, 1, 8, 1)],
+)
+def test_dequantize_with_the_branch(
+    device: torch.device, dtype: torch.dtype, bits: int, group_size: int, k: int, n: int, rank: int,
+    factor_bits: int, parts: int,
+) -> None:  # fmt: skip
+    p = problem(1, k, n, bits, group_size, rank=rank, factor_bits=factor_bits, parts=parts)
+    down, down_scale, codes, scales, zeros, _, up, up_scale = p.args(device)[5:13]
+    branch = dense_factor(up, up_scale, 1) @ dense_factor(down, down_scale, 0)
+    expected = dequantize(codes, scales, zeros, bits, group_size, k, torch.float32) + branch
+    arguments = (codes, scales, zeros, bits, group_size, k, dtype, up, up_scale, down, down_scale)
+    assert_close("weight", expected, dequantize_device(*arguments), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
