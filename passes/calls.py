@@ -87,6 +87,15 @@ def operands(kind: Callable[..., _Operands], node: Node) -> _Operands:
     return kind(*node.args, **node.kwargs)
 
 
+def same_shape(left: Node, right: Node) -> bool:
+    """Whether two nodes are tensors of one shape, without a guard on sizes that are free."""
+    # Brings sympy, which a process that only runs programs has no need of.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+    shapes = [node.meta["val"].shape for node in (left, right) if isinstance(node.meta["val"], torch.Tensor)]
+    return len({len(shape) for shape in shapes}) == 1 < len(shapes) and statically_known_true(sym_eq(*shapes))
+
+
 def sites_of(node: Node) -> list[str]:
     """Names of the Linears that a packed node computes."""
     mark = node.meta.get(META, {})

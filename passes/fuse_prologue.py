@@ -18,6 +18,7 @@ from lopro_fx.passes.calls import (
     PackedPass,
     PackedSite,
     operands,
+    same_shape,
     sites_of,
 )
 from lopro_fx.passes.editor import ProgramEditor
@@ -106,7 +107,7 @@ def match_gate(node: Node) -> Gate | None:
         assert isinstance(gate, Node)
         assert isinstance(x, Node)
         activation = _activation(gate)
-        if activation is not None and gate.meta["val"].shape == x.meta["val"].shape:
+        if activation is not None and same_shape(gate, x):
             source = gate.args[0]
             assert isinstance(source, Node)
             return Gate(x, source, activation, {node, gate})

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, Note, PackedPass, PackedSite, operands, sites_of
+from lopro_fx.passes.calls import (
+    PACKED_LINEAR,
+    PACKED_SITE,
+    Note,
+    PackedPass,
+    PackedSite,
+    operands,
+    same_shape,
+    sites_of,
+)
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_prologue import as_site, reads_its_own_input
 from lopro_fx.passes.mutation import written_between
@@ -58,7 +66,7 @@ def _reason_to_leave(node: Node) -> str | None:
     value, residual = node.meta["val"], other.meta["val"]
     if residual.dtype != value.dtype:
         return f"'{total.name}' adds {residual.dtype} to {value.dtype}"
-    if residual.dim() != value.dim() or not statically_known_true(sym_eq(residual.shape, value.shape)):
+    if not same_shape(other, node):
         return f"'{total.name}' broadcasts"
     if any(written_between(operand, node, total) for operand in node.all_input_nodes):
         return "the program writes into its input before the sum"

@@ -64,8 +64,8 @@ def _normalised(scaled: Node, weight: Node, inside: set[Node]) -> Norm | None:
 def _checked(norm: Norm) -> Norm | None:
     """The norm, if its weight is one number a column that the program holds."""
     weight = norm.weight.meta["val"]
-    held = norm.weight.op == "placeholder" and tuple(weight.shape) == (norm.x.meta["val"].shape[-1],)
-    return norm if held else None
+    held = norm.weight.op == "placeholder" and isinstance(weight, torch.Tensor)
+    return norm if held and tuple(weight.shape) == (norm.x.meta["val"].shape[-1],) else None
 
 
 def _uncast(node: Node, inside: set[Node]) -> Node:
