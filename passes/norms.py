@@ -32,21 +32,23 @@ def match_norm(node: Node) -> Norm | None:
         if not isinstance(weight, Node) or not isinstance(eps, float) or shape != [_node(x).meta["val"].shape[-1]]:
             return None
         return _checked(Norm(_node(x), weight, 0.0, eps, inside))
-    for scaled, weight in _factors(top, inside):
-        norm = _normalised(scaled, weight, {*inside, top})
+    for scaled, weight in _factors(top):
+        around = {*inside, top}
+        scaled, weight = _uncast(scaled, around), _uncast(weight, around)
+        norm = _normalised(scaled, weight, {*around, scaled}, node.meta["val"].dtype)
         if norm is not None:
             return _checked(norm)
     return None
 
 
-def _normalised(scaled: Node, weight: Node, inside: set[Node]) -> Norm | None:
+def _normalised(scaled: Node, weight: Node, inside: set[Node], dtype: torch.dtype) -> Norm | None:
     """The norm whose last step multiplies `scaled` with a weight, if x * rsqrt(mean(x * x) + eps) is what that is."""
     shift = 0.0
-    inside.add(scaled)
     if weight.target is aten.add.Tensor and isinstance(weight.args[1], (int, float)):
         inside.add(weight)
         shift, weight = float(weight.args[1]), _uncast(_node(weight.args[0]), inside)
-    for x, root in _factors(scaled, inside):
+    for wide, root in _factors(scaled):
+        root = _uncast(root, inside)
         if root.target is not aten.rsqrt.default:
             continue
         shifted = _node(root.args[0])
@@ -56,7 +58,8 @@ def _normalised(scaled: Node, weight: Node, inside: set[Node]) -> Norm | None:
             continue
         square = _node(mean.args[0])
         inside |= {root, shifted, mean, square}
-        if _squared(square, inside) is x:
+        x = _uncast(wide, inside, dtype)
+        if all(factor is not None and _uncast(factor, inside, dtype) is x for factor in _squared(square)):
             return Norm(x, weight, shift, eps, inside)
     return None
 
@@ -68,28 +71,27 @@ def _checked(norm: Norm) -> Norm | None:
     return norm if held and tuple(weight.shape) == (norm.x.meta["val"].shape[-1],) else None
 
 
-def _uncast(node: Node, inside: set[Node]) -> Node:
-    """What a chain of casts casts; the casts are added to `inside`."""
-    while node.target in _CASTS:
+def _uncast(node: Node, inside: set[Node], dtype: torch.dtype | None = None) -> Node:
+    """What a chain of casts casts, or the first of them that is of `dtype`; the casts before go to `inside`."""
+    while node.target in _CASTS and node.meta["val"].dtype != dtype:
         inside.add(node)
         node = _node(node.args[0])
     return node
 
 
-def _factors(node: Node, inside: set[Node]) -> list[tuple[Node, Node]]:
-    """Both orders of a product's factors, without casts."""
+def _factors(node: Node) -> list[tuple[Node, Node]]:
+    """Both orders of a product's factors."""
     if node.target is not aten.mul.Tensor or not all(isinstance(factor, Node) for factor in node.args):
         return []
-    left, right = (_uncast(_node(factor), inside) for factor in node.args)
+    left, right = (_node(factor) for factor in node.args)
     return [(left, right), (right, left)]
 
 
-def _squared(node: Node, inside: set[Node]) -> Node | None:
-    """x, if `node` is its square."""
+def _squared(node: Node) -> tuple[Node | None, ...]:
+    """The factors of a square, or of any product; None if `node` is neither."""
     if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
-        return _uncast(_node(node.args[0]), inside)
-    factors = _factors(node, inside)
-    return factors[0][0] if factors and factors[0][0] is factors[0][1] else None
+        return (_node(node.args[0]),)
+    return next(iter(_factors(node)), (None,))
 
 
 def _keeps_last(mean: Node) -> bool:
