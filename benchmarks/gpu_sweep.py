@@ -33,7 +33,7 @@ from lopro_fx.kernels.packed_linear import device as packed_linear
 from lopro_fx.kernels.packing.format import WORD
 from lopro_fx.kernels.tiles import main_width
 
-BLOCKS, WORDS, WARPS, SPLITS = (16, 32, 64), (64, 128, 256), (4, 8), (1, 2, 4, 8)
+BLOCKS, WORDS, WARPS, STAGES, SPLITS = (16, 32, 64), (64, 128), (4, 8), (2, 3, 4), (1, 2)
 BITS = (2, 3, 4)
 # (tokens, features, warps, stages) of the matmuls by the tokens that they are tried with.
 MATMULS = {
@@ -54,19 +54,21 @@ _PRINTED = ("tile", "microseconds", "error", "absent")
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and words of a step, warps of a program, parts of the columns."""
+    """Rows and words of a step, warps of a program, steps on their way at a time, parts of the columns."""
 
     block_n: int
     words: int
     warps: int
+    stages: int
     splits: int
 
     def product(self, *args: Any) -> Tensor:
         """`decode_product` with these constants, launched without the operator around it."""
         changes = {
             "wrap_triton": lambda kernel: _Launcher(kernel, self.warps),
-            "_BLOCK_N": self.block_n,
-            "_block_words": lambda _rows: self.words,
+            "_block_rows": lambda *_: self.block_n,
+            "_block_words": lambda _bits: self.words,
+            "_STAGES": self.stages,
         }
         with mock.patch.multiple(decode, **changes):
             return decode.product(*args)
@@ -87,7 +89,7 @@ class _Launcher:
 def tiles(k: int, n: int, bits: int, processors: int) -> list[Tile]:
     """All that leave each part of the columns a step or more, and each multiprocessor 2 to 16 programs."""
     words = k // WORD * main_width(bits)
-    return [tile for tile in itertools.starmap(Tile, itertools.product(BLOCKS, WORDS, WARPS, SPLITS))
+    return [tile for tile in itertools.starmap(Tile, itertools.product(BLOCKS, WORDS, WARPS, STAGES, SPLITS))
             if tile.splits * tile.words <= words
             and 2 * processors <= -(-n // tile.block_n) * tile.splits <= 16 * processors]  # fmt: skip
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lopro_fx.kernels.prologue.triton import inverse_rms, load_input
+from lopro_fx.kernels.prologue.triton import activated, inverse_rms
 
 # Inline assembly exists on NVIDIA devices alone; the interpreter computes the same in Triton's own arithmetic.
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
@@ -61,22 +61,28 @@ def load_rotated(
 ):  # fmt: skip
     """Entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
 
-    A norm (HAS_NORM) or a gate (ACTIVATION, if not "") comes first. `rotated` is False for the leading columns that the
-    rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
+    A gate (ACTIVATION, if not "") or a norm (HAS_NORM) comes first; see `prologue/reference.py`. `rotated` is False for
+    the leading columns that the rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
     """
     k = start + tl.arange(0, SIZE)
     inside = k < limit
+    # All that doesn't wait for another load is asked for first: these tensors come from memory, and only once.
     source = k
     if HAS_PERM:
         source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
-    scale = 1.0
+    if HAS_SIGNS:
+        byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
     if HAS_NORM:
-        scale = inverse_rms(x_ptr, K, EPS)
-    x = load_input(x_ptr, norm_ptr, gate_ptr, source, inside, scale, ACTIVATION, HAS_NORM)
+        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        weight *= inverse_rms(x_ptr, K, EPS)
+    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION != "":
+        x *= activated(tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    if HAS_NORM:
+        x *= weight
     if LOG_BLOCK > 0:
         y = x
         if HAS_SIGNS:
-            byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
             y = tl.where((byte >> (k % 8)) & 1 != 0, -x, x)
         y = hadamard(y, SIZE, LOG_BLOCK)
         x = tl.where(rotated, y, x)

@@ -45,10 +45,6 @@ class ProgramEditor:
         """Name of the parameter, buffer or constant that a placeholder stands for."""
         return self._targets[placeholder.name]
 
-    def owns(self, placeholder: Node, fqn: str) -> bool:
-        """Whether a placeholder stands for the parameter, buffer or constant of this name."""
-        return self._targets.get(placeholder.name) == fqn
-
     def tensor(self, placeholder: Node) -> Tensor | None:
         """The parameter, buffer or constant that a placeholder stands for; None for any other node."""
         fqn = self._targets.get(placeholder.name)

@@ -129,6 +129,8 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
         return "its input is neither an RMS norm nor a gated activation"
     if isinstance(found, Norm) and editor.tensor(found.weight) is None:
         return "the weight of its norm is computed by the program"
+    if isinstance(found, Norm) and len(_codes(node).users) > 1:
+        return "its weight is applied more than once"
     sources = [found.x, *([found.gate] if isinstance(found, Gate) else [])]
     if any(source.meta["val"].dtype != x.meta["val"].dtype for source in sources):
         return f"its prologue turns {found.x.meta['val'].dtype} into {x.meta['val'].dtype}"
@@ -143,10 +145,14 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
     return None
 
 
+def _codes(node: Node) -> Node:
+    return operands(PackedSite if node.target is PACKED_SITE else PackedLinear, node).codes
+
+
 def _fuse(editor: ProgramEditor, site: Node, found: Norm | Gate) -> None:
     site.update_arg(0, found.x)
     if isinstance(found, Norm):
-        site.kwargs = {**site.kwargs, "norm": _weight(editor, found), "eps": found.eps}
+        site.kwargs = {**site.kwargs, "norm": _weight(editor, site, found), "eps": found.eps}
     else:
         site.kwargs = {**site.kwargs, "gate": found.gate, "activation": found.activation}
     _erase(editor, found.inside)
@@ -156,15 +162,20 @@ def _fuse(editor: ProgramEditor, site: Node, found: Norm | Gate) -> None:
         editor.drop_unused_weight(found.weight)
 
 
-def _weight(editor: ProgramEditor, norm: Norm) -> Node:
-    """The norm's weight, with its shift added ahead of time."""
-    if not norm.shift:
-        return norm.weight
-    weight = editor.tensor(norm.weight)
+def _weight(editor: ProgramEditor, site: Node, norm: Norm) -> Node:
+    """The norm's weight, with its shift added and in the order of the site's columns."""
+    call, weight = operands(PackedSite, site), editor.tensor(norm.weight)
     assert weight is not None
-    fqn = f"{editor.fqn(norm.weight)}_shifted"
-    known = next((node for node in editor.graph.find_nodes(op="placeholder") if editor.owns(node, fqn)), None)
-    return known or editor.add_buffer(fqn, weight.detach().to(torch.float32) + norm.shift)
+    weight = weight.detach()
+    if norm.shift:
+        weight = weight.to(torch.float32) + norm.shift
+    if call.perm is not None:
+        perm = editor.tensor(call.perm)
+        assert perm is not None
+        weight = weight[perm.to(torch.int64)]
+    elif not norm.shift:
+        return norm.weight
+    return editor.add_buffer(f"{editor.fqn(call.codes).removesuffix('.codes')}.norm", weight)
 
 
 def _erase(editor: ProgramEditor, nodes: set[Node]) -> None:

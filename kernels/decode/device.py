@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.decode.triton import prepare_kernel, product_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import NATIVE, main_width, stand_in
@@ -93,8 +94,8 @@ def product(
     chunks = latent.shape[0]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     group_words = activation_group(group_size) * width // WORD
-    block_w = max(min(_block_words(n), triton.next_power_of_2(count)), group_words)
-    block_n = _BLOCK_N
+    block_w = max(min(_block_words(bits), triton.next_power_of_2(count)), group_words)
+    block_n = _block_rows(n, dispatch.processors(words.device))
     # Partial sums stay fp32; a single part is written in the type that is asked for.
     y = words.new_empty((splits, m, n), dtype=dtype if splits == 1 else torch.float32)
     wrap_triton(product_kernel)[(triton.cdiv(n, block_n), splits, m)](
@@ -107,7 +108,7 @@ def product(
         BLOCK_W=block_w, BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         HAS_BIAS=bias is not None,
         HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None,
-        HAS_RESIDUAL=residual is not None, NATIVE=NATIVE, num_warps=8,
+        HAS_RESIDUAL=residual is not None, STAGES=_STAGES, NATIVE=NATIVE, num_warps=_WARPS,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 
@@ -116,18 +117,24 @@ def product(
 decode_prepare = triton_op("lopro::decode_prepare", prepare, mutates_args={})
 decode_product = triton_op("lopro::decode_product", product, mutates_args={})
 
-_BLOCK_N = 32
+# Steps on their way at a time, for four warps each: programs keep their share of what an H200 needs in flight.
+_STAGES, _WARPS = 3, 4
 
 
-def _block_words(_rows: int) -> int:
-    """Words of a row that one step reads: 512 bytes, one 16-byte load a lane."""
-    return 128
+def _block_rows(rows: int, processors: int) -> int:
+    """Rows of a program: fewer read an activation more often, more leave multiprocessors without a second program."""
+    return 32 if triton.cdiv(rows, 32) >= 2 * processors else 16
+
+
+def _block_words(bits: int) -> int:
+    """Words of a row that one step reads: 512 bytes, one 16-byte load a lane; half of it beside a second plane."""
+    return 64 if bits == 3 else 128
 
 
 def choose_splits(rows: int, words: int, processors: int) -> int:
-    """Parts of the columns so that every multiprocessor has several programs, and each part several steps."""
-    programs = triton.cdiv(rows, _BLOCK_N)
+    """Parts of the columns: several only where rows alone don't occupy the multiprocessors, for a sum is a launch."""
+    programs = triton.cdiv(rows, _block_rows(rows, processors))
     splits = 1
-    while programs * splits < 4 * processors and words >= 2 * splits * 2 * _block_words(rows):
+    while 2 * programs * splits < 3 * processors and words >= 2 * splits * 2 * _block_words(2):
         splits *= 2
     return splits

@@ -36,6 +36,10 @@ def prepare_kernel(
     m = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = chunk * CHUNK
+    if R > 0:
+        # Asked for before the rotation, whose barriers no load is moved across.
+        r, k = tl.arange(0, BLOCK_R), start + tl.arange(0, CHUNK)
+        a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0)
     x = load_rotated(
         x_ptr + m * X_ROW, norm_ptr, gate_ptr + m * GATE_ROW, perm_ptr, signs_ptr, start, K, True,
         K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
@@ -61,9 +65,6 @@ def prepare_kernel(
     tl.store(to_words + FIELDS * WORDS, low, mask=(w < WORDS)[:, None])
 
     if R > 0:
-        r = tl.arange(0, BLOCK_R)
-        k = start + tl.arange(0, CHUNK)
-        a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0)
         part = tl.sum(a.to(tl.float32) * x[None, :], axis=1)
         tl.store(latent_ptr + (chunk * M + m) * R + r, part, mask=r < R)
 
@@ -88,7 +89,7 @@ def product_kernel(
     WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N output features of one token, over one of SPLITS parts of the columns."""
     # A tile of weights starts at a 64-bit address; inside it 32 bits are enough.
@@ -102,8 +103,19 @@ def product_kernel(
     ROW: tl.constexpr = WORDS * BITS // WIDTH
     codes_ptr += first.to(tl.int64) * ROW
     acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+    # What the epilogue reads of memory is on its way while the loop runs; one of the parts adds it.
+    n_last = (n < N) & (split == 0)
+    if R > 0:
+        r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_CHUNKS)
+        up_inside = n_last[:, None] & (r < R)[None, :]
+        up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0)
+        parts_inside = (c < CHUNKS)[:, None] & (r < R)[None, :]
+        parts = tl.load(latent_ptr + (c[:, None] * M + m) * R + r[None, :], mask=parts_inside, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + m * N + n, mask=n_last, other=0.0)
     tiles = tl.cdiv(tl.cdiv(WORDS, BLOCK_W), SPLITS)
-    for tile in range(split * tiles, min((split + 1) * tiles, tl.cdiv(WORDS, BLOCK_W))):
+    # The steps ahead are copied to shared memory while one is multiplied: memory is waited for once, not every step.
+    for tile in tl.range(split * tiles, min((split + 1) * tiles, tl.cdiv(WORDS, BLOCK_W)), num_stages=STAGES):
         w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
         inside = n_inside & (w < WORDS)[None, :]
         codes = tl.load(codes_ptr + rows[:, None] * ROW + w[None, :], mask=inside, other=0)
@@ -146,25 +158,17 @@ def product_kernel(
         total = tl.load(scale_ptr + m * (2 * GROUPS) + GROUPS + g, mask=g < GROUPS, other=0.0)
         acc += scale * (whole.to(tl.float32) * step[None, :] - zero * total[None, :])
     y = tl.sum(acc, axis=1)
-    if split == 0:
-        if R > 0:
-            r = tl.arange(0, BLOCK_R)
-            c = tl.arange(0, BLOCK_CHUNKS)
-            parts = tl.load(
-                latent_ptr + (c[:, None] * M + m) * R + r[None, :],
-                mask=(c < CHUNKS)[:, None] & (r < R)[None, :], other=0.0,
-            )  # fmt: skip
-            latent = tl.sum(parts, axis=0)
-            if HAS_DOWN_SCALE:
-                latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
-            up_inside = n_inside & (r < R)[None, :]
-            up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
-            if HAS_UP_SCALE:
-                part = (n // PART_ROWS)[:, None]
-                up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-            y += tl.sum(up * latent[None, :], axis=1)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + m * N + n, mask=n < N, other=0.0).to(tl.float32)
+    if R > 0:
+        latent = tl.sum(parts, axis=0)
+        if HAS_DOWN_SCALE:
+            latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+        up = up.to(tl.float32)
+        if HAS_UP_SCALE:
+            part = (n // PART_ROWS)[:, None]
+            up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
+        y += tl.sum(up * latent[None, :], axis=1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n_last, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += residual.to(tl.float32)
     tl.store(y_ptr + (split * M + m) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

@@ -32,7 +32,8 @@ def packed_site(
     rotates = perm is not None or block > 1
     fused = decodes or (rotates and (norm is None or dispatch.at_most(rows.shape[0], dispatch.NORM_TOKENS)))
     if not fused or (norm is not None and gate is not None):
-        rows, norm, gate = prologue(rows, norm, eps, gate, activation), None, None
+        rows, perm = prologue(rows, perm, norm, eps, gate, activation)
+        norm, gate, rotates = None, None, perm is not None or block > 1
     before = (norm, eps, gate, activation)
     if residual is not None:
         residual = residual.contiguous()

@@ -45,7 +45,7 @@ def packed_site(
     Returns:
         (..., out_features) of x's dtype.
     """
-    x = prologue(x, norm, eps, gate, activation)
+    x, perm = prologue(x, perm, norm, eps, gate, activation)
     if perm is not None or block > 1:
         x = rotate(x, perm, signs, block, skip)
     latent = None if down is None else project(x, down, down_scale)

@@ -32,20 +32,3 @@ def activated(x, NAME: tl.constexpr):
         # 1 + tanh(t) is 2 sigmoid(2 t).
         y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     return y
-
-
-@triton.jit
-def load_input(
-    x_ptr,  # (K,) of one token
-    norm_ptr,  # (K,)
-    gate_ptr,  # (K,) of one token
-    columns, inside, scale,
-    ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
-):  # fmt: skip
-    """The given columns of a token after its prologue, fp32; `scale` is its `inverse_rms`, ACTIVATION "" no gate."""
-    x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION != "":
-        x *= activated(tl.load(gate_ptr + columns, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-    if HAS_NORM:
-        x *= scale * tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    return x

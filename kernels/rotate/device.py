@@ -12,7 +12,7 @@ from lopro_fx.kernels.tiles import stand_in
 
 _CHUNK = 256
 # Partial sums of a projection, at most; and rows of its factor at a time.
-_PARTS, _RANKS = 16, 4
+_PARTS, _RANKS = 16, 16
 
 
 def launch(

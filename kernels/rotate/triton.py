@@ -31,17 +31,24 @@ def rotate_kernel(
     rotated = chunk >= SKIPPED
     start = tl.where(rotated, SKIP + (chunk - SKIPPED) * CHUNK, chunk * CHUNK)
     limit = tl.where(rotated, K, SKIP)
+    k = start + tl.arange(0, CHUNK)
+    # Rows of A are asked for ahead of what is computed between, whose barriers no load is moved across. A few at a
+    # time: whole, they would not fit the registers beside a wide chunk.
+    r = tl.arange(0, BLOCK_R)
+    if R > 0:
+        a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < limit)[None, :], other=0)
     y = load_rotated(
         x_ptr + m * X_ROW, norm_ptr, gate_ptr + m * GATE_ROW, perm_ptr, signs_ptr, start, limit, rotated,
         K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
     )  # fmt: skip
-    k = start + tl.arange(0, CHUNK)
     tl.store(y_ptr + m * K + k, y.to(y_ptr.dtype.element_ty), mask=k < limit)
-    # A few rows of A at a time: whole, it would not fit the registers beside a wide chunk.
     for first in tl.static_range(0, R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < limit)[None, :], other=0)
-        part = tl.sum(a.to(tl.float32) * y[None, :], axis=1)
+        rows = a.to(tl.float32)
+        if first + BLOCK_R < R:
+            next_inside = (r + BLOCK_R < R)[:, None] & (k < limit)[None, :]
+            a = tl.load(down_ptr + (r + BLOCK_R)[:, None] * K + k[None, :], mask=next_inside, other=0)
+        part = tl.sum(rows * y[None, :], axis=1)
         if HAS_SCALE:
             part *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
         tl.store(latent_ptr + (chunk * M + m) * R + r, part, mask=r < R)
