@@ -66,20 +66,23 @@ def load_rotated(
     """
     k = start + tl.arange(0, SIZE)
     inside = k < limit
-    # All that doesn't wait for another load is asked for first: these tensors come from memory, and only once.
+    # Everything that doesn't wait for another load is asked for first: these tensors come from memory, not from L2.
     source = k
     if HAS_PERM:
         source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
     if HAS_SIGNS:
         byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
     if HAS_NORM:
-        weight = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        weight *= inverse_rms(x_ptr, K, EPS)
+        weight = tl.load(norm_ptr + k, mask=inside, other=0.0)
+    # No load is moved across a barrier, as ptxas would to where its result is used, behind waiting for x.
+    tl.debug_barrier()
+    if HAS_NORM:
+        scale = inverse_rms(x_ptr, K, EPS)
     x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION != "":
         x *= activated(tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     if HAS_NORM:
-        x *= weight
+        x *= scale * weight.to(tl.float32)
     if LOG_BLOCK > 0:
         y = x
         if HAS_SIGNS:
