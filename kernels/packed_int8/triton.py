@@ -88,12 +88,7 @@ def int8_matmul_kernel(
     step_ptr += m
     sum_ptr += m
     for tile in range(TILES):
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0)
-        x = tl.trans(reordered_bytes(x, WIDTH, BLOCK_M, BLOCK_W))
-        main, high = load_words(codes_ptr, cols, tile, n_inside, WORDS, BITS, WIDTH, BLOCK_W)
-        codes = code_bytes(main, high, BITS, WIDTH, BLOCK_N, BLOCK_W)
-        product = tl.dot(codes, x).to(tl.float32)
+        # What scales the product is on its way while tensor cores compute it.
         at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
         scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
         offset = CENTRE - load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
@@ -101,6 +96,13 @@ def int8_matmul_kernel(
         sum_ptr += M
         if ACT_GROUPS > 1:
             step = tl.load(step_ptr + tile * BLOCK_K // ACT_GROUP * M, mask=m_inside, other=0.0)
+        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0)
+        x = tl.trans(reordered_bytes(x, WIDTH, BLOCK_M, BLOCK_W))
+        main, high = load_words(codes_ptr, cols, tile, n_inside, WORDS, BITS, WIDTH, BLOCK_W)
+        codes = code_bytes(main, high, BITS, WIDTH, BLOCK_N, BLOCK_W)
+        product = tl.dot(codes, x).to(tl.float32)
+        if ACT_GROUPS > 1:
             product *= step[None, :]
         acc += (product + offset[:, None] * total[None, :]) * scale[:, None]
     if ACT_GROUPS == 1:
