@@ -110,7 +110,7 @@ def sweep(shapes: Sequence[tuple[int, int]], folder: Path | None) -> None:
         timed.sort(key=lambda row: row["microseconds"])
         print(f"{k}x{n}, {bits} bits")
         for row in timed[:_SHOWN]:
-            print("  " + ", ".join(f"{key} {row[key]}" for key in ("block_n", "words", "warps", "splits")),
+            print("  " + ", ".join(f"{key} {row[key]}" for key in ("block_n", "words", "warps", "stages", "splits")),
                   f"{row['microseconds']:.1f} us, error {row['error']:.1e}", flush=True)  # fmt: skip
         rows += timed
         del x, sites, expected

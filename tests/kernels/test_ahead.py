@@ -23,7 +23,7 @@ def test_no_kernel_spills(capability: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "bits", "most"), [
-    ("decode, product", 2, 1.5), ("decode, product", 3, 2.2), ("decode, product", 4, 1.8),
+    ("decode, product", 2, 1.6), ("decode, product", 3, 2.6), ("decode, product", 4, 2),
     ("matmul, 16 tokens", 2, 5), ("matmul, 16 tokens", 3, 6.5), ("matmul, 16 tokens", 4, 5),
     ("matmul, many tokens", 4, 6.5), ("int8, matmul, 16 tokens", 4, 4.5), ("int8, matmul, many tokens", 4, 7.5),
 ])  # fmt: skip
@@ -40,8 +40,24 @@ def test_few_instructions_a_weight(name: str, bits: int, most: float) -> None:
 def test_decode_uses_the_byte_dot_product() -> None:
     launch = dict(launches(2))["decode, product"]
     resources = compile_launch(launch, 90)
-    # Two of them for each four of the 256 weights that a thread reads at a time.
-    assert resources.instructions["IDP"] == 128
+    # Two of them for each four of the 512 weights that a thread reads at a time.
+    assert resources.instructions["IDP"] == 256
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_memory_is_read_ahead_of_the_decode_product(capability: int, bits: int) -> None:
+    launch = dict(launches(bits))["decode, product"]
+    resources = compile_launch(launch, capability)
+    options = launch.options
+    copies = options["BLOCK_N"] * options["BLOCK_W"] * 4 // (32 * options["num_warps"] * 16)
+    # Before the loop for each step that is ahead, and once in it.
+    assert resources.instructions["LDGSTS"] >= copies * options["STAGES"]
+    step = options["BLOCK_N"] * options["BLOCK_W"] * 4
+    assert resources.shared_bytes >= (options["STAGES"] - 1) * step
+    # Bytes on their way on a multiprocessor; an H200 needs about 32 KiB at 4.3 TB/s and a latency of 1 microsecond.
+    programs = min(65536 // (resources.registers * 32 * options["num_warps"]), (160 << 10) // resources.shared_bytes)
+    assert programs * (options["STAGES"] - 1) * step >= 64 << 10
 
 
 def test_prefill_uses_tensor_cores() -> None:

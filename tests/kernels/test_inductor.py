@@ -25,7 +25,7 @@ def _kernels(program: str, tokens: int, bits: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("tokens", "bits", "expected"),
     [
-        (1, 3, {"prepare_kernel": 4, "product_kernel": 8}),
+        (1, 3, {"prepare_kernel": 4, "product_kernel": 4}),
         (16, 4, {"rotate_kernel": 4, "matmul_kernel": 4}),
         (600, 2, {"dequantize_kernel": 4}),
     ],
