@@ -48,7 +48,8 @@ def _normalised(scaled: Node, weight: Node, inside: set[Node], dtype: torch.dtyp
         inside.add(weight)
         shift, weight = float(weight.args[1]), _uncast(_node(weight.args[0]), inside)
     for wide, root in _factors(scaled):
-        root = _uncast(root, inside)
+        around = set(inside)
+        root = _uncast(root, around)
         if root.target is not aten.rsqrt.default:
             continue
         shifted = _node(root.args[0])
@@ -57,10 +58,10 @@ def _normalised(scaled: Node, weight: Node, inside: set[Node], dtype: torch.dtyp
         if mean.target is not aten.mean.dim or not isinstance(eps, float) or not _keeps_last(mean):
             continue
         square = _node(mean.args[0])
-        inside |= {root, shifted, mean, square}
-        x = _uncast(wide, inside, dtype)
-        if all(factor is not None and _uncast(factor, inside, dtype) is x for factor in _squared(square)):
-            return Norm(x, weight, shift, eps, inside)
+        around |= {root, shifted, mean, square}
+        x = _uncast(wide, around, dtype)
+        if all(factor is not None and _uncast(factor, around, dtype) is x for factor in _squared(square)):
+            return Norm(x, weight, shift, eps, around)
     return None
 
 

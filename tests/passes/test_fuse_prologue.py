@@ -48,6 +48,13 @@ class Squared(Spelled):
         return torch.rsqrt(mean + self.eps) * x * self.weight
 
 
+class SquaredWide(Squared):
+    """That in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.float32)).to(x.dtype)
+
+
 class Gated(nn.Module):
     """activation(gate(x)) * up(x), then a Linear; `flipped` multiplies the other way round."""
 
@@ -87,8 +94,8 @@ def fused(program: ExportedProgram) -> ExportedProgram:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", [
-    nn.RMSNorm(WIDTH, eps=1e-5), Spelled(), Spelled(shift=1.0), Squared(eps=1e-3)
-], ids=["operator", "Llama", "Gemma", "product"])  # fmt: skip
+    nn.RMSNorm(WIDTH, eps=1e-5), Spelled(), Spelled(shift=1.0), Squared(eps=1e-3), SquaredWide()
+], ids=["operator", "Llama", "Gemma", "product", "product in fp32"])  # fmt: skip
 def test_a_norm_becomes_part_of_its_site(norm: nn.Module, dtype: torch.dtype) -> None:
     module = seeded(nn.Sequential(norm, nn.Linear(WIDTH, 8))).to(dtype)
     x = rows(2, 9).to(dtype)
