@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._library.custom_ops import OPDEFS
+from torch._library.triton import get_triton_kernels_for_op
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -91,6 +93,17 @@ def is_fake(tensor: Tensor) -> bool:
 def is_mutable(target: Any) -> bool:
     """Whether an operator writes one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def needs_python(target: Any) -> bool:
+    """Whether an operator is written in Python and stays whole in a package, so that a process must define it first.
+
+    Operators made of Triton kernels and those of lopro_fx are compiled into it.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "lopro":
+        return False
+    name = target._schema.name
+    return name in OPDEFS and not get_triton_kernels_for_op(name)
 
 
 def written_operands(node: Node) -> list[Node]:

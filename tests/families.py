@@ -35,6 +35,11 @@ _CAUSAL: dict[str, Callable[[], Any]] = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    # Its attention takes masks that are added to scores, which are soft-capped first.
+    "gemma2": lambda: transformers.Gemma2Config(
+        **{**_DECODER, "num_hidden_layers": 2}, head_dim=8, sliding_window=8, attn_logit_softcapping=0.1
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_DECODER, num_local_experts=4),
     "phi3": lambda: transformers.Phi3Config(**_DECODER, sliding_window=8),
     "opt": lambda: transformers.OPTConfig(
         **_COMMON, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,7 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
         GraphError: the program has no example inputs, or AOTInductor can't compile it.
     """
     path = check_name(path)
+    warn_of_python([program])
     started = time.monotonic()
     with replacing(path) as temporary:
         # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
@@ -94,6 +97,19 @@ def size_bound(program: ExportedProgram) -> int:
     total = stored_bytes(tensor for _, tensor in unique(tensors) if isinstance(tensor, torch.Tensor))
     packed = report(program).packed_bytes if META in program.graph_module.meta else 0
     return total + int(_OVERHEAD * packed)
+
+
+def warn_of_python(programs: Iterable[ExportedProgram]) -> None:
+    """Name operators that a package can call but not hold, in a warning that points to the caller's caller."""
+    nodes = (node for program in programs for node in program.graph.nodes if compat.needs_python(node.target))
+    for target, name in {node.target: node.name for node in nodes}.items():
+        # What transformers computes experts with where torch has no grouped product of the type.
+        fix = "; a model in bfloat16 does without it" if "grouped_mm" in str(target) else ""
+        warnings.warn(
+            f"'{name}' calls {target}, which is written in Python: a process that loads the package must import what "
+            f"defines it first{fix}",
+            stacklevel=3,
+        )
 
 
 def compile_program(

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
 from lopro_fx.deploy import processor
-from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_bound
+from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_bound, warn_of_python
 from lopro_fx.deploy.generator import Generator
 from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.errors import CheckpointError, first_line
@@ -65,6 +65,7 @@ def package(
     started = time.monotonic()
     device = next(iter(programs.decode.state_dict.values())).device
     programs = programs.map(lambda program: _prepared(program, device, activations))
+    warn_of_python(program for _, program in programs.items())
     with replacing(path) as temporary:
         folder = temporary.parent
         notes = _flat(programs.cache)

@@ -56,13 +56,20 @@ def grouped_attention_in(config: Any) -> Iterator[None]:
     """Let a model that uses PyTorch's attention use this one meanwhile; others (soft-capped, eager) keep theirs."""
     from transformers import AttentionInterface
 
-    before = config._attn_implementation
-    if before != "sdpa":
+    if config._attn_implementation != "sdpa":
         yield
         return
     AttentionInterface.register(_NAME, grouped_attention)
-    config._attn_implementation = _NAME
+    with switched(config, "_attn_implementation", _NAME):
+        yield
+
+
+@contextmanager
+def switched(config: Any, name: str, value: Any) -> Iterator[None]:
+    """Let a setting have another value meanwhile."""
+    before = getattr(config, name)
+    setattr(config, name, value)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        setattr(config, name, before)

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError, ModelError, first_line
-from lopro_fx.models.attention import grouped_attention_in
+from lopro_fx.models.attention import grouped_attention_in, switched
 from lopro_fx.models.export import export_view
 from lopro_fx.passes import compat
 
@@ -31,7 +31,8 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
 
     Raises:
         ConfigError: a size is out of range.
-        ModelError: the model has layers without a plain KV cache (recurrent or chunked ones), or can't be traced.
+        ModelError: the model has layers without a plain KV cache (recurrent or chunked ones) or an attention that takes
+            no masks, or can't be traced.
     """
     if max_cache_len < 2 or batch_size < 1:
         raise ConfigError(f"max_cache_len={max_cache_len}, batch_size={batch_size}: at least 2 and 1 are needed")
@@ -39,8 +40,7 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
     spec = _cache_spec(model, batch_size, max_cache_len)
-    windows = _windows(model.config)
-    forward = _forward(type(model).forward, windows)
+    forward = _forward(type(model).forward, _windows(model.config), _mask_dtype(model))
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     return GenerationPrograms(prefill, decode, spec)
 
 
-def _forward(plain_forward: Any, windows: dict[str, int | None]) -> Any:
+def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype) -> Any:
     def forward(
         self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
     ) -> Tensor:
@@ -67,7 +67,7 @@ def _forward(plain_forward: Any, windows: dict[str, int | None]) -> Any:
             self,
             input_ids=input_ids,
             position_ids=(written - padding[:, None]).clamp(min=0),
-            attention_mask=_masks(written, padding, slots, windows),
+            attention_mask=_masks(written, padding, slots, windows, mask_dtype),
             past_key_values=_cache(written, slots.shape[0], keys, values),
             use_cache=True,
             logits_to_keep=1,
@@ -77,8 +77,11 @@ def _forward(plain_forward: Any, windows: dict[str, int | None]) -> Any:
     return forward
 
 
-def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, int | None]) -> Any:
-    """Masks (B, 1, S, L), True where a token may look: at itself and at the text before it."""
+def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, int | None], dtype: torch.dtype) -> Any:
+    """Masks (B, 1, S, L) of where a token may look: at itself and at the text before it.
+
+    Boolean ones are True there; those of another dtype, which are added to scores, are 0 there.
+    """
     mine, others = written[:, None], slots[None, :]
     # A padding token looks at itself alone: a row of the softmax with nothing in it would be NaN.
     visible = ((others <= mine) & (others >= padding[:, None, None])) | (others == mine)
@@ -86,6 +89,9 @@ def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, i
         kind: (visible if window is None else visible & (others > mine - window))[:, None]
         for kind, window in windows.items()
     }
+    if dtype != torch.bool:
+        least = torch.finfo(dtype).min
+        masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least) for kind, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
@@ -122,6 +128,14 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
     return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
 
 
+def _mask_dtype(model: Any) -> torch.dtype:
+    """Type of the masks that the model's attention takes."""
+    kind = model.config._attn_implementation
+    if kind not in ("sdpa", "eager"):
+        raise ModelError(f"attn_implementation='{kind}' takes no masks; load the model with 'sdpa' or 'eager'")
+    return torch.bool if kind == "sdpa" else model.dtype
+
+
 def _windows(config: Any) -> dict[str, int | None]:
     """How far back each kind of attention layer looks; None is everything."""
     window = getattr(config, "sliding_window", None)
@@ -138,7 +152,9 @@ def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheS
     """Sizes as the model's own cache has them after one token, which is not computed."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), compat.fake_tensors():
+        # transformers' default for experts has no shapes for fp32.
+        experts = switched(model.config, "_experts_implementation", "batched_mm")
+        with torch.no_grad(), compat.fake_tensors(), experts:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
         keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
@@ -35,7 +36,9 @@ def program():
 @pytest.fixture(scope="module")
 def package(program, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aoti")
-    result = lopro_fx.export_aoti(program, folder / "model.pt2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*written in Python")
+        result = lopro_fx.export_aoti(program, folder / "model.pt2")
     assert result.path == folder / "model.pt2"
     assert result.bytes == result.path.stat().st_size
     assert names(folder) == ["model.pt2"], "the compiler's files were left behind"
@@ -100,6 +103,23 @@ def test_program_without_example_inputs(tmp_path):
     program._example_inputs = None
     with pytest.raises(GraphError, match="no example inputs"):
         lopro_fx.export_aoti(program, tmp_path / "model.pt2")
+
+
+def test_an_operator_written_in_python_is_named(tmp_path):
+    @torch.library.custom_op("lopro_fx_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    twice.register_fake(torch.empty_like)
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return twice(x)
+
+    program = torch.export.export(Twice(), (torch.ones(1, 2),))
+    with pytest.warns(UserWarning, match=r"'twice' calls lopro_fx_test\.twice\.default, .* must import what") as caught:
+        lopro_fx.export_aoti(program, tmp_path / "model.pt2")
+    assert any(warning.filename == __file__ for warning in caught)
 
 
 def test_what_can_not_be_compiled_leaves_nothing(tmp_path):

@@ -118,6 +118,13 @@ def test_recurrent_layers_are_refused():
         lopro_fx.export_for_generation(transformers.MambaForCausalLM(config).eval(), max_cache_len=8)
 
 
+def test_an_attention_without_masks_is_refused():
+    model = causal_lm("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ModelError, match="attn_implementation='flex_attention' takes no masks; load .* 'sdpa'"):
+        lopro_fx.export_for_generation(model, max_cache_len=8)
+
+
 def test_misuse_of_the_cache_is_an_error(llama):
     run = lopro_fx.Generator.from_programs(lopro_fx.export_for_generation(llama, max_cache_len=6))
     with pytest.raises(ConfigError, match="7 tokens, prompt included, don't fit the cache of 6"):
