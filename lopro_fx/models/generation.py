@@ -39,8 +39,8 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
-    spec = _cache_spec(model, batch_size, max_cache_len)
     forward = _forward(type(model).forward, _windows(model.config), _mask_dtype(model))
+    spec = _cache_spec(model, batch_size, max_cache_len)
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:

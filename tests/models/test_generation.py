@@ -121,7 +121,7 @@ def test_recurrent_layers_are_refused():
 def test_an_attention_without_masks_is_refused():
     model = causal_lm("llama")
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ModelError, match="attn_implementation='flex_attention' takes no masks; load .* 'sdpa'"):
+    with pytest.raises(ModelError, match=r"attn_implementation='flex_attention' takes no masks; load .* 'sdpa'"):
         lopro_fx.export_for_generation(model, max_cache_len=8)
 
 
