@@ -114,7 +114,7 @@ def test_refused_sizes(llama, sizes, message):
 def test_recurrent_layers_are_refused():
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ModelError, match="keeps? no plain KV cache"):
+    with pytest.raises(ModelError, match=r"keeps? no plain KV cache"):
         lopro_fx.export_for_generation(transformers.MambaForCausalLM(config).eval(), max_cache_len=8)
 
 
