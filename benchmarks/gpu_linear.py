@@ -136,14 +136,17 @@ def batches(run: Run) -> None:
 
 
 def prefill(run: Run) -> None:
-    """Many tokens: weights written out in full, which is what dispatch chooses, the fused product, and that in int8."""
+    """Many tokens: weights written out, which is what dispatch chooses, and fused products; both in int8 too."""
     k, n = LARGE
     sites = random_sites(k, n, 4)
     for m in PREFILLS:
         x = random_input(m, k)
         ways = (whole_site("dense 4", x, sites, 1), whole_site("fused 4", x, sites, _EVER))
-        steps = {"w4a8, step a token": -1, "w4a8, step a group": GROUP}
-        rounded = (rounded_site(name, x, sites, act_group) for name, act_group in steps.items())
+        steps = {"step a token": -1, "step a group": GROUP}
+        rounded = [rounded_site(f"w4a8, {name}", x, sites, act_group, 1) for name, act_group in steps.items()]
+        rounded += [
+            rounded_site(f"w4a8 fused, {name}", x, sites, act_group, _EVER) for name, act_group in steps.items()
+        ]
         rows = run.time(f"prefill {m}", [dense(x, n), *ways, *rounded])
         hold(rows["dense 4"], "beside bf16", rows["dense 4"]["speed_beside_bf16"], PREFILL_BAR)
         if m == PREFILLS[-1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -114,12 +114,19 @@ def packed_matmul(name: str, x: Tensor, sites: Sequence[Site]) -> Contender:
     return Contender(name, calls, expected)
 
 
-def rounded_site(name: str, x: Tensor, sites: Sequence[Site], act_group: int) -> Contender:
+def rounded_site(
+    name: str, x: Tensor, sites: Sequence[Site], act_group: int, dense_tokens: int | None = None
+) -> Contender:
     """`lopro::packed_int8` with rotation and activations of 8 bits, a step for `act_group` columns (-1: a token)."""
+    limit = dispatch.DENSE_TOKENS if dense_tokens is None else dense_tokens
+
+    def call(rotation: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        with mock.patch.object(dispatch, "DENSE_TOKENS", limit):
+            return torch.ops.lopro.packed_int8(x, *rotation, *rest)
+
     first, *_ = operands = [(site[:4], (*site.weight, None, None, None, None, site.bits, site.group_size, 8, act_group))
                             for site in sites]  # fmt: skip
-    calls = [lambda rotation=rotation, rest=rest: torch.ops.lopro.packed_int8(x, *rotation, *rest)
-             for rotation, rest in operands]  # fmt: skip
+    calls = [lambda rotation=rotation, rest=rest: call(rotation, rest) for rotation, rest in operands]
     return Contender(name, calls, packed_int8(x.float(), *first[0], *first[1]))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +30,7 @@ from benchmarks.gpu_sites import (
 from benchmarks.gpu_timing import DEVICE, Contender, measure, save
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.dense_int8 import device as dense_int8
 from lopro_fx.kernels.packed_int8 import device as packed_int8
 from lopro_fx.kernels.packed_linear import device as packed_linear
 from lopro_fx.kernels.packing.format import WORD
@@ -48,6 +51,10 @@ MATMULS = {
                (128, 128, 8, 3), (128, 256, 8, 2)],
     },
 }  # fmt: skip
+# (tokens, features) of a product, stages, products of a program.
+DENSE_INT8 = [((128, 128), 3, 1), ((128, 128), 4, 1), ((64, 128), 4, 1), ((64, 256), 3, 1), ((64, 256), 3, 2),
+              ((64, 256), 4, 2), ((128, 128), 3, 2), ((64, 128), 3, 2)]  # fmt: skip
+_EVER = 1 << 30
 _REPETITIONS, _SHOWN = 20, 5
 _PRINTED = ("tile", "microseconds", "error", "absent")
 
@@ -127,14 +134,17 @@ def sweep_matmuls(shape: tuple[int, int], cases: Sequence[str], folder: Path | N
         sites: list[Site] = random_sites(k, n, bits)
         for tokens, tiles_of in MATMULS[case].items():
             x = random_input(tokens, k)
-            kinds = ((packed_linear, packed_matmul("", x, sites)), (packed_int8, rounded_site("", x, sites, -1)))
-            for module, plain in kinds:
-                name = module.__name__.split(".")[-2]
+            rounded = rounded_site("", x, sites, -1, _EVER)
+            kinds = [("packed_linear", packed_matmul("", x, sites), tiles_of, partial(_shapes, packed_linear)),
+                     ("packed_int8", rounded, tiles_of, partial(_shapes, packed_int8))]  # fmt: skip
+            if tokens > dispatch.DENSE_TOKENS:
+                kinds.append(("dense_int8", rounded_site("", x, sites, -1), DENSE_INT8, _dense_shapes))
+            for name, plain, tried, changed in kinds:
                 timed = []
-                for tile in tiles_of:
+                for tile in tried:
                     row = {"kernel": name, "tokens": tokens, "bits": bits, "tile": tile}
                     try:
-                        row |= _timed(module, tile, plain)
+                        row |= _timed(partial(changed, tile), plain)
                     except triton.runtime.errors.OutOfResources as error:
                         row |= {"absent": str(error).splitlines()[0]}
                     timed.append(row)
@@ -152,15 +162,30 @@ def sweep_matmuls(shape: tuple[int, int], cases: Sequence[str], folder: Path | N
             save("gpu_sweep_matmuls", folder, rows, repetitions=_REPETITIONS)
 
 
-def _timed(module: Any, tile: tuple[int, int, int, int], plain: Contender) -> dict[str, Any]:
-    """Time and error of a contender whose operator uses one tile for any number of tokens."""
+def _timed(changed: Callable[[], AbstractContextManager[Any]], plain: Contender) -> dict[str, Any]:
+    """Time and error of a contender with constants changed."""
 
     def call(inner: Callable[[], Tensor]) -> Tensor:
-        with mock.patch.dict(module._SHAPES, dict.fromkeys(module._SHAPES, tile)), \
-             mock.patch.object(dispatch, "DENSE_TOKENS", 1 << 30):  # fmt: skip
+        with changed():
             return inner()
 
-    contender = Contender(str(tile), [lambda inner=inner: call(inner) for inner in plain.calls], plain.expected)
+    contender = Contender("", [lambda inner=inner: call(inner) for inner in plain.calls], plain.expected)
     error = contender.error()
     seconds = measure([contender], _REPETITIONS)[contender.name].median
     return {"microseconds": round(seconds * 1e6, 1), "error": error}
+
+
+@contextmanager
+def _shapes(module: Any, tile: tuple[int, int, int, int]) -> Iterator[None]:
+    """One tile for any number of tokens."""
+    with mock.patch.dict(module._SHAPES, dict.fromkeys(module._SHAPES, tile)), \
+         mock.patch.object(dispatch, "DENSE_TOKENS", _EVER):  # fmt: skip
+        yield
+
+
+@contextmanager
+def _dense_shapes(tile: tuple[tuple[int, int], int, int]) -> Iterator[None]:
+    shape, stages, halves = tile
+    changes = {"_SHAPES": {halves: shape}, "_STAGES": stages, "choose_halves": lambda *_: halves}
+    with mock.patch.multiple(dense_int8, **changes):
+        yield

@@ -54,7 +54,7 @@ def main() -> None:
         measure(name, launch, bits, capability)
         for capability in args.sm
         for bits in args.bits
-        for name, launch in launches(bits)
+        for name, launch in launches(bits, capability=capability)
     ]
     spilled = sum(row["spill_bytes"] > 0 for row in rows)
     print(render(f"{len(rows)} kernels, {spilled} spill", tuple(rows[0]), [tuple(row.values()) for row in rows]))

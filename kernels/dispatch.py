@@ -23,8 +23,8 @@ DENSE_TOKENS = 512
 # Up to here a norm is computed where its result is rotated, by every program of a token anew: it reads the row from L2.
 NORM_TOKENS = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Multiprocessors to plan for where no device can be asked.
-_PROCESSORS = 132
+# Multiprocessors and compute capability to plan for where no device can be asked.
+_PROCESSORS, _CAPABILITY = 132, (9, 0)
 _FORCED: ContextVar[bool] = ContextVar("forced", default=False)
 
 
@@ -48,6 +48,13 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return _PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the device, or that of the GPU that the kernels were planned for."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 
 @contextmanager

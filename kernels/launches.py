@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.ahead import Launch, record
 from lopro_fx.kernels.decode import device as decode
+from lopro_fx.kernels.dense_int8 import device as dense_int8
 from lopro_fx.kernels.packed_int8 import device as packed_int8
 from lopro_fx.kernels.packed_linear import device as packed_linear
 from lopro_fx.kernels.packing import device as packing
@@ -34,14 +35,16 @@ def _weight(n: int, k: int, bits: int, group_size: int) -> tuple[Tensor, Tensor,
 
 
 def launches(
-    bits: int, group_size: int = 128, n: int = 28672, k: int = 8192, rank: int = 16, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[str, Launch]]:
+    bits: int, group_size: int = 128, n: int = 28672, k: int = 8192, rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16, capability: int = 90,
+) -> Iterator[tuple[str, Launch]]:  # fmt: skip
     """(what it is, launch) of a whole site: rotation, decode, every tile of the matmuls, dequantisation.
 
     Args:
         bits, group_size: of the packed weight (n, k).
         rank: of the int8 low-rank factors.
         dtype: of the activations; decoding takes one token.
+        capability: 90 for sm_90, whose tiles are others for some kernels.
     """
     x, weight = _empty(1, k, dtype=dtype), _weight(n, k, bits, group_size)
     signs = _empty(-(-k // 8), dtype=torch.uint8)
@@ -94,5 +97,11 @@ def launches(
             f"int8, matmul, {tokens or 'many'} tokens",
             record(packed_int8.matmul, packed_int8, *rows, *weight, *branch)[0],
         )
+    if bits <= 4:
+        rows = _empty(2048, k, dtype=torch.int8)
+        dense = (rows, _empty(1, 2048, dtype=torch.float32), _empty(n, k, dtype=torch.int8), weight[1])
+        branch = (None, _empty(2048, rank, dtype=dtype), up, scale, group_size, -1, dtype, 2 if capability == 90 else 1)
+        yield "int8, dense matmul", record(dense_int8.launch, dense_int8, *dense, *branch)[0]
+        yield "int8, dequantize", record(packing.launch, packing, *weight, bits, group_size, k, torch.int8)[0]
     factors = (up, scale, down, scale)
     yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype, *factors)[0]

@@ -176,3 +176,48 @@ def dot4(a, b, acc, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
                 byte = byte - 2 * (byte & 128)
             acc += ((a >> (8 * j)) & 255) * byte
     return acc
+
+
+@triton.jit
+def tile_of(program, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First token and first output feature of a program's tile of (M, N).
+
+    Neighbouring programs share weights: GROUP_M tiles of tokens for each tile of features, so that L2 serves them.
+    """
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group_m = program // (GROUP_M * n_tiles) * GROUP_M
+    height = min(m_tiles - group_m, GROUP_M)
+    inner = program % (GROUP_M * n_tiles)
+    return (group_m + inner % height) * BLOCK_M, inner // height * BLOCK_N
+
+
+@triton.jit
+def add_branch(
+    acc,  # (BLOCK_N, BLOCK_M) fp32
+    bias_ptr,  # (N,)
+    latent_ptr,  # (PARTS, M, R)
+    up_ptr,  # (N, R) int8 or fp16
+    up_scale_ptr,  # (N / PART_ROWS, R) fp16
+    m, n, M,
+    N: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, dtype: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + B t + b for tokens `m` and output features `n`, factors multiplied in `dtype`."""
+    m_inside, n_inside = m < M, n < N
+    if R > 0:
+        r = tl.arange(0, BLOCK_R)
+        inside = m_inside[:, None] & (r < R)[None, :]
+        latent = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for part in tl.static_range(PARTS):
+            at = latent_ptr + (part * M + m[:, None]) * R + r[None, :]
+            latent += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        up_inside = n_inside[:, None] & (r < R)[None, :]
+        up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
+        if HAS_SCALES:
+            part = (n // PART_ROWS)[:, None]
+            up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
+        acc = tl.dot(up.to(dtype), tl.trans(latent.to(dtype)), acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
+    return acc

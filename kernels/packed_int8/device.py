@@ -14,14 +14,14 @@ from lopro_fx.kernels.tiles import WHOLE_ROW, main_width, stand_in
 
 _CHUNK = 256
 # Most columns of an integer product; the fewer, the more often its sums are scaled.
-_WIDE = 128
+WIDE = 128
 # (tokens, features, warps, stages) by the most tokens that the shape is for.
 _SHAPES = {16: (16, 64, 4, 3), 64: (64, 64, 4, 3), 0: (64, 128, 8, 3)}
 
 
 def columns(group_size: int, act_group: int) -> int:
     """Columns of one integer product, which divide the groups of both sides."""
-    return min([_WIDE, *(size for size in (group_size, act_group) if size != -1)])
+    return min([WIDE, *(size for size in (group_size, act_group) if size != -1)])
 
 
 def round_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lopro_fx.kernels import dispatch, registry
@@ -30,6 +31,16 @@ def packed_int8(
         latent = latent.reshape(-1, latent.shape[-1]).to(x.dtype).contiguous()
     size = columns(group_size, act_group)
     integers, steps, sums = round_device(rows, perm, signs, block, act_bits, act_group, size)
+    if bits <= 4 and not dispatch.at_most(rows.shape[0], dispatch.DENSE_TOKENS):
+        from lopro_fx.kernels.dense_int8.device import choose_halves, dense_int8_device
+        from lopro_fx.kernels.packing.device import dequantize_device
+
+        weight = dequantize_device(codes, scales, zeros, bits, group_size, rows.shape[1], torch.int8)
+        y = dense_int8_device(
+            integers, steps, weight, scales, bias, latent, up, up_scale, group_size, act_group, x.dtype,
+            choose_halves(x.device, group_size, act_group, x.dtype),
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], y.shape[-1])
     y = int8_matmul_device(
         integers, steps, sums, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, act_group,
         tile_for(rows.shape[0]), x.dtype,

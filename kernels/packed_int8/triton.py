@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lopro_fx.kernels.fragments import code_bytes, load_words, reordered_bytes
-from lopro_fx.kernels.tiles import load_rotated, load_zeros
+from lopro_fx.kernels.tiles import add_branch, load_rotated, load_zeros, tile_of
 
 
 @triton.jit
@@ -68,13 +68,8 @@ def int8_matmul_kernel(
     HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens by BLOCK_N output features; BLOCK_K columns share a scale and a step."""
-    program = tl.program_id(0)
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group_m = program // (GROUP_M * n_tiles) * GROUP_M
-    height = min(m_tiles - group_m, GROUP_M)
-    inner = program % (GROUP_M * n_tiles)
+    first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # Tiles start at 64-bit addresses; inside a tile 32 bits are enough.
-    first_m, first_n = (group_m + inner % height) * BLOCK_M, inner // height * BLOCK_N
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     x_ptr += first_m.to(tl.int64) * K
     codes_ptr += first_n.to(tl.int64) * (WORDS * BITS // WIDTH)
@@ -107,17 +102,10 @@ def int8_matmul_kernel(
         acc += (product + offset[:, None] * total[None, :]) * scale[:, None]
     if ACT_GROUPS == 1:
         acc *= tl.load(step_ptr, mask=m_inside, other=0.0)[None, :]
-    if R > 0:
-        r = tl.arange(0, BLOCK_R)
-        latent = tl.load(latent_ptr + m[:, None] * R + r[None, :], mask=m_inside[:, None] & (r < R)[None, :], other=0.0)
-        up_inside = n_inside[:, None] & (r < R)[None, :]
-        up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
-        if HAS_SCALES:
-            part = (n // PART_ROWS)[:, None]
-            up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-        acc = tl.dot(up.to(latent.dtype), tl.trans(latent), acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
+    acc = add_branch(
+        acc, bias_ptr, latent_ptr, up_ptr, up_scale_ptr, m, n, M, N, R, 1, PART_ROWS, BLOCK_M, BLOCK_R,
+        latent_ptr.dtype.element_ty, HAS_BIAS, HAS_SCALES, "ieee",
+    )  # fmt: skip
     y_ptr += first_m.to(tl.int64) * N
     inside = n_inside[:, None] & m_inside[None, :]
     tl.store(y_ptr + rows[None, :] * N + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=inside)

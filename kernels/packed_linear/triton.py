@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lopro_fx.kernels.fragments import centred_codes, in_order, load_words, reordered
-from lopro_fx.kernels.tiles import by_column, load_zeros
+from lopro_fx.kernels.tiles import add_branch, by_column, load_zeros, tile_of
 
 
 @triton.jit
@@ -34,14 +34,9 @@ def matmul_kernel(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens by BLOCK_N output features, over one of SPLITS parts of the columns."""
-    # Neighbouring programs share weights: GROUP_M tiles of tokens for each tile of features, so that L2 serves them.
-    program, split = tl.program_id(0), tl.program_id(1)
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first_m = program // (GROUP_M * n_tiles) * GROUP_M
-    height = min(m_tiles - first_m, GROUP_M)
-    inner = program % (GROUP_M * n_tiles)
+    split = tl.program_id(1)
+    first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # Tiles start at 64-bit addresses; inside a tile 32 bits are enough.
-    first_m, first_n = (first_m + inner % height) * BLOCK_M, inner // height * BLOCK_N
     x_ptr += first_m.to(tl.int64) * K
     codes_ptr += first_n.to(tl.int64) * (WORDS * BITS // WIDTH)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -76,21 +71,10 @@ def matmul_kernel(
             codes = in_order(codes, WIDTH, BLOCK_N, BLOCK_W)
             acc += tl.dot(codes, x, input_precision=PRECISION) * scale[:, None]
     if split == 0:
-        if R > 0:
-            r = tl.arange(0, BLOCK_R)
-            inside = m_inside[:, None] & (r < R)[None, :]
-            latent = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for part in tl.static_range(PARTS):
-                at = latent_ptr + (part * M + m[:, None]) * R + r[None, :]
-                latent += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            up_inside = n_inside[:, None] & (r < R)[None, :]
-            up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
-            if HAS_SCALES:
-                part = (n // PART_ROWS)[:, None]
-                up *= tl.load(up_scale_ptr + part * R + r[None, :], mask=up_inside, other=0.0).to(tl.float32)
-            acc = tl.dot(up.to(dtype), tl.trans(latent.to(dtype)), acc, input_precision=PRECISION)
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
+        acc = add_branch(
+            acc, bias_ptr, latent_ptr, up_ptr, up_scale_ptr, m, n, M, N, R, PARTS, PART_ROWS, BLOCK_M, BLOCK_R,
+            dtype, HAS_BIAS, HAS_SCALES, PRECISION,
+        )  # fmt: skip
         if HAS_RESIDUAL:
             at = residual_ptr + first_m.to(tl.int64) * N + rows[None, :] * N + n[:, None]
             acc += tl.load(at, mask=n_inside[:, None] & m_inside[None, :], other=0.0).to(tl.float32)

@@ -22,7 +22,8 @@ def launch(
     """Q̂, or Q̂ + B A, so that many tokens need one matmul.
 
     Args:
-        codes, scales, zeros, bits, group_size, in_features, dtype: as in `packing.format.dequantize`.
+        codes, scales, zeros, bits, group_size, in_features, dtype: as in `packing.format.dequantize`; with torch.int8,
+            as in `dense_int8.reference.doubled`.
         up, up_scale: B, as in `lopro::packed_linear`, rounded to `dtype`; or None.
         down, down_scale: A, as in `lopro::project`, with `up`.
 
@@ -39,7 +40,8 @@ def launch(
         N=n, K=in_features, R=rank, PART_ROWS=n // parts, WORDS=-(-in_features // WORD) * width, BITS=bits, WIDTH=width,
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K, BLOCK_R=max(16, triton.next_power_of_2(rank)), HAS_UP_SCALE=up_scale is not None,
-        HAS_DOWN_SCALE=down_scale is not None, PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        HAS_DOWN_SCALE=down_scale is not None, DOUBLED=dtype == torch.int8,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return y
 

@@ -1,4 +1,4 @@
-"""Packed weight to dense, in one pass: 2 to 8 bits read, 16 or 32 written, the low-rank branch added up."""
+"""Packed weight to dense, in one pass: 2 to 8 bits read, 8 to 32 written, the low-rank branch added up."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def dequantize_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART_ROWS: tl.constexpr, WORDS: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HAS_UP_SCALE: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOUBLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows by BLOCK_K columns."""
+    """One program: BLOCK_N rows by BLOCK_K columns; DOUBLED leaves the scale out and takes centred codes twice."""
     first, start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
     codes_ptr += first.to(tl.int64) * (WORDS * BITS // WIDTH)
     y_ptr += first.to(tl.int64) * K
@@ -37,7 +37,11 @@ def dequantize_kernel(
     at = n[:, None] * WEIGHT_GROUPS + g[None, :]
     scale = tl.load(scales_ptr + at, mask=g_inside, other=0.0).to(tl.float32)
     zero = load_zeros(zeros_ptr, at, g_inside, N * WEIGHT_GROUPS, BITS, WIDTH)
-    weight = (codes - by_column(zero, BLOCK_G, BLOCK_N, BLOCK_K)) * by_column(scale, BLOCK_G, BLOCK_N, BLOCK_K)
+    weight = codes - by_column(zero, BLOCK_G, BLOCK_N, BLOCK_K)
+    if DOUBLED:
+        weight *= 2.0
+    else:
+        weight *= by_column(scale, BLOCK_G, BLOCK_N, BLOCK_K)
     mask = inside[:, None] & (k < K)[None, :]
     if R > 0:
         dtype = y_ptr.dtype.element_ty

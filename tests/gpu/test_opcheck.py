@@ -27,11 +27,12 @@ def _check(name: str, *args: Any) -> None:
 
 def _problem(tokens: int, rank: int = 4) -> Problem:
     from lopro_fx.kernels.decode import device as decode
+    from lopro_fx.kernels.dense_int8 import device as dense_int8
     from lopro_fx.kernels.packed_linear import device as packed_linear
     from lopro_fx.kernels.packing import device as packing
     from lopro_fx.kernels.rotate import device as rotate
 
-    assert all((decode, packed_linear, packing, rotate)), "importing them registers their operators"
+    assert all((decode, dense_int8, packed_linear, packing, rotate)), "importing them registers their operators"
     return problem(tokens, 192, 72, 3, 64, rank=rank, block=64, permuted=True, biased=True, dtype=torch.bfloat16)
 
 
@@ -84,3 +85,21 @@ def test_dequantize_device(dtype: torch.dtype) -> None:
     _check("dequantize_device", codes, scales, zeros, 3, 64, 192, dtype)
     down, down_scale, *_, up, up_scale = _problem(1).args("cuda")[5:13]
     _check("dequantize_device", codes, scales, zeros, 3, 64, 192, dtype, up, up_scale, down, down_scale)
+    _check("dequantize_device", codes, scales, zeros, 3, 64, 192, torch.int8)
+
+
+@pytest.mark.parametrize("act_group", [-1, 64])
+def test_integer_products(act_group: int) -> None:
+    from lopro_fx.kernels.packed_int8.device import columns
+
+    x, perm, signs, block, _, down, down_scale, *weight, bias, up, up_scale, _, _ = _problem(3).args("cuda")
+    size = columns(64, act_group)
+    _check("round_device", x, perm, signs, block, 8, act_group, size)
+    integers, steps, sums = torch.ops.lopro.round_device(x, perm, signs, block, 8, act_group, size)
+    branch = (bias, project(x, down, down_scale), up, up_scale)
+    rest = (64, act_group, torch.bfloat16)
+    _check("int8_matmul_device", integers, steps, sums, *weight, *branch, 3, 64, act_group, 16, torch.bfloat16)
+    dense = torch.ops.lopro.dequantize_device(*weight, 3, 64, 192, torch.int8)
+    for halves in (1, 2):
+        _check("dense_int8_device", integers, steps, dense, weight[1], *branch, *rest, halves)
+        _check("dense_int8_device", integers, steps, dense, weight[1], None, None, None, None, *rest, halves)

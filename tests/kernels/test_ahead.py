@@ -13,7 +13,7 @@ from lopro_fx.kernels.launches import launches
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_no_kernel_spills(capability: int, bits: int) -> None:
-    for name, launch in launches(bits):
+    for name, launch in launches(bits, capability=capability):
         resources = compile_launch(launch, capability)
         assert resources.spill_bytes == 0, (name, resources)
         # Decoding hides latency by having at least two programs on a multiprocessor, which has 65,536 registers.
@@ -35,6 +35,14 @@ def test_few_instructions_a_weight(name: str, bits: int, most: float) -> None:
     columns = options["BLOCK_K"] if "BLOCK_K" in options else options["BLOCK_W"] * 32 // options["WIDTH"]
     weights = options["BLOCK_N"] * columns // (32 * options["num_warps"])
     assert 0 < resources.loop <= most * weights
+
+
+def test_the_dense_int8_product_scales_and_little_else() -> None:
+    launch = dict(launches(4))["int8, dense matmul"]
+    resources, options = compile_launch(launch, 90), launch.options
+    outputs = options["HALVES"] * options["BLOCK_M"] * options["BLOCK_N"] // (32 * options["num_warps"])
+    # Each sum of a group is converted and added with its scale: two instructions of at most four.
+    assert 2 * outputs < resources.loop <= 4 * outputs
 
 
 def test_decode_uses_the_byte_dot_product() -> None:
@@ -64,4 +72,5 @@ def test_prefill_uses_tensor_cores() -> None:
     kernels = dict(launches(4))
     assert compile_launch(kernels["matmul, many tokens"], 90).instructions.get("HGMMA", 0) > 0
     assert compile_launch(kernels["int8, matmul, many tokens"], 90).instructions.get("IGMMA", 0) > 0
+    assert compile_launch(kernels["int8, dense matmul"], 90).instructions.get("IGMMA", 0) > 0
     assert compile_launch(kernels["matmul, 16 tokens"], 80).instructions.get("HMMA", 0) > 0

@@ -82,6 +82,22 @@ def test_a_free_number_of_tokens_is_not_guarded() -> None:
     assert len(shapes.guards) == guards
 
 
+@pytest.mark.parametrize(("tokens", "bits", "expected"), [
+    (dispatch.DENSE_TOKENS, 4, ["round_device", "int8_matmul_device"]),
+    (dispatch.DENSE_TOKENS + 1, 4, ["round_device", "dequantize_device", "dense_int8_device"]),
+    (dispatch.DENSE_TOKENS + 1, 8, ["round_device", "int8_matmul_device"]),
+])  # fmt: skip
+def test_integer_activations(tokens: int, bits: int, expected: list[str]) -> None:
+    p = problem(tokens, 192, 72, bits, 64, block=64)
+    with FakeTensorMode(), _Calls() as calls:
+        x, perm, signs, block, skip, _, _, *rest = (_on_cuda(v) if isinstance(v, torch.Tensor) else v for v in p.args())
+        codes, scales, zeros, bias, up, up_scale, _, _ = rest
+        weight = (codes, scales, zeros, bias, None, up, up_scale, bits, 64, 8, -1)
+        y = torch.ops.lopro.packed_int8(x, perm, signs, block, skip, *weight)
+    assert calls.names == expected
+    assert y.shape == (tokens, 72)
+
+
 def test_a_cpu_tensor_gets_aten() -> None:
     p = problem(1, 192, 72, 3, 64, rank=4, block=64)
     with _Calls() as calls:

@@ -80,7 +80,8 @@ def test_what_stands_around_a_site(
 @pytest.mark.parametrize(
     ("bits", "group_size", "act_bits", "act_group", "k", "tokens", "skip"),
     [(4, 64, 8, 64, 192, 5, 0), (4, 128, 8, -1, 300, 1, 0), (8, -1, 8, -1, 260, 70, 0), (4, 32, 4, 128, 256, 20, 0),
-     (3, 64, 8, 32, 192, 3, 64), (2, -1, 8, 32, 96, 2, 0)],
+     (3, 64, 8, 32, 192, 3, 64), (2, -1, 8, 32, 96, 2, 0), (4, 64, 8, -1, 192, dispatch.DENSE_TOKENS + 3, 0),
+     (3, 32, 4, 64, 128, dispatch.DENSE_TOKENS + 1, 64), (8, 64, 8, -1, 64, dispatch.DENSE_TOKENS + 1, 0)],
 )  # fmt: skip
 def test_integer_activations(
     device: torch.device, bits: int, group_size: int, act_bits: int, act_group: int, k: int, tokens: int, skip: int

@@ -11,7 +11,10 @@ from torch.nn import functional
 
 from lopro_fx.kernels.decode import reference as decode_reference
 from lopro_fx.kernels.decode.device import activation_group, decode_prepare, decode_product
+from lopro_fx.kernels.dense_int8.device import dense_int8_device
+from lopro_fx.kernels.dense_int8.reference import dense_int8, doubled
 from lopro_fx.kernels.fragments import centred_codes, in_order, load_words, reordered
+from lopro_fx.kernels.packed_int8.reference import round_activation
 from lopro_fx.kernels.packed_linear.device import packed_linear_device
 from lopro_fx.kernels.packed_linear.reference import packed_linear
 from lopro_fx.kernels.packed_site.reference import packed_site
@@ -159,6 +162,46 @@ def test_dequantize_with_the_branch(
     expected = dequantize(codes, scales, zeros, bits, group_size, k, torch.float32) + branch
     arguments = (codes, scales, zeros, bits, group_size, k, dtype, up, up_scale, down, down_scale)
     assert_close("weight", expected, dequantize_device(*arguments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "k", "n"), [(2, 64, 192, 40), (3, 32, 99, 33), (4, 128, 300, 66), (4, -1, 130, 17)]
+)
+def test_doubled_codes_are_whole(device: torch.device, bits: int, group_size: int, k: int, n: int) -> None:
+    p = problem(1, k, n, bits, group_size)
+    arguments = (p.codes.to(device), p.scales.to(device), p.zeros.to(device), bits, group_size, k)
+    expected = doubled(*arguments)
+    assert torch.equal(expected, dequantize_device(*arguments, torch.int8))
+    scale = p.scales.to(device, torch.float64).repeat_interleave(k if group_size == -1 else group_size, 1)[:, :k]
+    torch.testing.assert_close(expected * scale / 2, dequantize(*arguments, torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("group_size", "act_group", "k", "n", "m", "rank"),
+    [
+        (128, -1, 384, 130, 140, 4),
+        (64, 64, 200, 70, 260, 0),
+        (32, 128, 256, 17, 3, 16),
+        (-1, -1, 99, 33, 1, 3),
+        (-1, 32, 160, 300, 65, 5),
+    ],
+)
+def test_dense_int8(
+    device: torch.device, dtype: torch.dtype, halves: int, group_size: int, act_group: int, k: int, n: int, m: int,
+    rank: int,
+) -> None:  # fmt: skip
+    p = problem(m, k, n, 4, group_size, rank=rank, biased=rank > 3, dtype=dtype, parts=1 if n % 2 else 2)
+    x, _, _, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
+    integers, steps = round_activation(x, 8, act_group)
+    latent = None if down is None else project(x, down, down_scale)
+    rest = (scales, bias, latent, up, up_scale, group_size, act_group, dtype)
+    weight = doubled(codes, scales, zeros, 4, group_size, k)
+    integers, steps = integers.contiguous(), steps.T.contiguous()
+    got = dense_int8_device(integers, steps, weight, *rest, halves)
+    assert got.dtype == dtype
+    assert_close("y", dense_int8(integers, steps, weight, *rest), got, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
