@@ -37,9 +37,9 @@ def measure(name: str, launch: Launch, bits: int, capability: int) -> dict[str, 
 
 
 def weights_per_thread(launch: Launch) -> float:
-    """Weights that a thread multiplies in one turn of its kernel's loop; 0 where the kernel has none."""
+    """Packed weights that a thread multiplies in one turn of its kernel's loop; 0 where the kernel has none."""
     options = launch.options
-    if "BLOCK_N" not in options or ("BLOCK_M" not in options and "BLOCK_W" not in options):
+    if "WIDTH" not in options or "BLOCK_N" not in options or ("BLOCK_M" not in options and "BLOCK_W" not in options):
         return 0
     columns = options["BLOCK_K"] if "BLOCK_K" in options else options["BLOCK_W"] * 32 // options["WIDTH"]
     return options["BLOCK_N"] * columns / (32 * options.get("num_warps", 4))
