@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from lopro_fx.passes.mutation import written_between
+from lopro_fx.passes.routers import find_routers
 from lopro_fx.passes.ties import identity
 
 _EMBEDDING = torch.ops.aten.embedding.default
@@ -124,7 +125,7 @@ def find_sites(
         A `Selection` in graph order.
     """
     fqns = parameter_fqns(program)
-    embeddings = _embeddings(program, fqns)
+    embeddings, routers = _embeddings(program, fqns), find_routers(program)
     sites: dict[str, Site] = {}
     outputs: set[str] = set()
     left: list[Left] = []
@@ -146,13 +147,16 @@ def find_sites(
         if weight_fqn in rejected:
             continue
         tensor = _tensor(program, weight_fqn)
-        kept = None if _matches(name, include, "*") else _reason_to_keep(name, tensor, embeddings)
+        named = _matches(name, include, "*")
+        output = None if named else _reason_of_output(name, tensor, embeddings)
         reason = _reason_to_leave(node, tensor) or ("excluded by name" if _matches(name, exclude) else None)
-        if reason is None and heads and kept:
+        if reason is None and heads and output:
             reason = _reason_of_reader(program, fqns, tensor)
             outputs.add(name)
-        elif reason is None:
-            reason = kept if _matches(name, include) else "not in the include patterns"
+        elif reason is None and not _matches(name, include):
+            reason = "not in the include patterns"
+        elif reason is None and not named:
+            reason = output or _reason_to_keep(node, tensor, routers)
         if reason:
             rejected.add(weight_fqn)
             left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
@@ -199,7 +203,15 @@ def _reason_to_leave(node: Node, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _reason_to_keep(name: str, tensor: torch.Tensor, embeddings: dict[Node, torch.Tensor]) -> str | None:
+def _reason_to_keep(node: Node, tensor: torch.Tensor, routers: set[Node]) -> str | None:
+    if node in routers:
+        return "it chooses experts, kept by default (name it in include to take it)"
+    if tensor.shape[0] == 1:
+        return "a single output feature saves nothing, kept by default (name it in include to take it)"
+    return None
+
+
+def _reason_of_output(name: str, tensor: torch.Tensor, embeddings: dict[Node, torch.Tensor]) -> str | None:
     """Why a Linear is an output projection."""
     if any(_share_storage(table, tensor) for table in embeddings.values()):
         return "its weight is tied to an embedding"

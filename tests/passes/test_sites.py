@@ -90,6 +90,48 @@ def test_other_products_are_listed() -> None:
     assert left.reason.startswith("aten.addmm.default is not aten.linear (Conv1D")
 
 
+class Experts(nn.Module):
+    """Groups of experts chosen by biased scores, as DeepSeek does, and one that a gate of one feature weighs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.gate = nn.Linear(WIDTH, 8, bias=False), nn.Linear(WIDTH, 1)
+        self.shared, self.bias = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).float().sigmoid()
+        ranked = (scores + self.bias).view(-1, 2, 4)
+        best = ranked.topk(2, -1)[0].sum(-1).topk(1, -1)[1]
+        weight, _ = ranked.masked_fill(best[..., None] == 0, 0.0).view(-1, 8).topk(2, -1)
+        return self.shared(x) * self.gate(x).sigmoid() + weight.sum(-1, keepdim=True)
+
+
+def test_what_chooses_experts_is_kept() -> None:
+    program = export(seeded(Experts()), rows(4))
+    selection = find_sites(program)
+    assert [site.name for site in selection.sites] == ["shared"]
+    reasons = _reasons(selection)
+    assert reasons["router"].startswith("it chooses experts, kept by default")
+    assert reasons["gate"].startswith("a single output feature saves nothing")
+    named = find_sites(program, include=("*", "router", "gate"))
+    assert {site.name for site in named.sites} == {"shared", "router", "gate"}
+    assert _reasons(find_sites(program, heads=True)) == reasons
+
+
+def test_the_choice_of_a_token_makes_no_router() -> None:
+    class Sampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.lm_head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lm_head(x + self.body(x)).softmax(-1).topk(4, -1)[1]
+
+    selection = find_sites(export(seeded(Sampled()), rows(4)), heads=True)
+    assert [group.name for group in selection.groups] == ["body"]
+    assert [group.name for group in selection.heads] == ["lm_head"]
+
+
 def test_convolutions_and_batched_products_are_listed() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
