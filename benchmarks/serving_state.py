@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx import LoPRo, QuantState
-from lopro_fx.calibration.schedule import weight_of
 from lopro_fx.methods.lowrank import randomized_svd, round_factor
 from lopro_fx.methods.rotation import Transform, largest_block, random_signs
 from lopro_fx.methods.rtn import round_to_nearest, solve_data_free
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.packing import pack_solution
-from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.linears import as_linears
+from lopro_fx.passes.sites import weight_of
 from lopro_fx.quantize import select
 
 
 def rounded_state(program: ExportedProgram, config: LoPRo) -> QuantState:
     """`config` gives widths, group size, rank and block size."""
-    program = InlineModesPass()(program)
+    program = as_linears(program)
     selection = select(program, config)
     generator = torch.Generator().manual_seed(config.seed)
     groups, sites = {}, {}

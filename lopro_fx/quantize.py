@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from lopro_fx import __about__
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import measure_importance
-from lopro_fx.calibration.schedule import run_calibrated, run_data_free, weight_of
+from lopro_fx.calibration.schedule import run_calibrated, run_data_free
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.errors import GraphError
@@ -25,10 +25,10 @@ from lopro_fx.methods.rtn import solve_data_free
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.solve import solve
 from lopro_fx.packing import pack_solution
-from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
 from lopro_fx.passes.rewrite import RewritePass
-from lopro_fx.passes.sites import Group, Selection, find_sites
+from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
 from lopro_fx.progress import Progress, bar
 from lopro_fx.resume import Journal
 from lopro_fx.state import QuantState
@@ -74,7 +74,7 @@ def calibrate(
 ) -> QuantState:
     """Find the quantised form of every Linear; arguments and errors as in `quantize`."""
     config = config or LoPRo()
-    program = InlineModesPass()(program)
+    program = as_linears(program)
     selection = select(program, config)
     batches = None if calibration is None else flatten_batches(program, calibration)
     if batches is None and isinstance(config, (GPTQ, LoPRo)):
@@ -113,11 +113,11 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
         GraphError: the program lacks a calibrated Linear, or its shape differs.
     """
     info = {"config": state.config, "left": state.left, "info": state.info, **_rows(state)}
-    return RewritePass(state.groups, state.sites, info)(InlineModesPass()(program))
+    return RewritePass(state.groups, state.sites, info)(as_linears(program))
 
 
 def select(program: ExportedProgram, config: Method) -> Selection:
-    """Linears to take and to leave.
+    """Linears to take and to leave, of a program after `as_linears`.
 
     Raises:
         GraphError: none is taken.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
@@ -14,6 +15,8 @@ from torch.fx.node import map_arg
 from torch.nn import Parameter
 
 from lopro_fx.passes import compat
+
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
 class ProgramEditor:
@@ -40,6 +43,11 @@ class ProgramEditor:
             for spec in self._signature.input_specs
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         }
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """FQN of every parameter, buffer and constant by the name of its placeholder."""
+        return self._targets
 
     def fqn(self, placeholder: Node) -> str:
         """Name of the parameter, buffer or constant that a placeholder stands for."""
@@ -99,6 +107,19 @@ class ProgramEditor:
             if getattr(spec.arg, "name", None) == old.name:
                 spec.arg.name = new.name
         self.graph.erase_node(old)
+
+    def erase_unread(self, node: Node) -> None:
+        """Erase a view or copy that nothing reads but assertions of its type, and so on with what it was made of."""
+        if any(user.target is not _ASSERTION for user in node.users):
+            return
+        for user in list(node.users):
+            self.graph.erase_node(user)
+        if node.op != "call_function":
+            return
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        for source in sources:
+            self.erase_unread(source)
 
     def refresh_views(self, node: Node) -> bool:
         """Compute the values of all views of `node` again, after its strides changed; False if one can't be taken."""

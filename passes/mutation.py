@@ -17,7 +17,7 @@ def mutated_buffers(program: ExportedProgram) -> set[str]:
     found = set(signature.buffers_to_mutate.values())
     for node in program.graph.nodes:
         for operand in written_operands(node):
-            name = _base(operand).name
+            name = base_of(operand).name
             if name in signature.inputs_to_buffers:
                 found.add(signature.inputs_to_buffers[name])
     return found
@@ -25,9 +25,9 @@ def mutated_buffers(program: ExportedProgram) -> set[str]:
 
 def written_between(source: Node, first: Node, last: Node) -> bool:
     """Whether something from `first` to before `last` writes `source` in place, directly or through a view."""
-    owner, node = _base(source), first
+    owner, node = base_of(source), first
     while node is not last:
-        if any(_base(written) is owner for written in written_operands(node)):
+        if any(base_of(written) is owner for written in written_operands(node)):
             return True
         node = node.next
     return False
@@ -45,7 +45,7 @@ def clean_constants(program: ExportedProgram) -> dict[str, Any]:
     return constants
 
 
-def _base(node: Node) -> Node:
+def base_of(node: Node) -> Node:
     """The node that owns the storage which `node` is a view of."""
     while (viewed := viewed_operand(node)) is not None:
         node = viewed

@@ -118,7 +118,10 @@ class RewritePass(ProgramPass):
             linear,
         )  # fmt: skip
         call.meta[META] = {"site": site.name, "group": group.name, "bits": packed.bits}
+        weight = linear.args[1]
         editor.replace(linear, call)
+        assert isinstance(weight, Node)
+        editor.erase_unread(weight)
 
     def _input_side(
         self,
@@ -192,8 +195,7 @@ def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, A
 
 def _all_sites(program: ExportedProgram) -> dict[str, Site]:
     """Every Linear with a parameter, the output projection included, by FQN."""
-    # Explicit patterns override the default exclusions of embeddings and output projections.
-    return {site.name: site for site in find_sites(program, include=("?*",)).sites}
+    return {site.name: site for site in find_sites(program, keep=False).sites}
 
 
 def buffers_of(program: ExportedProgram, owner: str, keys: tuple[str, ...]) -> dict[str, Tensor]:

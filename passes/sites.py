@@ -1,38 +1,45 @@
 """Find every Linear of an exported program.
 
-A site is a parameter that multiplies activations in `aten.linear`; it is named by the fully qualified name (FQN) of the
-module that owns the weight, so the same calibrated result fits every program of the same model. Sites whose Linear
-nodes read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
+A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed; it is named by the fully
+qualified name (FQN) of the module that owns the weight, so the same calibrated result fits every program of the same
+model. Sites whose Linear nodes read the same tensor form a group: they share one Gram matrix, one rotation and one
+down-projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.routers import find_routers
 from lopro_fx.passes.ties import identity
+from lopro_fx.passes.weights import FLOATS, Seen, Weights, tensor_of
 
-_EMBEDDING = torch.ops.aten.embedding.default
-_LINEAR = torch.ops.aten.linear.default
-# Other products with a parameter: never rewritten, always listed.
+aten = torch.ops.aten
+_EMBEDDING = aten.embedding.default
+_LINEAR = aten.linear.default
+# Other products, with the places of operands that can be weights: with a parameter they are listed.
 _PRODUCTS = {
-    torch.ops.aten.addmm.default: (1, 2),
-    torch.ops.aten.mm.default: (0, 1),
-    torch.ops.aten.bmm.default: (0, 1),
-    torch.ops.aten.baddbmm.default: (1, 2),
-    torch.ops.aten.matmul.default: (0, 1),
-    torch.ops.aten.einsum.default: (1,),
-    torch.ops.aten.conv1d.default: (1,),
-    torch.ops.aten.conv2d.default: (1,),
-    torch.ops.aten.conv3d.default: (1,),
+    aten.addmm: (1, 2),
+    aten.mm: (0, 1),
+    aten.mv: (0,),
+    aten.bmm: (0, 1),
+    aten.baddbmm: (1, 2),
+    aten.addbmm: (1, 2),
+    aten.matmul: (0, 1),
+    aten.inner: (0, 1),
+    aten.tensordot: (0, 1),
+    aten.einsum: (1,),
+    aten.bilinear: (2,),
+    aten.conv1d: (1,),
+    aten.conv2d: (1,),
+    aten.conv3d: (1,),
 }
 # Kept by default: the output projection is a large share of a small model's quality and none of its decode layers.
 OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
@@ -42,7 +49,8 @@ OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_p
 class Site:
     """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
 
-    `embeddings` are the `aten.embedding` nodes whose table is the same tensor.
+    `embeddings` are the `aten.embedding` nodes whose table is the same tensor. With `transposed`, the weight is stored
+    as (in_features, out_features).
     """
 
     name: str
@@ -53,6 +61,7 @@ class Site:
     dtype: torch.dtype
     nodes: list[Node] = field(default_factory=list)
     embeddings: list[Node] = field(default_factory=list)
+    transposed: bool = False
 
 
 @dataclass
@@ -100,72 +109,75 @@ class Selection:
         return [site for group in (*self.groups, *self.heads) for site in group.sites]
 
 
-def parameter_fqns(program: ExportedProgram) -> dict[str, str]:
-    """Placeholder name to FQN, for parameters, buffers and constants."""
-    return {
-        spec.arg.name: spec.target
-        for spec in program.graph_signature.input_specs
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target is not None
-    }
-
-
 def find_sites(
-    program: ExportedProgram, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), heads: bool = False
+    program: ExportedProgram,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    heads: bool = False,
+    keep: bool = True,
 ) -> Selection:
     """List the Linears of `program` to rewrite and those to leave.
 
     Args:
-        program: an exported program before decomposition (`aten.linear` nodes intact).
+        program: an exported program before decomposition (`aten.linear` nodes intact), after `as_linears`.
         include: name patterns (fnmatch, on the FQN of the module); a site must match one.
         exclude: name patterns that leave a site alone; they win over `include`.
         heads: list output projections that `include` doesn't name as `heads`, whatever else it says, instead of leaving
             them.
+        keep: leave output projections, routers and Linears of one output feature that `include` doesn't name exactly.
 
     Returns:
         A `Selection` in graph order.
     """
-    fqns = parameter_fqns(program)
-    embeddings, routers = _embeddings(program, fqns), find_routers(program)
+    weights = Weights.of(program)
+    embeddings, routers = _embeddings(program, weights.fqns), find_routers(program)
     sites: dict[str, Site] = {}
     outputs: set[str] = set()
     left: list[Left] = []
     rejected: set[str] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or (node.target is not _LINEAR and node.target not in _PRODUCTS):
+        if node.op != "call_function" or (node.target is not _LINEAR and _packet(node) not in _PRODUCTS):
             continue
-        weight_fqn = _parameter_of(node, fqns)
-        if weight_fqn is None:
+        found = _weight_of(node, weights)
+        if found is None:
             if node.target is _LINEAR:
                 left.append(
                     Left(node.name, str(node.target), (), "its weight is computed in the graph, not a parameter")
                 )
             continue
-        name = weight_fqn.removesuffix(".weight")
+        fqn = weights.fqn(found)
+        if fqn in rejected:
+            continue
+        name, tensor = fqn.removesuffix(".weight"), tensor_of(program, fqn)
+        transposed = not found.whole and found.transposed
         if name in sites:
-            sites[name].nodes.append(node)
-            continue
-        if weight_fqn in rejected:
-            continue
-        tensor = _tensor(program, weight_fqn)
-        named = _matches(name, include, "*")
+            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[name].transposed:
+                sites[name].nodes.append(node)
+                continue
+            # Packed rows serve one form, and kept beside them the weight would save nothing.
+            del sites[name]
+            outputs.discard(name)
+            reason = f"its weight is also read in another form, by '{node.name}' ({node.target})"
+        else:
+            reason = _reason_to_leave(node, found, tensor) or ("excluded by name" if _matches(name, exclude) else None)
+        named = not keep or name in include
         output = None if named else _reason_of_output(name, tensor, embeddings)
-        reason = _reason_to_leave(node, tensor) or ("excluded by name" if _matches(name, exclude) else None)
         if reason is None and heads and output:
-            reason = _reason_of_reader(program, fqns, tensor)
+            reason = _reason_of_reader(program, weights, tensor)
             outputs.add(name)
         elif reason is None and not _matches(name, include):
             reason = "not in the include patterns"
         elif reason is None and not named:
-            reason = output or _reason_to_keep(node, tensor, routers)
+            reason = output or _reason_to_keep(node, routers)
         if reason:
-            rejected.add(weight_fqn)
+            rejected.add(fqn)
             left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
             continue
+        matrix = tensor.t() if transposed else tensor
         bias = node.args[2] if len(node.args) > 2 else None
-        bias_fqn = fqns.get(bias.name) if isinstance(bias, Node) else None
-        out_features, in_features = tensor.shape
-        tables = [reader for reader, table in embeddings.items() if identity(table) == identity(tensor)]
-        sites[name] = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node], tables)
+        bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
+        tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
+        sites[name] = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
@@ -174,39 +186,52 @@ def find_sites(
     return Selection(grouped, left, [Group([site]) for name, site in sites.items() if name in outputs])
 
 
-def _tensor(program: ExportedProgram, fqn: str) -> torch.Tensor:
-    tensor = program.state_dict[fqn] if fqn in program.state_dict else program.constants[fqn]
-    assert isinstance(tensor, torch.Tensor), fqn
-    return tensor
+def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
+    """The site's original weight (out_features, in_features)."""
+    tensor = tensor_of(program, site.weight).detach()
+    return tensor.t().contiguous() if site.transposed else tensor
 
 
-def _parameter_of(node: Node, fqns: dict[str, str]) -> str | None:
-    """FQN of the weight that `node` multiplies with, looking at the operands where a weight can stand."""
-    for position in _PRODUCTS.get(node.target, (1,)):  # pyright: ignore[reportArgumentType, reportCallIssue]
-        operand = node.args[position] if position < len(node.args) else None
-        if isinstance(operand, Node) and operand.name in fqns:
-            return fqns[operand.name]
+def _packet(node: Node) -> object:
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _weight_of(node: Node, weights: Weights) -> Seen | None:
+    """The weight that `node` multiplies with, looking at the operands where one can stand.
+
+    Of operators other than `aten.linear`, buffers and constants are no weights but where they are read as they are:
+    models multiply with tables of frequencies, masks and the like.
+    """
+    places = (1,) if node.target is _LINEAR else _PRODUCTS[_packet(node)]
+    for place in places:
+        operand = node.args[place] if place < len(node.args) else None
+        for candidate in operand if isinstance(operand, (list, tuple)) else (operand,):
+            found = weights.seen(candidate) if isinstance(candidate, Node) else None
+            if found and (node.target is _LINEAR or weights.is_parameter(found) or candidate is found.placeholder):
+                return found
     return None
 
 
-def _matches(name: str, patterns: Sequence[str], but: str | None = None) -> bool:
-    return any(pattern != but and fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(pattern == name or fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _reason_to_leave(node: Node, tensor: torch.Tensor) -> str | None:
+def _reason_to_leave(node: Node, found: Seen, tensor: torch.Tensor) -> str | None:
+    if tensor.dim() == 2 and not found.whole and not found.transposed:
+        return "its weight is a part or another view of the parameter, which only whole or transposed is taken"
     if node.target is not _LINEAR:
-        return f"{node.target} is not aten.linear (Conv1D, experts and convolutions keep their weights)"
+        return f"{node.target} is not aten.linear (experts and convolutions keep their weights)"
     if tensor.dim() != 2:
         return f"its weight has {tensor.dim()} dimensions"
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if tensor.dtype not in FLOATS:
         return f"its weight is {tensor.dtype}; fp32, bf16 and fp16 are quantised"
     return None
 
 
-def _reason_to_keep(node: Node, tensor: torch.Tensor, routers: set[Node]) -> str | None:
+def _reason_to_keep(node: Node, routers: set[Node]) -> str | None:
     if node in routers:
         return "it chooses experts, kept by default (name it in include to take it)"
-    if tensor.shape[0] == 1:
+    if node.meta["val"].shape[-1] == 1:
         return "a single output feature saves nothing, kept by default (name it in include to take it)"
     return None
 
@@ -220,18 +245,31 @@ def _reason_of_output(name: str, tensor: torch.Tensor, embeddings: dict[Node, to
     return None
 
 
-def _reason_of_reader(program: ExportedProgram, fqns: dict[str, str], tensor: torch.Tensor) -> str | None:
+def _reason_of_reader(program: ExportedProgram, weights: Weights, tensor: torch.Tensor) -> str | None:
     """Why an output projection can't be packed: something besides Linears and embeddings reads its weight."""
     for placeholder in program.graph.find_nodes(op="placeholder"):
-        other = _tensor(program, fqns[placeholder.name]) if placeholder.name in fqns else None
+        other = tensor_of(program, weights.fqns[placeholder.name]) if placeholder.name in weights.fqns else None
         if other is None or not placeholder.users or not _share_storage(other, tensor):
             continue
         if identity(other) != identity(tensor):
-            return f"its weight shares memory with '{fqns[placeholder.name]}', which is another part or view of it"
-        for user in placeholder.users:
-            at = [index for index, operand in enumerate(user.args) if operand is placeholder]
-            if (user.target, at) not in ((_LINEAR, [1]), (_EMBEDDING, [0])):
-                return f"its weight is also read by '{user.name}' ({user.target}), which needs it whole"
+            return (
+                f"its weight shares memory with '{weights.fqns[placeholder.name]}', which is another part or view of it"
+            )
+        if reader := _other_reader(placeholder, weights):
+            return f"its weight is also read by '{reader.name}' ({reader.target}), which needs it whole"
+    return None
+
+
+def _other_reader(weight: Node, weights: Weights) -> Node | None:
+    """What reads a weight, or a view of it, as neither a Linear nor an embedding does."""
+    for user in weight.users:
+        at = [index for index, operand in enumerate(user.args) if operand is weight]
+        if (user.target, at) in ((_LINEAR, [1]), (_EMBEDDING, [0])):
+            continue
+        if weights.seen(user) is None:
+            return user
+        if reader := _other_reader(user, weights):
+            return reader
     return None
 
 
@@ -239,10 +277,10 @@ def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _embeddings(program: ExportedProgram, fqns: dict[str, str]) -> dict[Node, torch.Tensor]:
+def _embeddings(program: ExportedProgram, fqns: Mapping[str, str]) -> dict[Node, torch.Tensor]:
     """Table of every embedding that reads a parameter."""
     nodes = program.graph.find_nodes(op="call_function", target=_EMBEDDING)
-    return {node: _tensor(program, fqns[node.args[0].name]) for node in nodes
+    return {node: tensor_of(program, fqns[node.args[0].name]) for node in nodes
             if isinstance(node.args[0], Node) and node.args[0].name in fqns}  # fmt: skip
 
 

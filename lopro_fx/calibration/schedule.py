@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from lopro_fx.calibration.importance import Importance
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.statistics import Statistics, data_free, measure
 from lopro_fx.config import Method
-from lopro_fx.passes.sites import Group, Site
+from lopro_fx.passes.sites import Group, weight_of
 
 # Given a group, its statistics and its weights, returns the weights that the quantised sites compute with.
 Solve = Callable[[Group, Statistics, list[Tensor]], list[Tensor]]
-
-
-def weight_of(program: ExportedProgram, site: Site) -> Tensor:
-    """The site's original weight (out_features, in_features)."""
-    return program.state_dict[site.weight].detach()
 
 
 def run_data_free(program: ExportedProgram, groups: Sequence[Group], solve: Solve) -> None:
@@ -53,7 +49,6 @@ def run_calibrated(
     """
     runner = LockstepRunner(program, batches)
     first = {group.sites[0].nodes[0]: group for group in groups}
-    placeholders = {site.weight: str(site.nodes[0].args[1]) for group in groups for site in group.sites}
     for node, inputs in runner.stops(set(first)):
         group = first[node]
         weight = importance[group.name] if importance else None
@@ -63,5 +58,6 @@ def run_calibrated(
         weights = [weight_of(program, site) for site in group.sites]
         solved = solve(group, stats, weights)
         if config.sequential:
-            for site, original, weight in zip(group.sites, weights, solved, strict=True):
-                runner.weights[placeholders[site.weight]] = weight.to(original.dtype)
+            for site, weight in zip(group.sites, solved, strict=True):
+                for operand in {operand for node in site.nodes if isinstance(operand := node.args[1], Node)}:
+                    runner.weights[operand.name] = weight.to(operand.meta["val"].dtype)

@@ -17,6 +17,7 @@ from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.models.load import SMOLLM2, load_model
+from lopro_fx.passes.linears import as_linears
 from lopro_fx.progress import bar
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
@@ -65,7 +66,7 @@ def run(args: Namespace) -> None:
     windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
     source = export(loaded)
     del loaded
-    selection = select(source.program, config)
+    selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)

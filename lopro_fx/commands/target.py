@@ -25,6 +25,7 @@ from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.sites import Selection
 from lopro_fx.passes.ties import identity
+from lopro_fx.passes.weights import tensor_of
 
 
 class Target:
@@ -51,7 +52,7 @@ class Target:
         Raises:
             CheckpointError: says how much there is and how much is needed.
         """
-        taken = {identity(program.state_dict[site.weight]) for site in selection.sites}
+        taken = {identity(tensor_of(program, site.weight)) for site in selection.sites}
         kept = stored_bytes(tensor for _, tensor in unique(program.state_dict) if identity(tensor) not in taken)
         widths = {site.name: config.head_bits for head in selection.heads for site in head.sites}
         # Scales, zeros and factors take up to a bit a weight; packed tensors are in the journal and in the result.

@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from lopro_fx.config import LoPRo, Method
-from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.sites import Selection, find_sites
 from lopro_fx.report.table import render
 
@@ -54,9 +54,7 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """
     config = config or LoPRo()
-    selection: Selection = find_sites(
-        InlineModesPass()(program), config.include, config.exclude, heads=config.head_bits > 0
-    )
+    selection: Selection = find_sites(as_linears(program), config.include, config.exclude, heads=config.head_bits > 0)
     lines = [
         Line(site.name, (site.out_features, site.in_features), True, group.name, "")
         for group in (*selection.groups, *selection.heads)

@@ -44,7 +44,7 @@ def _seen(module: nn.Module, batches: list[Batch]) -> dict[str, list[Tensor]]:
 
 def _stops(program: ExportedProgram, batches: list[Batch]) -> dict[str, list[Tensor]]:
     """What the runner hands out at the first use of every site."""
-    sites = {site.nodes[0]: site for site in find_sites(program, include=("?*",)).sites}
+    sites = {site.nodes[0]: site for site in find_sites(program, keep=False).sites}
     runner = LockstepRunner(program, flatten_batches(program, batches))
     with torch.no_grad():
         return {sites[node].name: list(inputs) for node, inputs in runner.stops(set(sites))}

@@ -24,12 +24,13 @@ def packed(
     rank: int = 2,
     rotate: bool = True,
     include: tuple[str, ...] = ("*",),
+    keep: bool = True,
     bits: int = BITS,
     group_size: int = GROUP_SIZE,
 ) -> tuple[dict[str, PackedGroup], dict[str, PackedSite]]:
     """Groups and sites of every Linear of the program, by name."""
     groups, sites, rng = {}, {}, generator()
-    for group in find_sites(program, include).groups:
+    for group in find_sites(program, include, keep=keep).groups:
         width, shared = group.in_features, {}
         if rotate:
             shared = {"perm": as_index(torch.randperm(width, generator=rng)), "signs": random_signs(width, rng)}

@@ -31,7 +31,7 @@ def quantised(transform: str = "partial", rank: int = 2, bits: int = 3, bias: bo
 def rewritten(module: nn.Module, *args: Any, dynamic: bool = False, **options: Any) -> ExportedProgram:
     """The exported module with random packed contents in all Linears; each site's up factor has scales of its own."""
     program = export(module, *args, dynamic=dynamic)
-    groups, sites = packed(program, **{"include": ("?*",), **options})
+    groups, sites = packed(program, **{"keep": False, **options})
     for index, site in enumerate(sites.values()):
         if "up_scale" in site.tensors:
             site.tensors["up_scale"] = site.tensors["up_scale"] * (1 + index)

@@ -1,0 +1,169 @@
+"""Write the product of an activation and a parameter as `aten.linear`, whichever operator a model spells it with.
+
+`x @ W.T`, `addmm(b, x, W)` (GPT-2's Conv1D), `einsum("...i,oi->...o", x, W)` and others are the same function, so that
+the passes after this one know one form. The result is that of the operator, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from lopro_fx.passes.base import ProgramPass, counters
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.inline import InlineModesPass
+from lopro_fx.passes.weights import FLOATS, Seen, Weights
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+
+
+@dataclass(frozen=True)
+class Product:
+    """linear(x, weight) + bias; with `columns`, of x's last two dimensions the first is contracted, as in `W @ x`.
+
+    `seen` is the weight; with `transposed` the parameter is stored as (in_features, out_features).
+    """
+
+    x: Node
+    seen: Seen
+    transposed: bool
+    bias: Node | None = None
+    columns: bool = False
+
+
+class LinearsPass(ProgramPass):
+    """Returns `program` itself when every product with a parameter that can be an `aten.linear` is one."""
+
+    def call(self, program: ExportedProgram) -> ExportedProgram:
+        if not _products(program):
+            return program
+        editor = ProgramEditor(program)
+        weights = Weights(editor.graph, editor.names, program.graph_signature)
+        for node in list(editor.graph.nodes):
+            product = match(node, weights)
+            if product is not None:
+                _write(editor, node, product)
+                counters["linears.product"] += 1
+        return editor.finish()
+
+    def ensures(self, program: ExportedProgram) -> None:
+        assert not _products(program)
+
+
+def as_linears(program: ExportedProgram) -> ExportedProgram:
+    """The program as `find_sites` reads it: nested graphs that only switch modes are inlined, and Linears are
+    `aten.linear`."""
+    return LinearsPass()(InlineModesPass()(program))
+
+
+def _products(program: ExportedProgram) -> bool:
+    weights = Weights.of(program)
+    return any(match(node, weights) for node in program.graph.nodes)
+
+
+def match(node: Node, weights: Weights) -> Product | None:
+    """The Linear that `node`, which isn't an `aten.linear`, computes with a parameter; None if it computes none."""
+    matcher = _MATCHERS.get(node.target)
+    return matcher(node, weights) if matcher and isinstance(node.meta.get("val"), torch.Tensor) else None
+
+
+def _product(x: Any, weight: Any, weights: Weights, rows: bool, **more: Any) -> Product | None:
+    """`rows`: the weight's rows are output features."""
+    if not isinstance(x, Node) or not isinstance(weight, Node) or x.meta["val"].dtype not in (*FLOATS, torch.float64):
+        return None
+    found = weights.seen(weight)
+    # A product of two parameters is one that the model computes of them, such as an adapter that is added to a weight.
+    if found is None or not weights.is_parameter(found) or weights.seen(x) is not None:
+        return None
+    if not (found.whole or found.transposed):
+        return None
+    return Product(x, found, found.whole != rows, **more)
+
+
+def _matmul(node: Node, weights: Weights) -> Product | None:
+    left, right = node.args
+    right_hand = _product(left, right, weights, rows=False)
+    if right_hand is not None or not isinstance(right, Node):
+        return right_hand
+    return _product(right, left, weights, rows=True, columns=right.meta["val"].dim() > 1)
+
+
+def _addmm(node: Node, weights: Weights) -> Product | None:
+    if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return None
+    bias, left, right = node.args
+    return _product(left, right, weights, rows=False, bias=bias)
+
+
+def _inner(node: Node, weights: Weights) -> Product | None:
+    return _product(node.args[0], node.args[1], weights, rows=True)
+
+
+def _tensordot(node: Node, weights: Weights) -> Product | None:
+    x, weight, mine, others = node.args
+    assert isinstance(x, Node)
+    last = x.meta["val"].dim() - 1
+    if list(mine) not in ([-1], [last]) or len(others) != 1:  # pyright: ignore[reportArgumentType]
+        return None
+    return _product(x, weight, weights, rows=others[0] in (1, -1))  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+
+def _einsum(node: Node, weights: Weights) -> Product | None:
+    equation, operands = node.args[:2]
+    terms, arrow, result = str(equation).replace(" ", "").partition("->")
+    labels = terms.split(",")
+    if not arrow or len(labels) != 2:
+        return None
+    pairs = list(zip(labels, operands, strict=True))  # pyright: ignore[reportArgumentType]
+    for (of_x, x), (of_weight, weight) in (pairs, pairs[::-1]):
+        if (
+            len(of_weight) == 2
+            and len(set(of_weight)) == 2
+            and len(set(of_x.replace("...", ""))) == len(of_x.replace("...", ""))
+        ):
+            inner, free = of_x[-1:], of_weight.replace(of_x[-1:], "")
+            if inner in of_weight and free not in of_x and result == of_x[:-1] + free:
+                found = _product(x, weight, weights, rows=of_weight[1] == inner)
+                if found is not None:
+                    return found
+    return None
+
+
+_MATCHERS = {
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.mv.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.inner.default: _inner,
+    aten.tensordot.default: _tensordot,
+    aten.einsum.default: _einsum,
+}
+
+
+def _write(editor: ProgramEditor, node: Node, product: Product) -> None:
+    def add(name: str, target: Any, *args: Any) -> Node:
+        return editor.add_call(node, f"{name}_{node.name}", target, args, node)
+
+    x, weight, bias = product.x, product.seen.placeholder, product.bias
+    dtype, old = x.meta["val"].dtype, list(node.all_input_nodes)
+    if product.transposed:
+        weight = add("transposed", aten.t.default, weight)
+    if weight.meta["val"].dtype != dtype:
+        weight = add("cast", aten.to.dtype, weight, dtype)
+    if product.columns:
+        x = add("rows", aten.transpose.int, x, -1, -2)
+    is_vector = bias is not None and bias.meta["val"].shape == weight.meta["val"].shape[:1]
+    result = add("linear", LINEAR, x, weight, bias if is_vector else None)
+    if bias is not None and not is_vector:
+        result = add("sum", aten.add.Tensor, result, bias)
+    if product.columns:
+        # What follows may take views that only the contiguous result of a product allows.
+        result = add("dense", aten.contiguous.default, add("columns", aten.transpose.int, result, -1, -2))
+    editor.replace(node, result)
+    for operand in old:
+        editor.erase_unread(operand)
