@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 import lopro_fx
 import lopro_fx.passes
+from lopro_fx import streams
 from lopro_fx.errors import LoProError
 
 _OK, _INTERNAL, _ERROR, _INTERRUPTED = 0, 1, 2, 130
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 after an error that is not the user's, 2 after one that is, 130 after Ctrl-C.
     """
+    streams.open_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(arguments).parse_args(arguments)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, f"interrupted{_kept(args)}", args.debug)
     except BrokenPipeError:  # the reader of `lopro-fx report DIR | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.abandon(sys.stdout)
     except LoProError as error:
         return _fail(_ERROR, f"error: {error}", args.debug)
     except Exception as error:  # a traceback helps nobody who did not ask for one
@@ -103,12 +104,16 @@ def _quiet(debug: bool) -> Iterator[None]:
 
 def _show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     if category is UserWarning and str(Path(filename).resolve()).startswith(_OURS):
-        print(f"lopro-fx: warning: {str(message).splitlines()[0]}", file=sys.stderr)
+        streams.note(f"lopro-fx: warning: {str(message).splitlines()[0]}")
 
 
 def _kept(args: argparse.Namespace) -> str:
     out = getattr(args, "out", None)
-    if out is None or not Path(journal := f"{out.rstrip('/')}.partial").is_dir():
+    if out is None:
+        return ""
+    from lopro_fx.commands.target import journal_of
+
+    if not (journal := journal_of(Path(out))).is_dir():
         return ""
     return f"; finished layers are kept in {journal}, and the same command continues there"
 
@@ -118,5 +123,5 @@ def _fail(code: int, line: str, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"lopro-fx: {line}", file=sys.stderr)
+    streams.note(f"lopro-fx: {line}")
     return code

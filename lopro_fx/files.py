@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +18,177 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, first_line
+
+_PREFIX = ".lopro_fx-"
+# A rename can't take what is mounted, and nothing can be put beside a file whose folder is closed to us.
+_FIXED = (errno.EBUSY, errno.EXDEV)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+def reason_of(error: BaseException) -> str:
+    """One line that says why a file could not be written."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left on device" in str(error):
         return "the disk is full"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` for a file or folder; it replaces `path` when the block ends without an error.
+    """A temporary path for a file or folder, which takes the place of `path` when the block ends without an error.
+
+    Links are resolved: a link stays, and what it points to is replaced. What is replaced hands on its mode and owner,
+    and new files have the mode that the umask allows. A file that can't be exchanged is written through: a device, a
+    FIFO, standard output, a file with several names or mounted by itself, or one in a folder that is closed to us. A
+    folder that is mounted, or whose parent is closed to us, keeps its place and gets new contents.
 
     Raises:
-        CheckpointError: writing failed; nothing is left at the temporary path and `path` is as it was.
+        CheckpointError: writing failed; nothing is left at the temporary path, and `path` is as it was unless it was
+            being written through.
     """
-    temporary: Path | None = None
+    scratch: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+        target = _resolved(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = _scratch(target)
+        # In a folder of its own: the name is the user's, and may be one that is used here.
+        (scratch / "new").mkdir()
+        temporary = scratch / "new" / target.name
         yield temporary
-        if path.is_dir() and temporary.is_dir():
-            _swap(path, temporary)
+        _set_mode(temporary, scratch)
+        if temporary.is_dir() and target.is_dir():
+            _exchange_folder(target, temporary, scratch)
         else:
-            os.replace(temporary, path)
+            _exchange_file(target, temporary, scratch)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {path}: {_reason(error)}; nothing was left half-written") from error
+        raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left half-written") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary.parent, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _swap(folder: Path, new: Path) -> None:
-    # A folder that holds files can't be renamed over, so the old one steps aside; it comes back if anything fails.
-    old = new.with_name("old")
-    os.replace(folder, old)
+def require_writable(path: Path) -> None:
+    """Refuse, before the work, what `replacing` could not write after it.
+
+    Raises:
+        CheckpointError: says what is in the way.
+    """
     try:
-        os.replace(new, folder)
+        target = _resolved(path)
+        if target.exists() and not target.is_file() and not target.is_dir():
+            mode = target.stat().st_mode
+            if not stat.S_ISCHR(mode) and not stat.S_ISFIFO(mode):
+                raise CheckpointError(f"{path} can't be written: it is a socket or a disk; name a file")
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        # What is missing is made at the end, in the first folder that is there.
+        while not target.exists() and not target.parent.exists():
+            target = target.parent
+        _scratch(target).rmdir()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {reason_of(error)}") from error
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths stand for one file or folder, which need not exist."""
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: Path) -> Path:
+    """Where links lead. What is neither a file nor a folder keeps its name: that of a pipe among /proc's links leads
+    nowhere."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path)) if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else path.absolute()
+
+
+def _scratch(target: Path) -> Path:
+    """A new folder, on the target's file system where that can be."""
+    if target.is_dir() and os.path.ismount(target):
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return Path(tempfile.mkdtemp(prefix=_PREFIX))
+    try:
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
+    except OSError as error:
+        if error.errno not in _CLOSED or not os.access(target, os.W_OK):
+            raise
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target if target.is_dir() else None))
+
+
+def _set_mode(new: Path, scratch: Path) -> None:
+    """Give every file the mode that the umask allows: safetensors and the makers of temporary files don't."""
+    # What a new file gets tells the umask, which can't be read without setting it for all threads.
+    (probe := scratch / "mode").touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    for file in new.rglob("*") if new.is_dir() else (new,):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _hand_on(old: Path, new: Path) -> None:
+    """Give the new one the old one's mode and, where that is allowed, owner."""
+    kept, made = old.stat(), new.stat()
+    if (kept.st_uid, kept.st_gid) != (made.st_uid, made.st_gid):
+        with suppress(PermissionError):
+            os.chown(new, kept.st_uid, kept.st_gid)
+    new.chmod(stat.S_IMODE(kept.st_mode))
+
+
+def _exchange_file(target: Path, new: Path, scratch: Path) -> None:
+    if not target.exists():
+        os.replace(new, target)
+    elif target.is_file() and target.stat().st_nlink == 1 and scratch.parent == target.parent and _own(target) is None:
+        _hand_on(target, new)
+        try:
+            os.replace(new, target)
+        except OSError as error:
+            if error.errno not in _FIXED:
+                raise
+            _write_through(target, new)
+    else:
+        _write_through(target, new)
+
+
+def _write_through(target: Path, new: Path) -> None:
+    stream = _own(target)
+    # A second descriptor of standard output's file would have a position of its own.
+    with new.open("rb") as source, open(target if stream is None else stream, "wb", closefd=stream is None) as sink:
+        shutil.copyfileobj(source, sink)
+
+
+def _own(target: Path) -> int | None:
+    """The descriptor of standard output or error, if it is what `target` stands for."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        with suppress(OSError, ValueError, AttributeError):
+            if os.path.samestat(os.fstat(descriptor), target.stat()):
+                stream.flush()
+                return descriptor
+    return None
+
+
+def _exchange_folder(folder: Path, new: Path, scratch: Path) -> None:
+    """Put the new folder, or its contents, in the place of the old; the old one comes back if anything fails."""
+    # A folder that holds files can't be renamed over, so the old one steps aside.
+    old = scratch / "old"
+    _hand_on(folder, new)
+    if scratch.parent != folder:
+        moves = [(folder, old), (new, folder)]
+    else:
+        old.mkdir()
+        moves = [(entry, old / entry.name) for entry in folder.iterdir() if entry != scratch]
+        moves += [(entry, folder / entry.name) for entry in new.iterdir()]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for move in moves:
+            os.replace(*move)
+            done.append(move)
     except BaseException:
-        os.replace(old, folder)
+        for source, destination in reversed(done):
+            os.replace(destination, source)
         raise
 
 
@@ -65,4 +198,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

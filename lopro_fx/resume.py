@@ -38,7 +38,7 @@ class Journal:
         marker = self._folder / "run.json"
         if marker.exists():
             try:
-                found = json.loads(marker.read_text())["fingerprint"]
+                found = json.loads(marker.read_text(encoding="utf-8"))["fingerprint"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
             if found != fingerprint["fingerprint"]:

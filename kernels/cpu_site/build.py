@@ -6,7 +6,6 @@ Results are cached by a hash of sources, flags, compiler and torch, so a change 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lopro_fx.kernels.cache import cache_dir
+from lopro_fx.kernels.scratch import compilers, locked
 
 _NAME = "lopro_cpu_site"
 _FOLDER = Path(__file__).parent
@@ -34,6 +34,8 @@ _PATHS = {
     "register.cpp": (),
 }
 _EAGER_ONLY = "register.cpp"
+# What g++ 12 takes at most for one of them, rounded up.
+_COMPILER_BYTES = 700 << 20
 
 
 class BuildError(RuntimeError):
@@ -69,15 +71,20 @@ def _built() -> Path:
     target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
     if not (target / f"{_NAME}.so").is_file():
         try:
-            _build(compiler, target)
+            # One lock for all builds in the cache: compilers are large, and the second finds what the first has built.
+            with locked(target.with_name(f"{_NAME}.lock")):
+                if not (target / f"{_NAME}.so").is_file():
+                    _build(compiler, target)
         except OSError as error:
             raise BuildError(f"{target} can't be written ({error}): set LOPRO_FX_CACHE to a writable folder") from error
     return target
 
 
 def _build(compiler: str, target: Path) -> None:
-    """Builds in a folder beside the target, which takes its place at once: builds at the same time don't meet."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Builds in a folder beside the target, which takes its place at once, so that it is whole or absent."""
+    for stale in target.parent.glob(f".{_NAME}-*"):
+        # Left by a process that was killed: nobody else builds now.
+        shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{_NAME}-") as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()
@@ -89,19 +96,15 @@ def _build(compiler: str, target: Path) -> None:
             _run(compiler, *command)
             return result
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(compilers(_COMPILER_BYTES)) as pool:
             objects = dict(zip(_PATHS, pool.map(compiled, _PATHS), strict=True))
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         _run(compiler, *_flags(), "-shared", *map(str, objects.values()), libraries, "-ltorch_cpu", "-lc10",
              "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
         shared = [str(path) for source, path in objects.items() if source != _EAGER_ONLY]
         _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{target.name}.a"), *shared)
-        try:
-            folder.rename(target)
-        except OSError:
-            # Another process was faster, and its files are the same.
-            if not (target / f"{_NAME}.so").is_file():
-                raise
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
 
 
 def _flags() -> tuple[str, ...]:

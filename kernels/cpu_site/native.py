@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,12 +15,13 @@ from lopro_fx.kernels.cpu_site import build
 
 PATHS = ("avx512", "avx2", "portable")
 
+_lock = threading.RLock()
 _log = logging.getLogger(__name__)
 
 
 def load() -> bool:
     """Whether the kernel serves CPU tensors; builds and loads it if that wasn't tried yet."""
-    return _library() is not None
+    return _loaded() is not None
 
 
 def active_path() -> str:
@@ -27,14 +29,14 @@ def active_path() -> str:
 
     The environment variable LOPRO_FX_CPU_ISA names a lower path than the processor's best one.
     """
-    library = _library()
+    library = _loaded()
     return "aten" if library is None else library.lopro_cpu_site_path().decode()
 
 
 @contextmanager
 def forced(path: str) -> Iterator[bool]:
     """Run `path` inside; gives False, and changes nothing, where the processor or the kernel doesn't have it."""
-    library = _library()
+    library = _loaded()
     before = active_path()
     found = library is not None and library.lopro_cpu_site_set_path(path.encode())
     try:
@@ -42,6 +44,12 @@ def forced(path: str) -> Iterator[bool]:
     finally:
         if library is not None and found:
             library.lopro_cpu_site_set_path(before.encode())
+
+
+def _loaded() -> ctypes.CDLL | None:
+    # Threads that come together wait for one build, and share its result or its one warning.
+    with _lock:
+        return _library()
 
 
 @cache

@@ -32,7 +32,7 @@ def read_bandwidth(size: int | None = None, repeats: int = 7) -> float:
 
 def last_level_cache() -> int:
     """Bytes of the largest cache of any core, where Linux tells; otherwise 64 MiB."""
-    sizes = [_bytes(path.read_text().strip()) for path in _CACHES.glob("cpu[0-9]*/cache/index*/size")]
+    sizes = [_bytes(path.read_text(encoding="utf-8").strip()) for path in _CACHES.glob("cpu[0-9]*/cache/index*/size")]
     return max(sizes, default=_DEFAULT_CACHE)
 
 

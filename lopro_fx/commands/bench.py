@@ -58,8 +58,8 @@ def _bench(args: Namespace, package: str) -> None:
     figures = _measure(args, package)
     result = {"model": args.model, "package_bytes": os.path.getsize(package), "activations": manifest["activations"]}
     result |= figures
-    output.write_result(args.json, {**result, "lopro_fx": manifest["lopro_fx"], "torch": manifest["torch"]})
-    output.say(_table(result))
+    versions = {"lopro_fx": manifest["lopro_fx"], "torch": manifest["torch"]}
+    output.deliver(args.json, {**result, **versions}, _table(result))
 
 
 def _measure(args: Namespace, package: str) -> dict[str, Any]:

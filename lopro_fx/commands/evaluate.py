@@ -77,8 +77,7 @@ def run(args: Namespace) -> None:
                 result["lm_eval"][which] = harness(
                     program, tokenizer, names, include_path=args.lm_eval_path, limit=args.limit, progress=progress
                 )
-    output.write_result(args.json, result)
-    output.say(scores.tables(result))
+    output.deliver(args.json, result, scores.tables(result))
 
 
 def _tasks(given: list[str], limit: int | None) -> dict[str, tuple[str, list[Item]]]:
@@ -117,7 +116,7 @@ def _original(model: str, against: str | None, dtype: str) -> Source | None:
     if not (is_checkpoint(model) and report.is_file()):
         return None
     try:
-        made = json.loads(report.read_text())
+        made = json.loads(report.read_text(encoding="utf-8"))
         # A folder may have been named relative to where quantize ran; its origin holds the whole path.
         before, prefix, path = made["source"].partition("folder ")
         return open_either(path if prefix and not before else made["model"], dtype)

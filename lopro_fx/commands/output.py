@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from lopro_fx.errors import ConfigError
-from lopro_fx.files import replacing
+from lopro_fx import streams
+from lopro_fx.errors import CheckpointError, ConfigError
+from lopro_fx.files import reason_of, replacing, require_writable
 
 
 def say(text: object) -> None:
-    """A line, or a table, on standard output."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """A line, or a table, on standard output; errors as `show`."""
+    show(f"{text}\n")
+
+
+def show(text: str) -> None:
+    """Text on standard output, at once, without a line's end of its own.
+
+    Raises:
+        BrokenPipeError: its reader has gone.
+        CheckpointError: it can't be written; the text is on standard error instead.
+    """
+    try:
+        streams.put(sys.stdout, text)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        streams.abandon(sys.stdout)
+        streams.note(text.rstrip("\n"))
+        raise CheckpointError(f"standard output can't be written: {reason_of(error)}") from error
 
 
 def check_json_path(path: str | None) -> None:
     """Refuse a file that can't be written before the long work starts.
 
     Raises:
-        ConfigError: it is a folder, or its folder is missing.
+        ConfigError: it is a folder, its folder is missing, or it can't be written.
     """
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path is None:
+        return
+    if Path(path).is_dir() or not Path(os.path.realpath(path)).parent.is_dir():
         raise ConfigError(f"--json {path}: give the name of a file in a folder that exists")
+    try:
+        require_writable(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(f"--json {error}") from error
+
+
+def deliver(path: str | None, result: dict[str, Any], text: object) -> None:
+    """`result` as JSON in a file, and `text` on standard output even where the file can't be written.
+
+    Raises:
+        CheckpointError: the file or standard output can't be written.
+    """
+    try:
+        write_result(path, result)
+    finally:
+        say(text)
 
 
 def write_result(path: str | None, result: dict[str, Any]) -> None:
@@ -36,4 +72,4 @@ def write_result(path: str | None, result: dict[str, Any]) -> None:
     if path is None:
         return
     with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -32,8 +32,7 @@ def run(args: Namespace) -> None:
         tokens = None if args.tokens == _PROGRAM else args.tokens or 1
         bandwidth = None if args.bandwidth is None else 1e9 * args.bandwidth
         report = lopro_fx.backend_report(program, tokens=tokens, device=args.backend, bandwidth=bandwidth)
-    output.write_result(args.json, report.to_dict())
-    output.say(report)
+    output.deliver(args.json, report.to_dict(), report)
 
 
 def _tokens(text: str) -> int | str:

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,15 +16,24 @@ from torch.export import ExportedProgram
 from lopro_fx.commands.output import write_result
 from lopro_fx.config import Method
 from lopro_fx.deploy.checkpoint import save
-from lopro_fx.deploy.manifest import require_ours
+from lopro_fx.deploy.manifest import JOURNAL, require_ours
 from lopro_fx.deploy.tensors import unique
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import replacing
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.sites import Selection
 from lopro_fx.passes.ties import identity
 from lopro_fx.passes.weights import tensor_of
+
+
+def journal_of(folder: Path) -> Path:
+    """Where finished layers are kept: beside the folder that is to be filled, or inside it where nothing can be put
+    beside it."""
+    folder = Path(os.path.realpath(folder))
+    if folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)):
+        return folder / JOURNAL
+    return folder.with_name(f"{folder.name}.partial")
 
 
 class Target:
@@ -37,14 +45,12 @@ class Target:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder = Path(os.path.abspath(folder))
-        self.journal = folder.with_name(f"{folder.name}.partial")
-        require_ours(folder)
+        self.journal = journal_of(folder)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder.parent):
-                pass
-        except OSError as error:
-            raise CheckpointError(f"--out {folder}: its parent folder can't be written ({error.strerror})") from error
+            require_ours(folder)
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"--out {first_line(error)}") from error
 
     def require_space(self, program: ExportedProgram, selection: Selection, config: Method) -> None:
         """Refuse a disk that can't hold the journal and the result.
@@ -59,7 +65,7 @@ class Target:
         packed = sum(site.out_features * site.in_features * (widths.get(site.name, config.bits) + 1) // 8
                      for site in selection.sites)  # fmt: skip
         needed = kept + 2 * packed
-        free = shutil.disk_usage(self.folder.parent).free
+        free = shutil.disk_usage(self.journal.parent).free
         if free < needed:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")
 

@@ -145,7 +145,7 @@ def compile_program(
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
     for source in (Path(file) for file in files if str(file).endswith(".cpp")):
         # The library is compiled from it; torch 2.11 wants the name, by which it finds the library's description.
-        source.write_text("")
+        source.write_bytes(b"")
     return files
 
 

@@ -12,9 +12,10 @@ import torch
 
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import write_json
+from lopro_fx.files import require_writable, write_json
 
 MANIFEST = "lopro_fx.json"
+JOURNAL = ".partial"  # of an unfinished run, in a folder beside which nothing can be put
 FORMAT = "lopro_fx checkpoint"
 VERSION = 2
 
@@ -39,7 +40,7 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder" if not folder.exists() else f"{folder} is not a folder")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was not written by lopro_fx: it has no {MANIFEST}") from error
     except (OSError, ValueError) as error:
@@ -59,18 +60,21 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` may be replaced: it is absent, empty, or was written by lopro_fx."""
-    return not folder.exists() or (folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir())))
+    """Whether `folder` may be replaced: it is absent, empty but for a journal, or was written by lopro_fx."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return (folder / MANIFEST).is_file() or all(path.name == JOURNAL for path in folder.iterdir())
 
 
 def require_ours(folder: Path) -> None:
-    """Refuse to replace what lopro_fx has not written.
+    """Refuse to replace what lopro_fx has not written, or to begin what can't be written.
 
     Raises:
-        CheckpointError: `folder` is a file, or holds something else.
+        CheckpointError: `folder` is a file, holds something else, or can't be written.
     """
     if not is_ours(folder):
         raise CheckpointError(f"{folder} exists and was not written by lopro_fx; name another folder or delete it")
+    require_writable(folder)
 
 
 def sha256(path: Path) -> str:

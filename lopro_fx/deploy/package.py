@@ -200,7 +200,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
         files = {}
         for file in Path(folder).rglob("*"):
             try:
-                files[_TOKENIZER + str(file.relative_to(folder))] = file.read_text()
+                files[_TOKENIZER + str(file.relative_to(folder))] = file.read_text(encoding="utf-8")
             except (UnicodeDecodeError, IsADirectoryError):  # tokenizer.json says what the older binary form does
                 continue
     return files

@@ -13,7 +13,7 @@ _USED = re.compile(r"avx|fma|f16c|bmi|abm|amx|s?sse|popcnt|movbe|vaes|gfni|vpclm
 def instruction_sets() -> list[str]:
     """Names as Linux has them, e.g. avx2 and avx512_vnni; empty where the system doesn't list them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     for line in lines:

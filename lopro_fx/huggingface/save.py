@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lopro_fx.errors import CheckpointError
-from lopro_fx.files import replacing, write_json
+from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.versions import require_transformers
@@ -101,10 +101,11 @@ def _report(state: QuantState) -> dict[str, Any]:
 
 
 def _require_replaceable(folder: Path) -> None:
+    require_writable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        ours = json.loads((folder / _CONFIG).read_text())["quantization_config"]["quant_method"] == "lopro_fx"
+        ours = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]["quant_method"] == "lopro_fx"
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

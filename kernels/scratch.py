@@ -1,0 +1,83 @@
+"""Folders and locks for compilers: paths that a command line takes as they are, and one build at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from lopro_fx.kernels.cache import cache_dir
+
+# What needs no quotes in a shell's words, which Inductor's command lines are split into, nor in a list of folders.
+_PLAIN = re.compile(r"[A-Za-z0-9_./+=@,-]+")
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether a compiler's command line takes a path without quotes."""
+    return _PLAIN.fullmatch(str(path)) is not None
+
+
+@contextmanager
+def compiler_folder(beside: Path) -> Iterator[Path]:
+    """A temporary folder with a path that any command line takes: in `beside`, else in the first place that has one.
+
+    Raises:
+        OSError: none has.
+    """
+    places = (beside, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), cache_dir(), Path.cwd())
+    place = next((place for place in places if is_plain(place.absolute()) and os.access(place, os.W_OK)), None)
+    if place is None:
+        raise OSError("no temporary folder has a path without spaces or other special characters: set TMPDIR to one")
+    with tempfile.TemporaryDirectory(dir=place.absolute(), prefix="lopro_fx-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keep other threads and processes from what `file` stands for; a process that dies lets go of it.
+
+    Raises:
+        OSError: the file can't be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = filelock.FileLock(file)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: work may be done twice, with the same result
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def compilers(bytes_each: int) -> int:
+    """How many compilers may run together: `$MAX_JOBS`, or as cores and memory allow, at least 1."""
+    if (jobs := os.environ.get("MAX_JOBS", "")).isdecimal():
+        return max(1, int(jobs))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _words(Path("/sys/fs/cgroup/cpu.max"))
+    if len(quota) == 2 and quota[0].isdecimal():
+        cores = min(cores, -(-int(quota[0]) // int(quota[1])))
+    free = [int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvailable")]
+    limit, used = (_words(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdecimal():
+        free.append(int(limit[0]) - int(used[0]))
+    return max(1, min(cores, *(memory // bytes_each for memory in free)))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()

@@ -1,0 +1,66 @@
+"""Standard output and error as they may be: closed, left by their reader, full, or in an encoding of few characters."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+# Spellings of what tables hold; any other character that an encoding lacks becomes its escape.
+_PLAIN = {"±": "+-", "─": "-", "│": "|", "╶": "-", "╴": "-", "…": "..."}
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(char) or char.encode("ascii", "backslashreplace").decode() for char in lacking), error.end
+
+
+codecs.register_error("lopro_fx.spelt", _spelt)
+
+
+def open_closed() -> None:
+    """Give closed descriptors of the standard streams, and Python's streams, somewhere to lead.
+
+    A file opened later would get the number, and what a library prints would go into it. What is meant for standard
+    output goes to standard error where only that is open.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the process's life
+    sys.stdout = sys.stdout or sys.stderr
+
+
+def put(stream: TextIO, text: str) -> None:
+    """Write text at once, whatever the stream's encoding.
+
+    Raises:
+        OSError, ValueError: the stream takes nothing more.
+    """
+    if stream.encoding:
+        text = text.encode(stream.encoding, "lopro_fx.spelt").decode(stream.encoding)
+    stream.write(text)
+    stream.flush()
+
+
+def note(text: str, stream: TextIO | None = None) -> None:
+    """A line on standard error; dropped where that takes nothing more, because work goes on without it."""
+    stream = sys.stderr if stream is None else stream
+    try:
+        put(stream, f"{text}\n")
+    except (OSError, ValueError):
+        abandon(stream)
+
+
+def abandon(stream: TextIO) -> None:
+    """Let a stream that takes nothing more lead nowhere, so that what it still holds is no error when Python ends."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)

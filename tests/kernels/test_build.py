@@ -1,0 +1,113 @@
+"""The CPU kernel is built once, however many ask for it together and wherever the cache lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lopro_fx.kernels import scratch
+
+# Counts itself, and how many run together, then compiles for real; what is built here need not be fast.
+_COMPILER = """#!/bin/sh
+case " $* " in *" -c "*)
+  echo x >> "{folder}/calls"; echo x > "{folder}/running/$$"; ls "{folder}/running" | wc -l >> "{folder}/together"
+  {compiler} "$@" -O0; code=$?; rm "{folder}/running/$$"; exit $code
+esac
+exec {compiler} "$@"
+"""
+_FILES = 6
+_ASK = """
+import sys, threading, logging
+logging.basicConfig(format="%(message)s")
+from lopro_fx.kernels.cpu_site import native
+paths = []
+threads = [threading.Thread(target=lambda: paths.append(native.active_path())) for _ in range(int(sys.argv[1]))]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(*set(paths), len(paths))
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """A compiler that counts its calls in files beside it."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("needs g++")
+    (tmp_path / "running").mkdir()
+    script = tmp_path / "counting-g++"
+    script.write_text(_COMPILER.format(folder=tmp_path, compiler=found))
+    script.chmod(0o755)
+    return script
+
+
+def _start(compiler: Path, cache: Path, threads: int = 1, **more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "CXX": str(compiler), "LOPRO_FX_CACHE": str(cache), **more}
+    return subprocess.Popen([sys.executable, "-c", _ASK, str(threads)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def _count(compiler: Path, name: str) -> list[int]:
+    return [int(line) if line.isdecimal() else 1 for line in (compiler.parent / name).read_text().split()]
+
+
+def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: Path, tmp_path: Path) -> None:
+    """Also in a cache whose path no shell takes, and where a process that was killed has left its folder."""
+    cache = tmp_path / "a 'b' \"c\" $HOME é:;&"
+    (cache / ".lopro_cpu_site-left").mkdir(parents=True)
+    processes = [_start(compiler, cache, threads=3, MAX_JOBS="2") for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err
+        path, count = out.split()
+        assert path != "aten", err
+        assert count == "3"
+        assert err == ""
+    assert len(_count(compiler, "calls")) == _FILES
+    assert max(_count(compiler, "together")) <= 2
+    assert sorted(path.name for path in cache.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_builder_that_is_killed_blocks_nobody(compiler: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) touch "{tmp_path}/begun"; exec sleep 60;; esac\nexec g++ "$@"\n')
+    slow.chmod(0o755)
+    first = _start(slow, cache)
+    while not (tmp_path / "begun").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = _start(slow, cache, MAX_JOBS="1")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    (tmp_path / "begun").unlink()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert second.poll() is None, second.communicate()
+        assert time.monotonic() < deadline, "the second process still waits"
+        time.sleep(0.05)
+    second.kill()
+    second.communicate()
+
+
+def test_compilers_are_as_many_as_cores_and_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert 1 <= scratch.compilers(1) <= cores
+    assert scratch.compilers(1 << 60) == 1
+    if hasattr(os, "sched_setaffinity"):
+        before = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {min(before)})
+            assert scratch.compilers(1) == 1
+        finally:
+            os.sched_setaffinity(0, before)
+    monkeypatch.setenv("MAX_JOBS", "5")
+    assert scratch.compilers(1 << 60) == 5
