@@ -95,7 +95,9 @@ class DenseWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable:
-            raise ModelError(f"{func} would write a packed weight, which can't be changed: dequantize() the model first")
+            raise ModelError(
+                f"{func} would write a packed weight, which can't be changed: dequantize() the model first"
+            )
         args, kwargs = tree_map_only(cls, lambda weight: weight._module.dense(), (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -212,6 +214,8 @@ class PackedLinear(PackedWeight, nn.Linear):
 
     up: Tensor | None
     up_scale: Tensor | None
+    # Whether it stands for a module that stores its weight as (in_features, out_features).
+    transposed = False
 
     def __init__(
         self,

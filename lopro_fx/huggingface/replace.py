@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lopro_fx.errors import ModelError
+from lopro_fx.huggingface.linears import as_linear, restored, stand_in
 from lopro_fx.huggingface.modules import PackedEmbedding, PackedInput, PackedLinear, packed_embedding, plain_embedding
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 
@@ -19,11 +20,12 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
     Raises:
         ModelError: there is none, or the module computes something else as well.
     """
-    linear = _module(model, name)
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    module = _module(model, name)
+    linear = as_linear(module)
+    if linear is None:
         raise ModelError(
-            f"'{name}' is a {type(linear).__name__}, and only nn.Linear can be replaced in a transformers model: quantise "
-            f"with exclude='{name}'"
+            f"'{name}' is a {type(module).__name__}, and only Linears can be replaced in a transformers model: "
+            f"quantise with exclude='{name}'"
         )
     return linear
 
@@ -79,7 +81,8 @@ def replace_modules(
                     continue
             linear = linear_of(model, name)
             _require_size(name, (linear.out_features, linear.in_features), site)
-            model.set_submodule(name, PackedLinear(site, shared, name == group.name, linear, activations, table))
+            packed = PackedLinear(site, shared, name == group.name, linear, activations, table)
+            model.set_submodule(name, stand_in(packed, model.get_submodule(name)))
 
 
 def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
@@ -95,7 +98,7 @@ def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = weight
             linear.register_parameter("bias", packed.bias)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, restored(packed, linear))
     for name, packed in list(model.named_modules()):
         if isinstance(packed, PackedEmbedding):
             # A base model has no output projection.
