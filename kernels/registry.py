@@ -3,11 +3,17 @@
 Each operator but `cpu_site` is composite: its kernel is written in ATen and serves eager mode, fake tensors, autograd
 and every backend. Tracing for Inductor or AOTInductor goes through it, so a compiled artifact holds ATen only and loads
 in a process that has never imported this package, while an ExportedProgram shows the operator as one node.
+
+Every operator refuses operands on different devices. An operand on the meta device among others has no data: it is
+kept elsewhere, and whoever should have brought it here didn't.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,7 +23,8 @@ _library = torch.library.Library("lopro", "FRAGMENT")
 def register(schema: str, kernel: Callable[..., torch.Tensor]) -> None:
     """Define `lopro::<schema>` with `kernel` as its composite implementation."""
     _library.define(schema)
-    _library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
+    name = schema.partition("(")[0]
+    _library.impl(name, _on_one_device(name, kernel), "CompositeImplicitAutograd")
 
 
 def register_opaque(schema: str, kernel: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
@@ -27,5 +34,39 @@ def register_opaque(schema: str, kernel: Callable[..., torch.Tensor], fake: Call
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lopro::{name}", fake, lib=_library)
+    _library.impl(name, _on_one_device(name, kernel), "CompositeExplicitAutograd")
+    # An operand on meta among others on a CPU brings the call here, before any kernel.
+    torch.library.register_fake(f"lopro::{name}", _on_one_device(name, fake), lib=_library)
+
+
+def register_triton(name: str, launch: Callable[..., Any]) -> Any:
+    """`torch.library.triton_op` of `lopro::<name>`."""
+    checked: Any = _on_one_device(name, launch)
+    # torch reads types there, and would look names up in this module.
+    checked.__signature__ = inspect.signature(launch, eval_str=True)
+    return torch.library.triton_op(f"lopro::{name}", checked, mutates_args={})
+
+
+def _on_one_device(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, after a check that the tensors among its arguments lie on one device."""
+
+    @functools.wraps(kernel)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        device = None
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                if device is None:
+                    device = value.device
+                elif value.device != device:
+                    raise _apart(operator, (*args, *kwargs.values()))
+        return kernel(*args, **kwargs)
+
+    return checked
+
+
+def _apart(operator: str, operands: tuple[Any, ...]) -> ValueError:
+    given = [str(value.device) for value in operands if isinstance(value, torch.Tensor)]
+    return ValueError(
+        f"lopro::{operator}: operands lie on different devices ({', '.join(given)}); move the model and its inputs to "
+        "one. What lies on 'meta' has no data: it was not loaded, or not brought back from where it was offloaded"
+    )

@@ -35,8 +35,9 @@ class Method:
     Args:
         bits: width of a weight's code: 2, 3, 4 or 8.
         group_size: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row.
-        include: fnmatch patterns on a Linear's fully qualified name; naming one exactly overrides the default that
-            keeps embeddings and the output projection.
+        include: fnmatch patterns on a Linear's fully qualified name. What is kept by default (the output projection,
+            routers of experts, Linears of one output feature) is taken only where one of them is its whole name, which
+            no pattern with a wildcard is.
         exclude: patterns of Linears to leave alone; they win over `include` and `head_bits`.
         head_bits: width of a code of the output projection, rounded to nearest without data, rotation or factors, and
             of an embedding that shares its weight: 4 or 8; 0 leaves both. An output projection that `include` names is

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from lopro_fx.errors import CheckpointError
 from lopro_fx.files import replacing, write_json, write_tensors
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.records import describe, restore, tensors_of
+
+_LONGEST = 100
+_PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
 class Journal:
@@ -68,6 +72,10 @@ class Journal:
             write_tensors(temporary, tensors_of([group], sites), {"record": record})
 
     def _path(self, name: str) -> Path:
+        """A file for any name of a module, also on a file system that doesn't tell cases apart."""
+        if not _PLAIN.fullmatch(name):
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+            name = f"{re.sub(r'[^A-Za-z0-9._]', '_', name)[:_LONGEST]}-{digest[:32]}"
         return self._folder / f"{name}.safetensors"
 
 

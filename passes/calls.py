@@ -11,14 +11,19 @@ from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import ProgramPass
+from lopro_fx.passes.compat import bound_operands
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.weights import parameter_fqns
 
 ROTATE = torch.ops.lopro.rotate.default
 PROJECT = torch.ops.lopro.project.default
 PACKED_LINEAR = torch.ops.lopro.packed_linear.default
 PACKED_SITE = torch.ops.lopro.packed_site.default
 CPU_SITE = torch.ops.lopro.cpu_site.default
+
+# Operands of lopro's operators that hold what was a weight.
+_TENSORS = {"codes", "scales", "zeros", "up", "up_scale", "perm", "signs", "down", "down_scale", "scale"}
 
 Note = dict[str, Any]
 _Operands = TypeVar("_Operands")
@@ -85,6 +90,18 @@ class PackedSite(NamedTuple):
 def operands(kind: Callable[..., _Operands], node: Node) -> _Operands:
     """Operands of a node by name, however they are passed; `kind` is the class for the node's operator."""
     return kind(*node.args, **node.kwargs)
+
+
+def packed_names(program: ExportedProgram) -> set[str]:
+    """FQNs of the tensors that stand for weights in a program: codes, scales, factors, permutations, signs."""
+    fqns = parameter_fqns(program)
+    return {
+        fqns[operand.name]
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lopro"
+        for argument, operand in bound_operands(node)
+        if argument.name in _TENSORS and operand.name in fqns
+    }
 
 
 def same_shape(left: Node, right: Node) -> bool:

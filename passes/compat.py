@@ -108,7 +108,7 @@ def needs_python(target: Any) -> bool:
 
 def written_operands(node: Node) -> list[Node]:
     """Operands that a call writes in place."""
-    return [value for argument, value in _bound(node) if argument.alias_info and argument.alias_info.is_write]
+    return [value for argument, value in bound_operands(node) if argument.alias_info and argument.alias_info.is_write]
 
 
 def viewed_operand(node: Node) -> Node | None:
@@ -120,7 +120,7 @@ def viewed_operand(node: Node) -> Node | None:
         return None
     shared = {name for result in node.target._schema.returns if result.alias_info
               for name in result.alias_info.before_set}  # fmt: skip
-    for argument, value in _bound(node):
+    for argument, value in bound_operands(node):
         # "*" is what the operand of a list of views (split, unbind) becomes; the list itself is not annotated.
         if argument.alias_info and (
             shared & set(argument.alias_info.before_set) or "*" in argument.alias_info.after_set
@@ -129,7 +129,7 @@ def viewed_operand(node: Node) -> Node | None:
     return None
 
 
-def _bound(node: Node) -> list[tuple[Any, Node]]:
+def bound_operands(node: Node) -> list[tuple[Any, Node]]:
     """(schema argument, node) for every operand that is a single node."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch.nn import Parameter
 
 from lopro_fx.passes import compat
 
+# In the name of a placeholder, which is an argument of a Python function and of compiled code.
+_NO_IDENTIFIER = re.compile(r"[^A-Za-z0-9_]")
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
@@ -43,6 +47,16 @@ class ProgramEditor:
             for spec in self._signature.input_specs
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         }
+
+    @cached_property
+    def _tensors(self) -> set[str]:
+        """FQNs of the program's own tensors."""
+        return {*self._program.state_dict, *self._program.constants}
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        """FQNs of all tensors, and of the modules that they are in."""
+        return {fqn[:end] for fqn in self._tensors for end, mark in enumerate(f"{fqn}.") if mark == "."}
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -72,7 +86,11 @@ class ProgramEditor:
         owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
     def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
-        """Register a persistent buffer and return its placeholder."""
+        """Register a persistent buffer and return its placeholder.
+
+        Where a module or tensor of the program has the name, an underscore is put behind it.
+        """
+        fqn = self._unused(fqn)
         specs = self._signature.input_specs
         placeholders = self.graph.find_nodes(op="placeholder")
         kinds = [spec.kind for spec in specs]
@@ -82,12 +100,27 @@ class ProgramEditor:
         else:
             context = self.graph.inserting_after(placeholders[-1])
         with context:
-            node = self.graph.placeholder("b_" + fqn.replace(".", "_"))
+            node = self.graph.placeholder("b_" + _NO_IDENTIFIER.sub("_", fqn))
+        # Its target names the argument, which names of modules that differ in such characters alone would share.
+        node.target = node.name
         node.meta["val"] = compat.fake_input(self._fake, tensor)
         specs.insert(position, InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True))
         self._state[fqn] = tensor
         self._targets[node.name] = fqn
         return node
+
+    def _unused(self, fqn: str) -> str:
+        """The name, or one like it, that belongs to no tensor or module, of which no part is the name of a tensor."""
+        path: list[str] = []
+        for name in fqn.split(".")[:-1]:
+            path.append(name)
+            while ".".join(path) in self._tensors:
+                path[-1] += "_"
+        fqn = ".".join((*path, fqn.rpartition(".")[2]))
+        while fqn in self._taken:
+            fqn += "_"
+        self._taken.add(fqn)
+        return fqn
 
     def add_call(self, before: Node, name: str, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
         """Insert a call before a node; `nn_module_stack` and `stack_trace` are those of `like`."""

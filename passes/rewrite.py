@@ -7,7 +7,6 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -196,9 +195,3 @@ def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, A
 def _all_sites(program: ExportedProgram) -> dict[str, Site]:
     """Every Linear with a parameter, the output projection included, by FQN."""
     return {site.name: site for site in find_sites(program, keep=False).sites}
-
-
-def buffers_of(program: ExportedProgram, owner: str, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """Packed buffers of a site or group that are present in a rewritten program."""
-    state = program.state_dict
-    return {key: state[f"{owner}.{key}"] for key in keys if f"{owner}.{key}" in state}

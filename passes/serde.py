@@ -9,17 +9,23 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
 from torch._export.serde import schema, serialize
 from torch._export.serde.union import _Union as TaggedUnion
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from lopro_fx.passes import compat
 
 
 def program_to_json(program: ExportedProgram) -> dict[str, Any]:
     """The program without tensors, in torch's own JSON schema (what `torch.export.save` stores)."""
+    program = _with_stacks(program, _quoted)
     serializer = serialize.ExportedProgramSerializer()
     # Each of these would pickle what it names; they are separate arguments since torch 2.10.
     known = inspect.signature(serializer.serialize).parameters
@@ -37,7 +43,42 @@ def program_from_json(
     """Inverse of `program_to_json`. It evaluates expressions and resolves names: check untrusted values first."""
     serialized = _from_json(schema.ExportedProgram, value)
     reader = serialize.ExportedProgramDeserializer()
-    return reader.deserialize(serialized, dict(state_dict), dict(constants), example_inputs)
+    program = reader.deserialize(serialized, dict(state_dict), dict(constants), example_inputs)
+    for node in _nodes(program.graph_module):
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = _renamed(node.meta["nn_module_stack"], unquote)
+    return program
+
+
+def _with_stacks(program: ExportedProgram, rename: Callable[[str], str]) -> ExportedProgram:
+    """The program with renamed modules in `nn_module_stack`; `program` itself where that changes nothing.
+
+    torch joins their names by commas and semicolons, and counts brackets when it takes them apart. Quotes, backslashes
+    and line ends, which a name can hold too, are nothing that a file should bring.
+    """
+    stacks = [node.meta.get("nn_module_stack", {}) for node in _nodes(program.graph_module)]
+    if all(_renamed(stack, rename) == stack for stack in stacks):
+        return program
+    graph_module = compat.copied(program.graph_module)
+    for node in _nodes(graph_module):
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = _renamed(node.meta["nn_module_stack"], rename)
+    signature, state, constants = program.graph_signature, program.state_dict, program.constants
+    return compat.rebuild(program, graph_module, signature, state, constants)
+
+
+def _nodes(root: GraphModule) -> Iterator[Node]:
+    for module in root.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
+def _renamed(stack: Mapping[str, tuple[str, Any]], rename: Callable[[str], str]) -> dict[str, tuple[str, Any]]:
+    return {rename(key): (rename(path), kind) for key, (path, kind) in stack.items()}
+
+
+def _quoted(name: str) -> str:
+    return re.sub(r'[%,;()\[\]"\\\n\r]', lambda found: f"%{ord(found[0]):02X}", name)
 
 
 def _from_json(kind: Any, value: Any) -> Any:

@@ -116,7 +116,8 @@ def tensor_of(program: ExportedProgram, fqn: str) -> Tensor:
 
 
 def _contiguous(value: Tensor) -> Tensor:
-    return torch.empty(value.shape, dtype=torch.float32, device="meta")
+    # Not at the start of its storage, where operators that copy when they can't view, as `reshape`, put their result.
+    return torch.empty(1 + value.numel(), dtype=torch.float32, device="meta")[1:].view(value.shape)
 
 
 def _placement(view: Tensor) -> tuple[object, ...]:

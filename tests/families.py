@@ -44,9 +44,12 @@ _CAUSAL: dict[str, Callable[[], Any]] = {
     "opt": lambda: transformers.OPTConfig(
         **_COMMON, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
     ),
+    # Its Linears are `addmm`, with weights stored as (in_features, out_features).
     "gpt2": lambda: transformers.GPT2Config(**_COMMON, n_embd=32, n_layer=1, n_head=4),
+    # Its Linears are `x @ W.T`.
+    "falcon": lambda: transformers.FalconConfig(**_COMMON, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
 }
-QUANTISED = ("llama", "qwen3", "gemma3", "phi3", "opt", "bert", "vit")
+QUANTISED = ("llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "falcon", "bert", "vit")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class _Logits(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         return self.model(value).logits
+
+
+def as_stored(family_name: str, site: str, weight: Tensor) -> Tensor:
+    """A Linear's weight (out_features, in_features) as a model of the family holds it."""
+    return weight.T if family_name == "gpt2" and site != "lm_head" else weight
 
 
 def causal_lm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -20,7 +20,7 @@ from lopro_fx import GPTQ, RTN, GraphError, LoPRo, QuantState
 from lopro_fx.models import export_causal_lm, export_scorer
 from lopro_fx.passes.packed import dense_weight, stored_bytes
 from lopro_fx.passes.rewrite import META
-from tests.families import VOCAB, causal_lm, family
+from tests.families import VOCAB, as_stored, causal_lm, family
 from tests.helpers import assert_close, generator
 from tests.programs import WIDTH, decoder, export, ids, seeded
 
@@ -53,12 +53,12 @@ def _case(tied: bool, head_bits: int = 8, dtype: torch.dtype = torch.float32) ->
     return program, lopro_fx.calibrate(program, [_tokens(2, 16)], config)
 
 
-def _fake_quantised(model: nn.Module, state: QuantState) -> nn.Module:
+def _fake_quantised(model: nn.Module, state: QuantState, family_name: str = "llama") -> nn.Module:
     """The model with every packed weight as a dense one; a tied embedding stays tied."""
     twin = copy.deepcopy(model)
     for name, site in state.sites.items():
         weight = twin.get_parameter(f"{name}.weight")
-        weight.data = dense_weight(state.groups[site.group], site).to(weight.dtype)
+        weight.data = as_stored(family_name, name, dense_weight(state.groups[site.group], site)).to(weight.dtype)
     return twin
 
 
@@ -231,9 +231,9 @@ def test_narrow_models_stay_narrow(dtype: torch.dtype) -> None:
     assert_close("logits", expected, got, 3e-2 if dtype == torch.bfloat16 else 5e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "opt", "gpt2", "falcon"])
 def test_other_families(name: str) -> None:
-    """Gemma scales what it looked up, OPT has a second embedding, and GPT-2 no Linear but the head."""
+    """Gemma scales what it looked up, OPT has a second embedding; GPT-2 and Falcon have Linears of their own kind."""
     chosen = family(name)
     config = RTN(bits=8, head_bits=8, group_size=32, clip_steps=0)
     state = lopro_fx.calibrate(chosen.program, None, config)
@@ -242,7 +242,8 @@ def test_other_families(name: str) -> None:
     assert len(_calls(result, LOOKUP)) == 1
     inputs = chosen.inputs(9, 3)
     with torch.no_grad():
-        expected = _fake_quantised(causal_lm(name), state)(*inputs, use_cache=False).logits
+        twin = _fake_quantised(causal_lm(name), state, name)
+        expected = twin(*inputs, use_cache=False).logits
     assert_close(name, expected, _run(result, *inputs), 2e-5)
 
 

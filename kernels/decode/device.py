@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from lopro_fx.kernels import dispatch
+from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.decode.triton import prepare_kernel, product_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import NATIVE, main_width, stand_in
@@ -114,8 +114,8 @@ def product(
 
 
 # The functions above stay callable as they are, which is how launches are recorded without a device.
-decode_prepare = triton_op("lopro::decode_prepare", prepare, mutates_args={})
-decode_product = triton_op("lopro::decode_product", product, mutates_args={})
+decode_prepare = registry.register_triton("decode_prepare", prepare)
+decode_product = registry.register_triton("decode_product", product)
 
 # Steps on their way at a time, for four warps each: programs keep their share of what an H200 needs in flight.
 _STAGES, _WARPS = 3, 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from lopro_fx.kernels import dispatch
+from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.dense_int8.triton import dense_int8_kernel
 from lopro_fx.kernels.packed_int8.device import WIDE, columns
 from lopro_fx.kernels.tiles import WHOLE_ROW
@@ -50,4 +50,4 @@ def choose_halves(device: torch.device, group_size: int, act_group: int, dtype: 
 
 
 # `launch` stays callable as it is, which is how launches are recorded without a device.
-dense_int8_device = triton_op("lopro::dense_int8_device", launch, mutates_args={})
+dense_int8_device = registry.register_triton("dense_int8_device", launch)

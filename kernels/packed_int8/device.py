@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from lopro_fx.kernels import dispatch
+from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.packed_int8.triton import int8_matmul_kernel, round_kernel
 from lopro_fx.kernels.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width, stand_in
@@ -97,5 +97,5 @@ def tile_for(tokens: int | torch.SymInt) -> int:
 
 
 # The functions above stay callable as they are, which is how launches are recorded without a device.
-round_device = triton_op("lopro::round_device", round_rows, mutates_args={})
-int8_matmul_device = triton_op("lopro::int8_matmul_device", matmul, mutates_args={})
+round_device = registry.register_triton("round_device", round_rows)
+int8_matmul_device = registry.register_triton("int8_matmul_device", matmul)

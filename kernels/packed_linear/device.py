@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from lopro_fx.kernels import dispatch
+from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.packed_linear.triton import matmul_kernel
 from lopro_fx.kernels.packing.format import WORD
 from lopro_fx.kernels.tiles import NATIVE, WHOLE_ROW, main_width
@@ -74,4 +74,4 @@ def tile_for(tokens: int | torch.SymInt, rows: int, columns: int, processors: in
 
 
 # `launch` stays callable as it is, which is how launches are recorded without a device.
-packed_linear_device = triton_op("lopro::packed_linear_device", launch, mutates_args={})
+packed_linear_device = registry.register_triton("packed_linear_device", launch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from lopro_fx.kernels import registry
 from lopro_fx.kernels.packing.format import WORD
 from lopro_fx.kernels.packing.triton import dequantize_kernel
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
@@ -47,4 +48,4 @@ def launch(
 
 
 # The function above stays callable as it is, which is how launches are recorded without a device.
-dequantize_device = triton_op("lopro::dequantize_device", launch, mutates_args={})
+dequantize_device = registry.register_triton("dequantize_device", launch)

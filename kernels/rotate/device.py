@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from lopro_fx.kernels import dispatch
+from lopro_fx.kernels import dispatch, registry
 from lopro_fx.kernels.rotate.triton import rotate_kernel
 from lopro_fx.kernels.tiles import stand_in
 
@@ -81,5 +81,5 @@ def chunk_for(tokens: int | torch.SymInt, columns: int, block: int) -> int:
 
 
 # The functions above stay callable as they are, which is how launches are recorded without a device.
-rotate_device = triton_op("lopro::rotate_device", launch, mutates_args={})
-rotate_project = triton_op("lopro::rotate_project", launch_project, mutates_args={})
+rotate_device = registry.register_triton("rotate_device", launch)
+rotate_project = registry.register_triton("rotate_project", launch_project)

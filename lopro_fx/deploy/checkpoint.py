@@ -11,6 +11,7 @@ A state has the first two and `record.json`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def load(folder: str | Path) -> ExportedProgram:
     try:
         values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
         state = {name: values[name] for name in record["state_dict"]}
-        constants = {name: values[_CONSTANT + name] for name in record["constants"]}
+        prefix = _prefix(state)
+        constants = {name: values[prefix + name] for name in record["constants"]}
         examples = record["example_inputs"] and inputs.decode(record["example_inputs"], values)
     except KeyError as error:
         raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the program again") from error
@@ -160,14 +162,23 @@ def load_state(folder: str | Path) -> QuantState:
 def _values(program: ExportedProgram) -> dict[str, Tensor]:
     """Every tensor of the program under its stored name, caches as zeros."""
     values: dict[str, Any] = dict(program.state_dict)
+    prefix = _prefix(values)
     for name, value in clean_constants(program).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"constant '{name}' is a {type(value).__name__}; only tensors can be saved")
-        values[_CONSTANT + name] = value
+        values[prefix + name] = value
     for name, value in values.items():
         if compat.is_fake(value):
             raise CheckpointError(f"'{name}' holds no data (fake or meta tensor); export the model with real weights")
     return values
+
+
+def _prefix(state: Iterable[str]) -> str:
+    """What stands before the names of constants, so that none is that of a parameter or buffer."""
+    prefix = _CONSTANT
+    while any(name.startswith(prefix) for name in state):
+        prefix = f":{prefix}"
+    return prefix
 
 
 def _write(path: Path, value: Any) -> None:

@@ -25,6 +25,8 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": [[key, encode(item, tensors)] for key, item in value.items()]}
     if isinstance(value, Tensor):
         name = f"{_PREFIX}{len(tensors)}"
+        while name in tensors:
+            name += "'"
         tensors[name] = value
         return {"tensor": name}
     raise CheckpointError(

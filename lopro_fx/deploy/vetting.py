@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from lopro_fx.errors import CheckpointError
 
 _NAME = re.compile(r"\w*")
-# Fully qualified names, versions, dialects, numbers.
+# Versions, dialects, numbers.
 _WORDS = re.compile(r"[\w.+\- ]*")
 _UNQUOTED = re.compile(r"[^\"\\\n\r]*")
+# Keys of fully qualified names, whose parts may hold any character.
+_FQNS = ("parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name", "fqn")
 _OPERATOR = re.compile(r"torch\.ops\.\w+(\.\w+){1,2}")
 _FUNCTION = re.compile(
     r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift|getitem)"
@@ -84,6 +87,8 @@ def _walk(value: Any, key: str) -> None:
 def _text(value: str, key: str) -> None:
     if key in ("target", "as_operator"):
         _target(value)
+    elif key in _FQNS:
+        _fqn(value, key)
     elif key == "expr_str":
         _shape(value)
     elif key in ("in_spec", "out_spec"):
@@ -95,6 +100,20 @@ def _text(value: str, key: str) -> None:
 def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
     if not pattern.fullmatch(value):
         raise _Refused(f"the {what} {value[:80]!r}")
+
+
+def _fqn(value: str, what: str) -> None:
+    """Parts that mean themselves between double quotes, as torch puts them into source."""
+    for part in value.split("."):
+        if not _WORDS.fullmatch(part):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of backslashes that are no escapes
+                    literal = ast.literal_eval(f'"{part}"')
+            except (SyntaxError, ValueError):
+                literal = None
+            if literal != part:
+                raise _Refused(f"the {what} {value[:80]!r}")
 
 
 def _target(value: str) -> None:

@@ -13,7 +13,9 @@ from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
 
 from lopro_fx.config import Method
+from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.sites import find_sites
+from lopro_fx.passes.weights import tensor_of
 from lopro_fx.quantize import apply, calibrate
 from lopro_fx.state import QuantState
 
@@ -78,4 +80,5 @@ def _dynamic_sizes(model: GraphModule, inputs: dict[str, Any]) -> ShapesCollecti
 
 def _weights(program: ExportedProgram) -> frozenset[tuple[str, int]]:
     """Name and place in memory of every Linear's weight: equal for programs of one model."""
-    return frozenset((site.name, program.state_dict[site.weight].data_ptr()) for site in find_sites(program).sites)
+    sites = find_sites(as_linears(program)).sites
+    return frozenset((site.name, tensor_of(program, site.weight).data_ptr()) for site in sites)

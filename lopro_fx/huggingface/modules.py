@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.errors import ModelError
+from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
 
 # By the name in a config: width of the activation's codes in `lopro::cpu_site`; 0 keeps it as it is.
 ACTIVATIONS = {"float": 0, "int8": 8}
+_TABLE, _BRANCH, _SHARED = ("codes", "scales", "zeros"), ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
 
 
 class Packed(nn.Module):
     """Buffers that keep their dtype when the model is cast, because it is part of the packed format.
 
-    `dtypes` is what they are to be, by name.
+    `dtypes` is what they are to be, by name. Other modules get them by calling this one, never by its attributes: hooks
+    that bring tensors from where they are kept run around calls.
     """
 
     dtypes: dict[str, torch.dtype]
@@ -28,56 +34,150 @@ class Packed(nn.Module):
             tensor = tensors.get(key)
             self.register_buffer(key, None if tensor is None else _alone(tensor))
 
+    def held(self, keys: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+        """The buffers of these names, None for one that there isn't."""
+        return tuple(getattr(self, key) for key in keys)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        fixed = {id(self._buffers[key]) for key in self.dtypes}
+
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            keeps = isinstance(tensor, nn.Parameter) or moved.dtype == tensor.dtype
-            return moved if keeps else tensor.to(moved.device)
+            return tensor.to(moved.device) if id(tensor) in fixed and moved.dtype != tensor.dtype else moved
 
         return super()._apply(move, recurse)
 
 
-class PackedTable(Packed):
-    """Codes, scales and zeros of one weight.
+class PackedWeight(Packed):
+    """A packed module whose `weight` reads like that of the module it stands for; `dtype` is that of the model."""
 
-    The codes are called `weight`, because a reader that doesn't know the format then stops at their shape, instead of
-    taking the layer for one without weights and filling it with random ones.
-    """
+    dtype: torch.dtype
 
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor
+    @property
+    def weight(self) -> Tensor:
+        # Tracers can't follow the stand-in; where nothing but its dtype is read, the rest falls out of the graph.
+        return self.dense() if torch.compiler.is_compiling() else DenseWeight(self)
 
-    def _hold_table(self, site: PackedSite, also: tuple[str, ...] = ()) -> None:
-        self.bits, self.group_size = site.bits, site.group_size
-        self._hold({**site.tensors, "weight": site.tensors["codes"]}, ("weight", "scales", "zeros", *also))
+    def dense(self) -> Tensor:
+        """The weight (rows, columns) that the module computes with, in `dtype`."""
+        raise NotImplementedError
 
-
-class PackedEmbedding(PackedTable):
-    """Rows of a packed weight, in the dtype of the model: ids (...) int64 to (..., embedding_dim)."""
-
-    def __init__(self, site: PackedSite, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.dtype = site.out_features, site.in_features, dtype
-        self._hold_table(site)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        table = ids, self.weight, self.scales, self.zeros, self.bits, self.group_size
-        return torch.ops.lopro.packed_embedding(*table, self.embedding_dim, self.dtype)
+    def place(self) -> tuple[tuple[int, int], torch.device]:
+        """Shape and device of the weight."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
+
+class DenseWeight(Tensor):
+    """What a packed module reads as `weight`: its shape, dtype and device cost nothing, and an operator that takes it
+    gets the weight unpacked.
+
+    Raises:
+        ModelError: an operator would write it.
+    """
+
+    _module: PackedWeight
+    # What initialises weights in transformers leaves it alone.
+    _is_hf_initialized = True
+
+    @staticmethod
+    def __new__(cls, module: PackedWeight) -> DenseWeight:
+        shape, device = module.place()
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=module.dtype, device=device)
+        made._module = module
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            raise ModelError(
+                f"{func} would write a packed weight, which can't be changed: dequantize() the model first"
+            )
+        args, kwargs = tree_map_only(cls, lambda weight: weight._module.dense(), (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"DenseWeight({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+class PackedEmbedding(PackedWeight, nn.Embedding):
+    """Rows of a packed weight, in the dtype of the model: ids (...) int64 to (..., embedding_dim).
+
+    Called without ids, it gives its codes, scales and zeros. Made by `packed_embedding`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def forward(self, ids: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ids is None:
+            return self.held(_TABLE)
+        table = ids, self.codes, self.scales, self.zeros, self.bits, self.group_size
+        return torch.ops.lopro.packed_embedding(*table, self.embedding_dim, self.dtype)
+
+    def dense(self) -> Tensor:
+        table = (*self(), self.bits, self.group_size, self.embedding_dim)
+        return dequantize(*table, self.dtype)
+
+    def place(self) -> tuple[tuple[int, int], torch.device]:
+        return (self.num_embeddings, self.embedding_dim), self.codes.device
+
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def packed_embedding(site: PackedSite, plain: nn.Embedding) -> PackedEmbedding:
+    """What stands for an embedding whose weight is packed, with all that its class computes around the lookup."""
+    made = _rebuilt(type(plain))
+    state = {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(plain).items()}
+    made.__dict__.update(state)
+    del made._parameters["weight"]
+    made.bits, made.group_size, made.dtype = site.bits, site.group_size, plain.weight.dtype
+    made._hold(site.tensors, _TABLE)
+    return made
+
+
+def plain_embedding(packed: PackedEmbedding, weight: nn.Parameter) -> nn.Embedding:
+    """The inverse of `packed_embedding`, with this weight."""
+    kind = type(packed).__mro__[1] if type(packed) is not PackedEmbedding else nn.Embedding
+    made = kind.__new__(kind)
+    made.__dict__.update(vars(packed))
+    for key in _TABLE:
+        del made._buffers[key]
+    made.weight = weight
+    return made
+
+
+def _rebuilt(kind: type[nn.Embedding]) -> PackedEmbedding:
+    made_as = PackedEmbedding if kind is nn.Embedding else _around(kind)
+    return made_as.__new__(made_as)
+
+
+@cache
+def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
+    """A subclass of `kind` whose `super().forward(ids)` looks rows up in the packed weight."""
+
+    def forward(self: PackedEmbedding, *args: Any, **kwargs: Any) -> Any:
+        own: Any = kind if args or kwargs else PackedEmbedding
+        return own.forward(self, *args, **kwargs)
+
+    def reduced(self: PackedEmbedding) -> Any:
+        return _rebuilt, (kind,), self.__dict__
+
+    return type(f"Packed{kind.__name__}", (kind, PackedEmbedding), {"forward": forward, "__reduce__": reduced})
 
 
 class PackedInput(Packed):
     """Permutation, signs and down factor that the Linears of a group apply to the tensor that they share.
 
     It lies in the Linear that the group is named after, under `input`, so that a checkpoint holds it once; the others
-    refer to it.
+    refer to it. Calling it gives the four.
     """
 
     perm: Tensor | None
@@ -88,13 +188,16 @@ class PackedInput(Packed):
     def __init__(self, group: PackedGroup) -> None:
         super().__init__()
         self.block, self.skip = group.block, group.skip
-        self._hold(group.tensors, ("perm", "signs", "down", "down_scale"))
+        self._hold(group.tensors, _SHARED)
+
+    def forward(self) -> tuple[Tensor | None, ...]:
+        return self.held(_SHARED)
 
     def extra_repr(self) -> str:
         return f"block={self.block}, skip={self.skip}, rank={0 if self.down is None else self.down.shape[0]}"
 
 
-class PackedLinear(PackedTable):
+class PackedLinear(PackedWeight, nn.Linear):
     """Linear over packed weights: (..., in_features) to (..., out_features) in the input's dtype.
 
     Each rotates its input itself, also where several share it.
@@ -103,7 +206,7 @@ class PackedLinear(PackedTable):
         site: packed tensors and their layout.
         shared: the group's side of it.
         owner: whether this is the Linear whose state holds `shared`.
-        bias: (out_features,), or None.
+        plain: the Linear that it stands for, whose bias it keeps.
         activations: "float", or "int8" to round the rotated input per token on a CPU. Where gradients are asked for it
             stays as it is.
         table: the embedding that holds the weight, if one does.
@@ -111,58 +214,65 @@ class PackedLinear(PackedTable):
 
     up: Tensor | None
     up_scale: Tensor | None
+    # Whether it stands for a module that stores its weight as (in_features, out_features).
+    transposed = False
 
     def __init__(
         self,
         site: PackedSite,
         shared: PackedInput,
         owner: bool,
-        bias: nn.Parameter | None,
+        plain: nn.Linear,
         activations: str,
         table: PackedEmbedding | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = site.in_features, site.out_features
-        self.bits, self.group_size = site.bits, site.group_size
+        self.bits, self.group_size, self.dtype = site.bits, site.group_size, plain.weight.dtype
         self.act_bits = ACTIVATIONS[activations]
-        if table is None:
-            self._hold_table(site, ("up", "up_scale"))
-        else:
-            self._hold({}, ("up", "up_scale"))
-        self.bias = bias
+        self._hold(site.tensors, _BRANCH if table is not None else (*_TABLE, *_BRANCH))
+        self.register_parameter("bias", plain.bias)
         if owner:
             self.input = shared
         # In tuples, where nn.Module doesn't look for modules.
         self._shared = (shared,)
-        self._table: tuple[PackedTable, ...] = () if table is None else (table,)
+        self._table: tuple[PackedEmbedding, ...] = () if table is None else (table,)
 
     @property
     def shared(self) -> PackedInput:
         return self._shared[0]
 
     @property
-    def table(self) -> PackedTable:
+    def table(self) -> PackedLinear | PackedEmbedding:
         """What holds the weight: the module itself, or an embedding."""
         return self._table[0] if self._table else self
 
-    def forward(self, x: Tensor) -> Tensor:
-        shared, table = self.shared, self.table
-        operands = (x, shared.perm, shared.signs, shared.block, shared.skip, shared.down, shared.down_scale,
-                    table.weight, table.scales, table.zeros, self.bias, self.up, self.up_scale, self.bits,
-                    self.group_size)  # fmt: skip
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        shared = self.shared
+        perm, signs, down, down_scale = shared()
+        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self._codes(), self.bias, self.up,
+                    self.up_scale, self.bits, self.group_size)  # fmt: skip
         # The CPU's operator has no derivative.
-        if x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()):
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() and _asks_for_gradients(operands)):
             return torch.ops.lopro.cpu_site(*operands, self.act_bits)
         return torch.ops.lopro.packed_site(*operands)
 
+    def dense(self) -> Tensor:
+        return dense_weight(*self.as_packed("")).to(self.dtype)
+
+    def place(self) -> tuple[tuple[int, int], torch.device]:
+        return (self.out_features, self.in_features), self.table.codes.device
+
     def as_packed(self, name: str) -> tuple[PackedGroup, PackedSite]:
         """The tensors as passes take them; the group has this site alone."""
-        own = {**_buffers(self), **_buffers(self.table)}
-        own["codes"] = own.pop("weight")
         shared = self.shared
-        group = PackedGroup(name, (name,), self.in_features, shared.block, shared.skip, _buffers(shared))
+        own = _given((*_TABLE, *_BRANCH), (*self._codes(), *self.held(_BRANCH)))
+        group = PackedGroup(name, (name,), self.in_features, shared.block, shared.skip, _given(_SHARED, shared()))
         sizes = (self.bits, self.group_size, self.out_features, self.in_features)
         return group, PackedSite(name, name, *sizes, own)
+
+    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._table[0]() if self._table else self.held(_TABLE)
 
     def extra_repr(self) -> str:
         return (
@@ -171,8 +281,12 @@ class PackedLinear(PackedTable):
         )
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_buffers(recurse=False))
+def _asks_for_gradients(operands: tuple[Any, ...]) -> bool:
+    return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
+
+
+def _given(keys: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in zip(keys, tensors, strict=True) if tensor is not None}
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -15,7 +15,16 @@ from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.modules import ACTIVATIONS, Packed
-from lopro_fx.huggingface.replace import embedding_of, has_module, linear_of, replace_modules, restore_modules
+from lopro_fx.huggingface.renaming import HELD, STORED, CodesRenaming, codes_renaming, rename_on_saving
+from lopro_fx.huggingface.replace import (
+    embedding_of,
+    has_module,
+    linear_of,
+    replace_modules,
+    restore_modules,
+    set_tied,
+    untie,
+)
 from lopro_fx.huggingface.versions import require_transformers
 
 METHOD = "lopro_fx"
@@ -72,6 +81,7 @@ class LoProHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LoProConfig
+    _renaming: CodesRenaming
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         require_transformers("loading a model that lopro_fx quantised")
@@ -98,22 +108,37 @@ class LoProHfQuantizer(HfQuantizer):
             packed, made = layout.restore(groups, sites, size)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the quantization_config is damaged: {first_line(error)}") from error
+        if embeddings:
+            # Folders of lopro_fx 0.1.0 say that nothing is tied, other ties than those of packed weights included.
+            set_tied(model, True)
+        untie(model, {*made, *embeddings.values()})
         replace_modules(model, packed, made, embeddings, config.activations)
+        self._renaming = codes_renaming(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        return [*super().update_weight_conversions(weight_conversions, *model), self._renaming]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
             if not isinstance(module, Packed):
                 continue
-            for key, tensor in module.named_buffers(recurse=False):
+            held = {
+                **dict(module.named_parameters(recurse=False)),
+                **{key: getattr(module, key) for key in module.dtypes},
+            }
+            for key, tensor in held.items():
+                stored = f"{name}.{STORED if key == HELD else key}"
                 # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(f"the model's files lack the tensor '{name}.{key}': save the model again")
-                if tensor.dtype != (expected := module.dtypes[key]):
-                    raise CheckpointError(f"'{name}.{key}' is {tensor.dtype} in the model's files, not {expected}")
+                    raise CheckpointError(f"the model's files lack the tensor '{stored}': save the model again")
+                if key in module.dtypes and tensor.dtype != (expected := module.dtypes[key]):
+                    raise CheckpointError(f"'{stored}' is {tensor.dtype} in the model's files, not {expected}")
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        restore_modules(model, dtype or model.dtype)
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        # Not by way of the configuration, whose dtype is that of loading, and a text once the model was saved.
+        restore_modules(model, dtype)
+        self.remove_quantization_config(model)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -121,7 +146,8 @@ class LoProHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside packed Linears, and their biases, train; packed weights don't."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -133,6 +159,7 @@ def attach(model: Any, config: LoProConfig) -> None:
     model.hf_quantizer = LoProHfQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.config.quantization_config = config
+    rename_on_saving(model)
 
 
 class _Place:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lopro_fx.errors import ModelError
-from lopro_fx.huggingface.modules import PackedEmbedding, PackedInput, PackedLinear
-from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.huggingface.linears import as_linear, restored, stand_in
+from lopro_fx.huggingface.modules import PackedEmbedding, PackedInput, PackedLinear, packed_embedding, plain_embedding
+from lopro_fx.passes.packed import PackedGroup, PackedSite
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
@@ -19,12 +20,27 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
     Raises:
         ModelError: there is none, or the module computes something else as well.
     """
-    return _plain(model, name, nn.Linear, f"exclude='{name}'")
+    module = _module(model, name)
+    linear = as_linear(module)
+    if linear is None:
+        raise ModelError(
+            f"'{name}' is a {type(module).__name__}, and only Linears can be replaced in a transformers model: "
+            f"quantise with exclude='{name}'"
+        )
+    return linear
 
 
 def embedding_of(model: nn.Module, name: str) -> nn.Embedding:
-    """The embedding of that name; errors as in `linear_of`."""
-    return _plain(model, name, nn.Embedding, "head_bits=0")
+    """The embedding of that name, which may be of a subclass that computes something around the lookup.
+
+    Raises:
+        ModelError: there is none, or looking rows up changes it.
+    """
+    embedding = _module(model, name)
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        what = "has a max_norm" if isinstance(embedding, nn.Embedding) else f"is a {type(embedding).__name__}"
+        raise ModelError(f"'{name}' {what}, and can't read a packed weight: quantise with head_bits=0")
+    return embedding
 
 
 def tied_embeddings(model: nn.Module, sites: Mapping[str, PackedSite]) -> dict[str, str]:
@@ -58,45 +74,88 @@ def replace_modules(
             site, table = sites[name], None
             if name in embeddings:
                 embedding = embedding_of(model, embeddings[name])
-                table = PackedEmbedding(site, embedding.weight.dtype)
+                _require_size(embeddings[name], (embedding.num_embeddings, embedding.embedding_dim), site)
+                table = packed_embedding(site, embedding)
                 model.set_submodule(embeddings[name], table)
                 if not has_module(model, name):
                     continue
             linear = linear_of(model, name)
-            if (have := (linear.out_features, linear.in_features)) != (site.out_features, site.in_features):
-                raise ModelError(
-                    f"'{name}' is a Linear of {have}, but was quantised as {(site.out_features, site.in_features)}"
-                )
-            packed = PackedLinear(site, shared, name == group.name, linear.bias, activations, table)
-            model.set_submodule(name, packed)
+            _require_size(name, (linear.out_features, linear.in_features), site)
+            packed = PackedLinear(site, shared, name == group.name, linear, activations, table)
+            model.set_submodule(name, stand_in(packed, model.get_submodule(name)))
 
 
-def restore_modules(model: Any, dtype: torch.dtype) -> None:
-    """Put Linears and embeddings of `dtype` back, in place, with the weights that the packed modules compute with."""
+def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
+    """Put Linears and embeddings back, in place, with the weights that the packed modules compute with.
+
+    `dtype` is what the whole model is to be; None leaves everything in the dtype that it has.
+    """
     tables: dict[int, nn.Parameter] = {}
     for name, packed in list(model.named_modules()):
         if isinstance(packed, PackedLinear):
-            weight = nn.Parameter(dense_weight(*packed.as_packed(name)).to(dtype), requires_grad=False)
+            weight = nn.Parameter(packed.dense(), requires_grad=False)
             tables[id(packed.table)] = weight
             linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
             linear.weight = weight
             linear.register_parameter("bias", packed.bias)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, restored(packed, linear))
     for name, packed in list(model.named_modules()):
         if isinstance(packed, PackedEmbedding):
-            embedding = nn.Embedding(packed.num_embeddings, packed.embedding_dim, device="meta")
-            embedding.weight = tables[id(packed)]
-            model.set_submodule(name, embedding)
-            _set_tie(model, True)
+            # A base model has no output projection.
+            weight = tables.get(id(packed))
+            if weight is None:
+                weight = nn.Parameter(packed.dense(), requires_grad=False)
+            model.set_submodule(name, plain_embedding(packed, weight))
+    _tie_again(model)
+    if dtype is not None:
+        model.to(dtype)
 
 
-def untie(model: Any, sites: Mapping[str, PackedSite]) -> None:
-    """Make the configuration say that the output projection is not tied, if it is one of `sites`: packed modules take
-    care of what they share themselves."""
-    head = model.get_output_embeddings()
-    if any(module is head for name, module in model.named_modules() if name in sites):
-        _set_tie(model, False)
-        model.all_tied_weights_keys = {}
+def untie(model: Any, packed: Collection[str]) -> None:
+    """Make transformers leave the weights of these modules untied, which packed modules take care of themselves.
+
+    Everything else that the model ties, as the two names of an output projection's bias, stays tied. To be called
+    before modules are replaced.
+    """
+    weights = {f"{name}.weight" for name in packed}
+    for prefix, part in _tying(model):
+        tied = part.get_expanded_tied_weights_keys(all_submodels=False)
+        kept = {target: source for target, source in tied.items()
+                if weights.isdisjoint((prefix + target, prefix + source))}  # fmt: skip
+        if kept != tied:
+            part._tied_weights_keys = kept
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def set_tied(model: Any, tied: bool) -> None:
+    """What the configuration says about the output projection."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+
+
+def _tie_again(model: Any) -> None:
+    """Undo `untie`: the configuration and the class say what is tied, as in files of a plain model."""
+    for _, part in _tying(model):
+        part.__dict__.pop("_tied_weights_keys", None)
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [(target, *(model.get_parameter_or_buffer(name) for name in (target, source)))
+             for target, source in tied.items()]  # fmt: skip
+    if all(first is second for _, first, second in pairs):
+        model.all_tied_weights_keys = tied
+        return
+    # A projection that was solved on its own differs from the embedding: nothing is tied then.
+    for target, first, second in pairs:
+        if first is second:
+            owner, _, key = target.rpartition(".")
+            setattr(model.get_submodule(owner), key, nn.Parameter(first.detach().clone(), first.requires_grad))
+    set_tied(model, False)
+    model.all_tied_weights_keys = {}
+
+
+def _tying(model: Any) -> list[tuple[str, Any]]:
+    """(prefix of names, model) of the model and every model inside it."""
+    return [(f"{name}." if name else "", part) for name, part in model.named_modules()
+            if hasattr(part, "get_expanded_tied_weights_keys")]  # fmt: skip
 
 
 def has_module(model: nn.Module, name: str) -> bool:
@@ -108,18 +167,12 @@ def has_module(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _set_tie(model: Any, tied: bool) -> None:
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
-
-
-def _plain(model: nn.Module, name: str, kind: Any, way_out: str) -> Any:
+def _module(model: nn.Module, name: str) -> nn.Module:
     if not has_module(model, name):
         raise ModelError(f"{type(model).__name__} has no module '{name}', which was quantised")
-    module = model.get_submodule(name)
-    if not isinstance(module, kind) or type(module).forward is not kind.forward:
-        raise ModelError(
-            f"'{name}' is a {type(module).__name__}, and only nn.{kind.__name__} can be replaced in a transformers "
-            f"model: quantise with {way_out}"
-        )
-    return module
+    return model.get_submodule(name)
+
+
+def _require_size(name: str, have: tuple[int, int], site: PackedSite) -> None:
+    if have != (want := (site.out_features, site.in_features)):
+        raise ModelError(f"the weight of '{name}' is {have}, but was quantised as {want}")

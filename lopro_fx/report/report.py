@@ -10,11 +10,10 @@ import torch
 from torch.export import ExportedProgram
 
 from lopro_fx.errors import GraphError
+from lopro_fx.passes.calls import packed_names
 from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.rewrite import META
 from lopro_fx.report.table import render
-
-_BUFFERS = ("codes", "scales", "zeros", "up", "up_scale", "perm", "signs", "down", "down_scale")
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ def report(program: ExportedProgram) -> Report:
     meta = program.graph_module.meta.get(META)
     if meta is None:
         raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
-    merged = [note["into"] for note in meta.get("optimized", ()) if "into" in note]
-    owners = (*meta["sites"], *meta["groups"], *merged)
-    names = {f"{owner}.{key}" for owner in owners for key in _BUFFERS}
+    names = packed_names(program)
     state = program.state_dict
     packed = stored_bytes(tensor for name, tensor in state.items() if name in names)
     kept = {_storage(tensor): tensor for name, tensor in state.items() if name not in names}
