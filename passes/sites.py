@@ -1,7 +1,8 @@
 """Find every Linear of an exported program.
 
 A site is a parameter that multiplies activations in `aten.linear`; it is named by the fully qualified name (FQN) of the
-module that owns the weight, so the same calibrated result fits every program of the same model. Sites whose Linear
+module that owns the weight, so the same calibrated result fits every program of the same model. Of a weight that
+several modules share, that is the module which computes the Linear. Sites whose Linear
 nodes read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -42,7 +44,8 @@ OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_p
 class Site:
     """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
 
-    `embeddings` are the `aten.embedding` nodes whose table is the same tensor.
+    `embeddings` are the `aten.embedding` nodes whose table is the same tensor, `owners` all modules that have it as
+    their `weight`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Site:
     dtype: torch.dtype
     nodes: list[Node] = field(default_factory=list)
     embeddings: list[Node] = field(default_factory=list)
+    owners: Sequence[str] = ()
 
 
 @dataclass
@@ -127,6 +131,8 @@ def find_sites(
     fqns = parameter_fqns(program)
     embeddings, routers = _embeddings(program, fqns), find_routers(program)
     sites: dict[str, Site] = {}
+    by_weight: dict[str, Site] = {}
+    owners = _owners_of_weights(program)
     outputs: set[str] = set()
     left: list[Left] = []
     rejected: set[str] = set()
@@ -140,13 +146,14 @@ def find_sites(
                     Left(node.name, str(node.target), (), "its weight is computed in the graph, not a parameter")
                 )
             continue
-        name = weight_fqn.removesuffix(".weight")
-        if name in sites:
-            sites[name].nodes.append(node)
+        if weight_fqn in by_weight:
+            by_weight[weight_fqn].nodes.append(node)
             continue
         if weight_fqn in rejected:
             continue
         tensor = _tensor(program, weight_fqn)
+        modules = owners.get(identity(tensor), ())
+        name = _name(node, weight_fqn, modules)
         named = _matches(name, include, "*")
         output = None if named else _reason_of_output(name, tensor, embeddings)
         reason = _reason_to_leave(node, tensor) or ("excluded by name" if _matches(name, exclude) else None)
@@ -165,7 +172,8 @@ def find_sites(
         bias_fqn = fqns.get(bias.name) if isinstance(bias, Node) else None
         out_features, in_features = tensor.shape
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(tensor)]
-        sites[name] = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node], tables)
+        site = Site(name, weight_fqn, bias_fqn, out_features, in_features, tensor.dtype, [node], tables, modules)
+        sites[name] = by_weight[weight_fqn] = site
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
@@ -178,6 +186,23 @@ def _tensor(program: ExportedProgram, fqn: str) -> torch.Tensor:
     tensor = program.state_dict[fqn] if fqn in program.state_dict else program.constants[fqn]
     assert isinstance(tensor, torch.Tensor), fqn
     return tensor
+
+
+def _owners_of_weights(program: ExportedProgram) -> dict[tuple[Any, ...], list[str]]:
+    """FQN of every module that has a tensor as its `weight`, by the tensor's identity: several where it is tied."""
+    owners: dict[tuple[Any, ...], list[str]] = {}
+    for fqn, tensor in program.state_dict.items():
+        if fqn.endswith(".weight"):
+            owners.setdefault(identity(tensor), []).append(fqn.removesuffix(".weight"))
+    return owners
+
+
+def _name(node: Node, weight: str, owners: Sequence[str]) -> str:
+    """FQN of the module that computes a Linear, if it is one of those that own the weight. The graph has one name for
+    all of them, which is that of an embedding if the model made it last."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = stack[-1][0] if stack else ""
+    return module if module in owners else weight.removesuffix(".weight")
 
 
 def _parameter_of(node: Node, fqns: dict[str, str]) -> str | None:
