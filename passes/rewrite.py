@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -42,7 +43,7 @@ class RewritePass(ProgramPass):
         self._groups, self._sites, self._info = groups, sites, info
 
     def requires(self, program: ExportedProgram) -> None:
-        found = _all_sites(program)
+        found = _all_sites(program, self._sites)
         missing = [name for name in self._sites if name not in found]
         if missing:
             raise GraphError(
@@ -56,7 +57,7 @@ class RewritePass(ProgramPass):
                 raise GraphError(f"Linear '{name}' has a weight of {have}, but was calibrated as {want}")
 
     def call(self, program: ExportedProgram) -> ExportedProgram:
-        found = _all_sites(program)
+        found = _all_sites(program, self._sites)
         editor = ProgramEditor(program)
         buffers = {
             (owner.name, key): editor.add_buffer(f"{owner.name}.{key}", tensor)
@@ -192,6 +193,11 @@ def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, A
     return kept
 
 
-def _all_sites(program: ExportedProgram) -> dict[str, Site]:
-    """Every Linear with a parameter, the output projection included, by FQN."""
-    return {site.name: site for site in find_sites(program, keep=False).sites}
+def _all_sites(program: ExportedProgram, wanted: Collection[str]) -> dict[str, Site]:
+    """Every Linear with a parameter, the output projection included, by FQN: by the `wanted` one of several that a tied
+    weight has, for programs that don't tell which module computes a Linear."""
+    found = {}
+    for site in find_sites(program, keep=False).sites:
+        name = next((name for name in (site.name, *site.owners) if name in wanted), site.name)
+        found[name] = replace(site, name=name)
+    return found

@@ -2,8 +2,8 @@
 
 A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed; it is named by the fully
 qualified name (FQN) of the module that owns the weight, so the same calibrated result fits every program of the same
-model. Sites whose Linear nodes read the same tensor form a group: they share one Gram matrix, one rotation and one
-down-projection.
+model. Of a weight that several modules share, that is the module which computes the Linear. Sites whose Linear nodes
+read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -49,8 +50,8 @@ OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_p
 class Site:
     """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
 
-    `embeddings` are the `aten.embedding` nodes whose table is the same tensor. With `transposed`, the weight is stored
-    as (in_features, out_features).
+    `embeddings` are the `aten.embedding` nodes whose table is the same tensor, `owners` all modules that have it as
+    their `weight`. With `transposed`, the weight is stored as (in_features, out_features).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Site:
     nodes: list[Node] = field(default_factory=list)
     embeddings: list[Node] = field(default_factory=list)
     transposed: bool = False
+    owners: Sequence[str] = ()
 
 
 @dataclass
@@ -132,6 +134,8 @@ def find_sites(
     weights = Weights.of(program)
     embeddings, routers = _embeddings(program, weights.fqns), find_routers(program)
     sites: dict[str, Site] = {}
+    by_weight: dict[str, Site] = {}
+    owners = _owners_of_weights(program)
     outputs: set[str] = set()
     left: list[Left] = []
     rejected: set[str] = set()
@@ -148,17 +152,21 @@ def find_sites(
         fqn = weights.fqn(found)
         if fqn in rejected:
             continue
-        name, tensor = fqn.removesuffix(".weight"), tensor_of(program, fqn)
+        tensor = tensor_of(program, fqn)
         transposed = not found.whole and found.transposed
-        if name in sites:
-            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[name].transposed:
-                sites[name].nodes.append(node)
+        if fqn in by_weight:
+            site = by_weight[fqn]
+            if node.target is _LINEAR and (found.whole or transposed) and transposed == site.transposed:
+                site.nodes.append(node)
                 continue
             # Packed rows serve one form, and kept beside them the weight would save nothing.
-            del sites[name]
+            name, modules = site.name, site.owners
+            del sites[name], by_weight[fqn]
             outputs.discard(name)
             reason = f"its weight is also read in another form, by '{node.name}' ({node.target})"
         else:
+            modules = owners.get(identity(tensor), ())
+            name = _name(node, fqn, modules)
             reason = _reason_to_leave(node, found, tensor) or ("excluded by name" if _matches(name, exclude) else None)
         named = not keep or name in include
         output = None if named else _reason_of_output(name, tensor, embeddings)
@@ -177,7 +185,8 @@ def find_sites(
         bias = node.args[2] if len(node.args) > 2 else None
         bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
-        sites[name] = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed)
+        site = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed, modules)
+        sites[name] = by_weight[fqn] = site
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
@@ -194,6 +203,23 @@ def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
 
 def _packet(node: Node) -> object:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _owners_of_weights(program: ExportedProgram) -> dict[tuple[Any, ...], list[str]]:
+    """FQN of every module that has a tensor as its `weight`, by the tensor's identity: several where it is tied."""
+    owners: dict[tuple[Any, ...], list[str]] = {}
+    for fqn, tensor in program.state_dict.items():
+        if fqn.endswith(".weight"):
+            owners.setdefault(identity(tensor), []).append(fqn.removesuffix(".weight"))
+    return owners
+
+
+def _name(node: Node, weight: str, owners: Sequence[str]) -> str:
+    """FQN of the module that computes a Linear, if it is one of those that own the weight. The graph has one name for
+    all of them, which is that of an embedding if the model made it last."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = stack[-1][0] if stack else ""
+    return module if module in owners else weight.removesuffix(".weight")
 
 
 def _weight_of(node: Node, weights: Weights) -> Seen | None:
