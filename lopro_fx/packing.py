@@ -8,6 +8,7 @@ from torch import Tensor
 from lopro_fx.kernels.packing.format import pack
 from lopro_fx.methods.lowrank import Factor
 from lopro_fx.methods.solution import GroupSolution
+from lopro_fx.methods.units import stored_factor_scale, stored_scales
 from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
 from lopro_fx.passes.sites import Group
 
@@ -30,7 +31,7 @@ def pack_solution(
         tensors = {
             # Packing takes many times the codes' memory, and an output projection has the vocabulary's rows.
             "codes": torch.cat([pack(part, bits) for part in codes.split(_ROWS)]),
-            "scales": scales.to(torch.float16).contiguous(),
+            "scales": stored_scales(scales, bits).contiguous(),
             "zeros": pack(zeros.flatten(), bits),
             **_factor("up", solution.ups[index] if solution.ups else None),
         }
@@ -60,4 +61,7 @@ def _named(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _factor(name: str, factor: Factor | None) -> dict[str, Tensor]:
-    return {} if factor is None else _named({name: factor.values, f"{name}_scale": factor.scale})
+    if factor is None:
+        return {}
+    scale = None if factor.scale is None else stored_factor_scale(factor.scale)
+    return _named({name: factor.values, f"{name}_scale": scale})

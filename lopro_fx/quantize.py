@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -129,9 +130,17 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     return selection
 
 
+def seed_of(name: str, seed: int) -> int:
+    """Seed of the group of that name in a run with `seed`: the same in every process and version."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
 def _rows(state: QuantState) -> dict[str, Any]:
-    return {"sites": {name: site.row for name, site in state.sites.items()},
-            "groups": {name: list(group.members) for name, group in state.groups.items()}}  # fmt: skip
+    # What the tensors tell stands in the record too: a state that was made by hand has no rows.
+    return {
+        "sites": {name: {**site.facts, **site.row} for name, site in state.sites.items()},
+        "groups": {name: list(group.members) for name, group in state.groups.items()},
+    }
 
 
 class _Run:
@@ -154,8 +163,8 @@ class _Run:
         config = self._config
 
         def solved() -> tuple[GroupSolution, str, int]:
-            # One generator a group: a result doesn't depend on what was solved before it, so a resumed run is the same.
-            generator = torch.Generator().manual_seed(config.seed + len(self.groups))
+            # One generator a group: a result doesn't depend on what was solved before it, be it read or excluded.
+            generator = torch.Generator().manual_seed(seed_of(group.name, config.seed))
             return solve(weights, stats, config, generator), config.method, config.bits
 
         packed, sites = self._finished(group) or self._solve(group, weights, solved)

@@ -1,12 +1,12 @@
 """Keep each finished group on disk, so that a stopped run continues where it was.
 
 Only results are stored, not activations: weights that feed forward are always rebuilt from packed tensors, so a resumed
-run recomputes the same activations from the same numbers. A fingerprint ties the folder to weights, data and settings.
+run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights, the data, the
+settings and the versions of lopro_fx and torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.export import ExportedProgram
 
+from lopro_fx.__about__ import __version__
 from lopro_fx.config import Method
 from lopro_fx.errors import CheckpointError
 from lopro_fx.files import replacing, write_json, write_tensors
+from lopro_fx.passes.fingerprint import Digest
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.records import describe, restore, tensors_of
 
@@ -47,7 +49,7 @@ class Journal:
                 raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
             if found != fingerprint["fingerprint"]:
                 raise CheckpointError(
-                    f"{self._folder} holds a run with other weights, calibration or settings; delete it or name another"
+                    f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name another"
                 )
         else:
             with replacing(marker) as temporary:
@@ -80,14 +82,12 @@ class Journal:
 
 
 def _fingerprint(program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None) -> str:
-    digest = hashlib.sha256(json.dumps([config.to_dict(), torch.__version__], sort_keys=True).encode())
-    for name, tensor in sorted(program.state_dict.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    for batch in batches or []:
+    digest = Digest()
+    digest.text(json.dumps(config.to_dict(), sort_keys=True), __version__, torch.__version__)
+    digest.program(program)
+    digest.text("data-free" if batches is None else len(batches))
+    for batch in batches or ():
+        digest.text(len(batch))
         for value in batch:
-            if isinstance(value, torch.Tensor):
-                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            else:
-                digest.update(repr(value).encode())
+            digest.value(value)
     return digest.hexdigest()

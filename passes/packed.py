@@ -51,6 +51,16 @@ class PackedSite:
     row: dict[str, Any] = field(default_factory=dict)
     embedding: bool = False
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The part of `row` that follows from the tensors."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "rank": self.tensors["up"].shape[1] if "up" in self.tensors else 0,
+            "shape": [self.out_features, self.in_features],
+        }
+
 
 def dense_weight(group: PackedGroup, site: PackedSite) -> Tensor:
     """fp32 (out_features, in_features) in the original coordinates: what the operators compute with, as one matrix."""

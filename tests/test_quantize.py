@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,3 +157,22 @@ def test_a_batch_that_does_not_fit_is_reported_before_any_work() -> None:
     with pytest.raises(CalibrationError, match="calibration batch 1"):
         lopro_fx.quantize(decoder()[1], [ids(), ids().float()], CONFIG, progress=lambda *call: calls.append(call))
     assert not calls
+
+
+@pytest.mark.parametrize("batches", [None, [ids()]], ids=["data-free", "calibrated"])
+@pytest.mark.filterwarnings("ignore:.*")
+def test_what_is_excluded_does_not_change_the_others_seeds(batches: list[Tensor] | None) -> None:
+    """Signs are the only random choice that shows as it is; without data nothing else of a layer depends on others."""
+    _, program = decoder()
+    whole = lopro_fx.calibrate(program, batches, CONFIG)
+    part = lopro_fx.calibrate(program, batches, replace(CONFIG, exclude="blocks.0.*"))
+    assert part.groups.keys() == {name for name in whole.groups if name.startswith("blocks.1.")}
+    for name, group in part.groups.items():
+        assert torch.equal(group.tensors["signs"], whole.groups[name].tensors["signs"])
+    if batches is None:
+        for name, site in part.sites.items():
+            assert all(torch.equal(site.tensors[key], tensor) for key, tensor in whole.sites[name].tensors.items())
+    other = lopro_fx.calibrate(program, batches, replace(CONFIG, seed=1))
+    pairs = [(group.tensors["signs"], other.groups[name].tensors["signs"]) for name, group in whole.groups.items()]
+    assert not any(torch.equal(one, another) for one, another in pairs)
+    assert len({tuple(group.tensors["signs"].tolist()) for group in whole.groups.values()}) == len(whole.groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,16 @@ from lopro_fx.errors import CalibrationError
 class Statistics:
     """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free.
 
+    `distinct` counts tokens in different directions: no more than that are independent. Activations that are far from 1
+    are in another unit, a power of two, so that their squares are numbers in fp32.
+
     `rows` fp32 (m,) weighs the error of each output feature of all Linears; None counts them the same.
     """
 
     gram: Tensor
     magnitude: Tensor
     tokens: int
+    distinct: int = 0
     rows: Tensor | None = None
 
 
@@ -47,12 +52,19 @@ def measure(
         CalibrationError: a value is NaN or infinite; names the node, the layer that reads it and the batch.
     """
     n = inputs[0].shape[-1]
-    norms = [batch.reshape(-1, n).to(torch.float32).square().sum(1) for batch in inputs]
+    exponent = _exponent(inputs)
+
+    def tokens_of(batch: Tensor) -> Tensor:
+        rows = batch.reshape(-1, n).to(torch.float32)
+        return rows if exponent == 0 else rows * 2.0**-exponent
+
+    norms = [tokens_of(batch).square().sum(1) for batch in inputs]
     weights = importance or [torch.ones(len(norm)) for norm in norms]
     every = torch.cat(norms) * torch.cat(list(weights))
     # Zero tokens, such as padding, would make the median zero where they are the most.
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
     gram, magnitude, tokens = torch.zeros(n, n), torch.zeros(n), 0
+    directions = _Directions(n)
     for index, (batch, norm, weight) in enumerate(zip(inputs, norms, weights, strict=True)):
         if not torch.isfinite(norm).all():
             row = int((~torch.isfinite(norm)).nonzero()[0])
@@ -60,7 +72,8 @@ def measure(
                 f"node '{node}', read by '{name}', is not finite in calibration batch {index}, row {row}; look for an "
                 "overflow before it (try --dtype float32) or a damaged weight"
             )
-        rows = batch.reshape(-1, n).to(torch.float32)
+        rows = tokens_of(batch)
+        directions.add(rows, norm)
         magnitude += rows.abs().sum(0)
         tokens += rows.shape[0]
         if token_clip:
@@ -69,4 +82,38 @@ def measure(
             rows = rows * weight.sqrt().unsqueeze(1)
         gram.addmm_(rows.T, rows)
     count = max(tokens, 1)
-    return Statistics(gram / count, magnitude / count, tokens)
+    return Statistics(gram / count, magnitude / count, tokens, directions.count)
+
+
+def _exponent(inputs: Sequence[Tensor]) -> int:
+    """Of the unit of the activations: 0 where the squares of their largest are well inside fp32's range."""
+    largest = max((batch.abs().amax().item() for batch in inputs if batch.numel()), default=0.0)
+    if not 0 < largest < math.inf or 2.0**-40 < largest < 2.0**40:
+        return 0
+    return min(max(math.frexp(largest)[1], -120), 120)
+
+
+class _Directions:
+    """Counts tokens that don't point where another does, by the cells of a few random projections of their directions.
+
+    Rounding in the model moves equal tokens over the edge of a cell now and then; a repeated token still counts as few.
+    """
+
+    _PROJECTIONS, _CELL = 16, 0.1
+
+    def __init__(self, width: int) -> None:
+        rng = torch.Generator().manual_seed(width)
+        self._projection = torch.randn(width, self._PROJECTIONS, generator=rng)
+        self._hash = torch.randint(2**62, (self._PROJECTIONS,), generator=rng)
+        self._seen: list[Tensor] = []
+
+    def add(self, rows: Tensor, norm: Tensor) -> None:
+        """`norm` (t,) holds the squares of the rows' lengths."""
+        some = norm > 0
+        direction = rows[some] @ self._projection / norm[some].sqrt().unsqueeze(1)
+        # Sums of products wrap around, which makes them a hash of the cell.
+        self._seen.append(((direction / self._CELL).round().to(torch.int64) * self._hash).sum(1))
+
+    @property
+    def count(self) -> int:
+        return torch.cat(self._seen).unique().numel()

@@ -12,10 +12,8 @@ from torch.utils import _pytree as pytree
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
 
-from lopro_fx.config import Method
-from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.sites import find_sites
-from lopro_fx.passes.weights import tensor_of
+from lopro_fx.config import LoPRo, Method
+from lopro_fx.passes.fingerprint import Digest
 from lopro_fx.quantize import apply, calibrate
 from lopro_fx.state import QuantState
 
@@ -44,7 +42,7 @@ class LoProQuantizer(ExportQuantizer):
         self.config = config
         # Exporters quantise with shallow copies, which share both.
         self.states: list[QuantState] = []
-        self._calibrated: dict[frozenset[tuple[str, int]], QuantState] = {}
+        self._calibrated: dict[str, QuantState] = {}
 
     def quantize(self, model: GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat) -> GraphModule:  # noqa: ARG002
         """The graph with packed Linears, calibrated; sizes that were dynamic still are.
@@ -56,12 +54,12 @@ class LoProQuantizer(ExportQuantizer):
         inputs = dict(sample_inputs)
         shapes = _dynamic_sizes(model, inputs).dynamic_shapes(model, (), inputs)
         program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
-        weights = _weights(program)
-        if weights not in self._calibrated:
+        key = _key(program, self.config or LoPRo())
+        if key not in self._calibrated:
             batches = list(self.traced_calibration(inputs))
-            self._calibrated[weights] = calibrate(program, batches, self.config)
-            self.states.append(self._calibrated[weights])
-        quantized: Any = apply(program, self._calibrated[weights]).module()
+            self._calibrated[key] = calibrate(program, batches, self.config)
+            self.states.append(self._calibrated[key])
+        quantized: Any = apply(program, self._calibrated[key]).module()
         return quantized
 
 
@@ -78,7 +76,12 @@ def _dynamic_sizes(model: GraphModule, inputs: dict[str, Any]) -> ShapesCollecti
     return sizes
 
 
-def _weights(program: ExportedProgram) -> frozenset[tuple[str, int]]:
-    """Name and place in memory of every Linear's weight: equal for programs of one model."""
-    sites = find_sites(as_linears(program)).sites
-    return frozenset((site.name, tensor_of(program, site.weight).data_ptr()) for site in sites)
+def _key(program: ExportedProgram, config: Method) -> str:
+    """Equal for programs of one model, whose graphs differ: by the values of its parameters, because what lies at an
+    address is replaced when a model is freed, and written when another checkpoint is loaded."""
+    digest = Digest()
+    digest.text(config.to_dict())
+    for name in sorted(program.graph_signature.parameters):
+        digest.text(name)
+        digest.value(program.state_dict[name])
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ from torch import Tensor
 from lopro_fx.kernels.packing.format import ZERO_OFFSET
 from lopro_fx.methods.gptq import Rounded, damped
 from lopro_fx.methods.grid import MAX_SCALE, MIN_SCALE
+from lopro_fx.methods.units import rounded_scale
 
 # Rows whose scales are solved together; each takes groups² numbers.
 _ROWS = 1024
@@ -49,7 +50,7 @@ def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps
 def fit_scales(weight: Tensor, gram: Tensor, rounded: Rounded) -> Rounded:
     """Scales that minimise tr(E H Eᵀ) for the given codes and zeros, a least-squares problem in each row's groups.
 
-    A row whose loss doesn't fall, be it by the rounding of its scales to fp16, keeps what it has.
+    A row whose loss doesn't fall, be it by the rounding of its scales, keeps what it has.
     """
     parts = [slice(i, i + _ROWS) for i in range(0, weight.shape[0], _ROWS)]
     scales = torch.cat([_fit_rows(weight[rows], gram, rounded, rows) for rows in parts])
@@ -74,7 +75,7 @@ def _fit_rows(weight: Tensor, gram: Tensor, rounded: Rounded, rows: slice) -> Te
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
     new = old + torch.linalg.solve(normal, slope.unsqueeze(-1)).squeeze(-1)
-    new = new.to(torch.float16).to(torch.float32)
+    new = rounded_scale(new)
     changed = weight - level * new[:, index]
     better = ((changed @ gram) * changed).sum(1) < ((error @ gram) * error).sum(1)
     better &= ((new >= MIN_SCALE) & (new <= MAX_SCALE)).all(1)

@@ -87,7 +87,7 @@ def round_with_feedback(
     static: bool = False,
     clip_steps: int = 24,
 ) -> Rounded:
-    """Round W (m, n) fp32 to `bits` bits.
+    """Round W (m, n) fp32 to `bits` bits, rows in units of their own.
 
     Args:
         weight: fp32 (m, n).

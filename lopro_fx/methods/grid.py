@@ -1,4 +1,4 @@
-"""Uniform asymmetric grids: one fp16 scale and one zero code for each (output row, group of input columns)."""
+"""Uniform asymmetric grids: one scale of 11 bits and one zero code for each (output row, group of input columns)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels.packing.format import ZERO_OFFSET
+from lopro_fx.methods.units import rounded_scale
 
-# Smallest fp16 above zero. Subnormal scales are coarse, but a larger floor would replace tiny weights by noise.
-MIN_SCALE = 2.0**-24
+# Of rows in units of their largest magnitude: a group of zeros has the smallest.
+MIN_SCALE = 2.0**-60
 MAX_SCALE = 65504.0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`scale` fp32 holding fp16 values and `zero` fp32 holding `code + 1/2`: (m,) for one group, or (columns, m)."""
+    """`scale` fp32 of 11 significant bits and `zero` fp32 holding `code + 1/2`: (m,) for one group, or (columns, m)."""
 
     scale: Tensor
     zero: Tensor
@@ -32,7 +33,7 @@ class Grid:
 
 
 def _grid(low: Tensor, high: Tensor, levels: int) -> Grid:
-    scale = ((high - low) / (levels - 1)).clamp(MIN_SCALE, MAX_SCALE).to(torch.float16).to(torch.float32)
+    scale = rounded_scale(((high - low) / (levels - 1)).clamp(MIN_SCALE, MAX_SCALE))
     code = (-low / scale - ZERO_OFFSET).round_().clamp_(0, levels - 1)
     return Grid(scale, code + ZERO_OFFSET, levels)
 

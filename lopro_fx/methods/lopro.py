@@ -20,6 +20,7 @@ from lopro_fx.methods.gptq import Feedback, feedback, proxy_loss, round_with_fee
 from lopro_fx.methods.lowrank import Factor, correction, fit_up, gram_components, r1_sketch, round_factor
 from lopro_fx.methods.rotation import Transform
 from lopro_fx.methods.solution import GroupSolution
+from lopro_fx.methods.units import divided
 
 # Exponent of the activation scale in the released code (LoPRo section 3.2).
 _SCALE_POWER = 2.4
@@ -27,7 +28,10 @@ _SCALE_POWER = 2.4
 
 @dataclass(frozen=True)
 class _Problem:
-    """One candidate: W T, Tᵀ H T, its feedback, the sequence in which columns are rounded, the scale of its rows."""
+    """One candidate: W T, Tᵀ H T, its feedback, the sequence in which columns are rounded, the scale of its rows.
+
+    Rows of the weight are in units of their own; `share` (m, 1) takes them to the unit that the up factors have.
+    """
 
     name: str
     transform: Transform
@@ -35,36 +39,40 @@ class _Problem:
     gram: Tensor
     fb: Feedback
     order: Tensor
+    share: Tensor
     rows: Tensor | float
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """Low-rank branch with rounded factors; `dense` is their product (m, n)."""
+    """Low-rank branch with rounded factors."""
 
     down: Factor
     ups: tuple[Factor, ...]
 
-    @property
-    def dense(self) -> Tensor:
-        return torch.cat([up.dense() for up in self.ups]) @ self.down.dense()
+    def dense(self, share: Tensor) -> Tensor:
+        """Product (m, n) of the factors in units of the rows."""
+        return divided(torch.cat([up.dense() for up in self.ups]), share) @ self.down.dense()
 
 
 def solve(
-    joint: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
+    joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
-    """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a group's weights.
+    """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a group's weights, in units of their rows.
+
+    `share` (m, 1) fp32 holds powers of two that take the rows to one unit, which that of the up factors and of the loss
+    is; errors weigh in it.
 
     Each candidate transform is tried once; the one of least proxy loss is refined by alternating between the factors
     and the rounding, and the best iterate is kept, so the loss is never above that of the best candidate alone.
     """
-    start = initial_factors(joint, stats, config, generator) if config.rank else None
+    start = initial_factors(joint, stats, config, generator, share) if config.rank else None
     residual = joint if start is None else joint - start[0] @ start[1]
     best: tuple[GroupSolution, _Problem] | None = None
     losses: dict[str, float] = {}
     for name in config.transforms:
-        transform = transform_for(name, residual, stats.gram, config, generator)
-        problem = _pose(name, transform, joint, stats, config)
+        transform = transform_for(name, residual * share, stats.gram, config, generator)
+        problem = _pose(name, transform, joint, stats, config, share)
         branch = None if start is None else _rounded(start[0], transform.forward(start[1]), problem, rows, config)
         solution = _attempt(problem, branch, rows, config, generator)
         losses[name] = solution.loss
@@ -78,30 +86,33 @@ def solve(
         if again.loss >= solution.loss:
             break
         solution = again
-    whole = proxy_loss(joint * _row_scale(stats), stats.gram)
+    whole = proxy_loss(joint * _row_scale(stats, share), stats.gram)
     return replace(solution, relative=solution.loss / whole if whole > 0 else 0.0, losses=losses)
 
 
 def initial_factors(
-    joint: Tensor, stats: Statistics, config: LoPRo, generator: torch.Generator
+    joint: Tensor, stats: Statistics, config: LoPRo, generator: torch.Generator, share: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Factors (m, r) and (r, n) of the weights themselves, in original coordinates, before any rounding of weights.
+
+    `share` (m, 1) is by what rows weigh, see `solve`.
 
     "block_svd" takes the best rank-r approximation in the Gram norm. "r1_sketch" is the paper: columns are scaled by
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
     if config.low_rank == "block_svd":
-        down = gram_components(joint * _row_scale(stats), stats.gram, config.rank, generator, config.power_iterations)
+        weighed = joint * _row_scale(stats, share)
+        down = gram_components(weighed, stats.gram, config.rank, generator, config.power_iterations)
         return fit_up(joint, stats.gram, down), down
     scale = column_scale(stats.magnitude)
     left, right = r1_sketch(
-        joint * scale,
+        joint * share * scale,
         config.rank,
         generator,
         config.power_iterations,
         lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
     )
-    return left, right / scale
+    return divided(left, torch.as_tensor(share)), right / scale
 
 
 def column_scale(magnitude: Tensor) -> Tensor:
@@ -131,16 +142,19 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
     return Transform(perm, signs if config.signs and block > 1 else None, block, skip if block > 1 else 0)
 
 
-def _row_scale(stats: Statistics) -> Tensor | float:
-    """(m, 1) by which an error's rows are multiplied, so that its squares weigh as `stats.rows` says."""
-    return 1.0 if stats.rows is None else stats.rows.sqrt().unsqueeze(1)
+def _row_scale(stats: Statistics, share: Tensor | float) -> Tensor | float:
+    """(m, 1) by which an error's rows are multiplied, so that its squares are in one unit and weigh as `stats.rows`
+    says."""
+    return share if stats.rows is None else share * stats.rows.sqrt().unsqueeze(1)
 
 
-def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo) -> _Problem:
+def _pose(
+    name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor
+) -> _Problem:
     moved = transform.gram(stats.gram)
     order = rotation.group_order(moved, config.group_size)
     fb = feedback(moved[order][:, order], config.damp)
-    return _Problem(name, transform, transform.forward(joint), moved, fb, order, _row_scale(stats))
+    return _Problem(name, transform, transform.forward(joint), moved, fb, order, share, _row_scale(stats, share))
 
 
 def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
@@ -148,14 +162,20 @@ def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], confi
     factor = round_factor(down, config.factor_bits, 0)
     if config.refits:
         up = fit_up(problem.weight, problem.gram, factor.dense())
-    return _Branch(factor, tuple(round_factor(part, config.factor_bits, 1) for part in up.split(rows)))
+    return _branch(up, factor, problem, rows, config)
+
+
+def _branch(up: Tensor, down: Factor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
+    """Round an up factor (m, r) in units of the rows."""
+    parts = (up * problem.share).split(rows)
+    return _Branch(down, tuple(round_factor(part, config.factor_bits, 1) for part in parts))
 
 
 def _attempt(
     problem: _Problem, branch: _Branch | None, rows: list[int], config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
     """Round the weights around `branch`, then solve the branch again for what the rounding left."""
-    target = problem.weight if branch is None else problem.weight - branch.dense
+    target = problem.weight if branch is None else problem.weight - branch.dense(problem.share)
     rounded = round_with_feedback(
         target, problem.fb, config.bits, config.group_size, order=problem.order, clip_steps=config.clip_steps
     )
@@ -163,7 +183,8 @@ def _attempt(
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
         up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator, problem.rows)
-        branch = _Branch(down, tuple(round_factor(part, config.factor_bits, 1) for part in up.split(rows)))
-    loss = proxy_loss((error if branch is None else error - branch.dense) * problem.rows, problem.gram)
+        branch = _branch(up, down, problem, rows, config)
+    left = error if branch is None else error - branch.dense(problem.share)
+    loss = proxy_loss(left * problem.rows, problem.gram)
     down, ups = (branch.down, branch.ups) if branch else (None, ())
     return GroupSolution(problem.transform, rounded, down, ups, loss, 0.0, problem.fb.damp, problem.name)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lopro_fx.kernels.project.reference import dense_factor
-from lopro_fx.methods.gptq import cholesky
+from lopro_fx.methods.gptq import cholesky, damped
+from lopro_fx.methods.prior import FACTOR_DAMP
+from lopro_fx.methods.units import rounded_scale
+
+# Units of a weight in which fp16 holds its up factors as they are.
+_NEAR_ONE = 2.0**-10, 2.0**10
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A stored factor: int8 codes with an fp16 scale per component, or fp16 values and no scale.
+    """A stored factor: int8 codes or fp16 values, with an fp32 scale per component, which fp16 values needn't have.
 
     `values` is (rank, n) for the down and (m, rank) for the up factor; `dim` is the component dimension.
     """
@@ -29,16 +34,23 @@ class Factor:
 
 
 def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
-    """Round a factor to `bits` = 8 (int8, one fp16 scale a component) or 16 (fp16).
-
-    A scale that an int8 component needs outside fp16's range is clamped to it, so components below it become zeros.
-    """
+    """Round a factor to `bits` = 8 (int8, one scale of 11 significant bits a component) or 16 (fp16)."""
     if bits == 16:
         return Factor(factor.clamp(-65504, 65504).to(torch.float16), None, dim)
     amax = factor.abs().amax(1 - dim) if factor.numel() else factor.new_zeros(factor.shape[dim])
-    scale = (amax / 127).clamp(2.0**-24, 65504).to(torch.float16)
-    codes = (factor / scale.to(torch.float32).unsqueeze(1 - dim)).round_().clamp_(-127, 127)
+    scale = rounded_scale((amax / 127).clamp_min(torch.finfo(torch.float32).tiny))
+    codes = (factor / scale.unsqueeze(1 - dim)).round_().clamp_(-127, 127)
     return Factor(codes.to(torch.int8), scale, dim)
+
+
+def in_unit(factor: Factor, unit: float) -> Factor:
+    """The factor times a power of two, which its scales take; those of fp16 values are made where fp16 lacks the range.
+    """
+    if factor.scale is not None:
+        return replace(factor, scale=factor.scale * unit)
+    if _NEAR_ONE[0] <= unit <= _NEAR_ONE[1]:
+        return replace(factor, values=factor.values * unit)
+    return replace(factor, scale=torch.full((factor.values.shape[factor.dim],), unit, dtype=torch.float32))
 
 
 def randomized_svd(
@@ -92,14 +104,13 @@ def r1_sketch(
 
 
 def gram_components(
-    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2, damp: float = 0.1
+    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2
 ) -> Tensor:
     """Down factor (r, n) of the best rank-r approximation of `matrix` (m, n) in the norm tr(· H ·ᵀ).
 
-    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1). The damping is ten times that of
-    the rounding: L⁻¹ grows without bound in directions that calibration hardly saw, and other text does see them.
+    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1), of the H of `FACTOR_DAMP`.
     """
-    root, _ = cholesky(hessian, damp)
+    root, _ = cholesky(hessian, FACTOR_DAMP)
     _, _, vh = randomized_svd(matrix @ root, rank, generator, iterations=iterations)
     return torch.linalg.solve_triangular(root, vh, upper=False, left=False)
 
@@ -120,8 +131,9 @@ def correction(
 
 
 def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
-    """Up factor (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n)."""
-    projected = down @ hessian
+    """Up factor (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n), with the H that
+    the down factor is best for."""
+    projected = down @ damped(hessian, FACTOR_DAMP)
     normal = projected @ down.T
     normal.diagonal().add_((1e-6 * normal.diagonal().mean()).clamp_min(torch.finfo(normal.dtype).tiny))
     return torch.linalg.solve(normal, projected @ error.T).T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,14 @@ from lopro_fx.methods.gptq import Rounded
 from lopro_fx.methods.grid import fit_grid
 from lopro_fx.methods.rotation import Transform
 from lopro_fx.methods.solution import GroupSolution
+from lopro_fx.methods.units import divided, row_units
 
 # Rows rounded at once: an output projection has as many as the vocabulary, and copies of it in fp32 fill the memory.
 _ROWS = 8192
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, clip_steps: int) -> Rounded:
-    """Round W (m, n) fp32; arguments as in `gptq.round_with_feedback`."""
+    """Round W (m, n) fp32, rows in units of their own; arguments as in `gptq.round_with_feedback`."""
     codes, scales, zeros = [], [], []
     for block in weight.T.split(weight.shape[1] if group_size == -1 else group_size):
         grid = fit_grid(block, bits, None, clip_steps)
@@ -35,11 +38,14 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, clip_steps: int
 def solve_data_free(weight: Tensor, bits: int, group_size: int, clip_steps: int) -> GroupSolution:
     """Round one weight (m, n) of any float type, every input direction counting the same."""
     parts, loss, whole = [], 0.0, 0.0
+    unit = row_units(weight.abs().amax().view(1, 1).to(torch.float32)).item() or 1.0
     for rows in weight.split(_ROWS):
         dense = rows.to(torch.float32)
-        part = round_to_nearest(dense, bits, group_size, clip_steps)
-        loss += (dense - part.dense()).square().sum().item()
-        whole += dense.square().sum().item()
+        units = row_units(dense)
+        part = round_to_nearest(divided(dense, units), bits, group_size, clip_steps)
+        part = replace(part, scales=part.scales * units)
+        loss += ((dense - part.dense()) / unit).square().sum().item()
+        whole += (dense / unit).square().sum().item()
         parts.append(part)
     rounded = Rounded(
         torch.cat([part.codes for part in parts]),
@@ -47,4 +53,5 @@ def solve_data_free(weight: Tensor, bits: int, group_size: int, clip_steps: int)
         torch.cat([part.zeros for part in parts]),
         group_size,
     )
-    return GroupSolution(Transform(), rounded, None, (), loss, loss / whole if whole > 0 else 0.0, 0.0, "identity")
+    relative = loss / whole if whole > 0 else 0.0
+    return GroupSolution(Transform(), rounded, None, (), loss * unit**2, relative, 0.0, "identity")

@@ -13,10 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from lopro_fx.__about__ import __version__
 from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError, ModelError
 from lopro_fx.files import replacing, write_json
@@ -40,7 +44,7 @@ def smollm2_folder() -> Path:
     Raises: ModelError if the GGUF can't be fetched or read, or the cache can't be written.
     """
     folder = cache_dir() / _FOLDER_NAME
-    if not _intact(folder):
+    if not _intact(folder, _makers()):
         try:
             gguf = fetch_gguf()
             _log.info("converting %s to %s", gguf, folder)
@@ -93,12 +97,22 @@ def _convert(gguf: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     except ImportError as error:
         raise ModelError("smollm2-135m needs transformers and gguf: pip install 'lopro_fx[demo]'") from error
-    write_json(folder / _MANIFEST, {path.name: sha256(path) for path in folder.iterdir()})
+    files = {path.name: sha256(path) for path in folder.iterdir()}
+    write_json(folder / _MANIFEST, {"made_by": _makers(), "files": files})
 
 
-def _intact(folder: Path) -> bool:
+def _makers() -> dict[str, str]:
+    """What decides the folder's contents: the GGUF, and the versions of what reads and writes it."""
+    packages = {name: version(name) for name in ("gguf", "transformers") if find_spec(name)}
+    return {"sha256": GGUF_SHA256, "lopro_fx": __version__, **packages}
+
+
+def _intact(folder: Path, makers: Mapping[str, str]) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest) and all(sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):  # absent, unreadable, or no longer the JSON object that was written
+        files = manifest["files"]
+        made = manifest["made_by"] == makers and bool(files)
+        return made and all(sha256(folder / name) == digest for name, digest in files.items())
+    # absent, unreadable, or no longer the JSON object that was written
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -61,3 +62,27 @@ def test_components_of_generation_share_what_was_calibrated():
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="LoProQuantizer quantizes dynamo exports, not onnx ones"):
         lopro_fx.LoProQuantizer(CONFIG).validate_environment("onnx")
+
+
+@torch.no_grad()
+def test_another_checkpoint_in_the_same_place_is_calibrated_anew():
+    """Memory of a model is given to the next one, or written when it loads another checkpoint."""
+    model = copy.deepcopy(case("tied").model)
+    quantizer = lopro_fx.LoProQuantizer(lopro_fx.RTN(bits=4, group_size=32), [_sample(0)])
+
+    def codes():
+        exported = DynamoExporter().export(model, {**_sample(), "use_cache": False}, DynamoConfig(quantizer=quantizer))
+        program = exported.components["model"].program
+        return program.state_dict["model.layers.0.mlp.up_proj.codes"]
+
+    first = codes()
+    assert torch.equal(codes(), first)
+    assert len(quantizer.states) == 1
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.copy_(weight.flip(0))
+    assert not torch.equal(codes(), first)
+    model.model.norm.weight.mul_(2)
+    codes()
+    assert len(quantizer.states) == 3, "what isn't quantised decides activations too"
+    quantizer.config = lopro_fx.RTN(bits=3, group_size=32)
+    assert codes().shape != first.shape

@@ -75,16 +75,20 @@ def test_intact_gguf_is_not_fetched_again(gguf, no_index):
 def test_damage_of_the_converted_folder_is_noticed(tmp_path):
     (tmp_path / "weights").write_bytes(b"0123")
     manifest = tmp_path / "sha256.json"
-    assert not _intact(tmp_path)
-    manifest.write_text(json.dumps({"weights": hashlib.sha256(b"0123").hexdigest()}))
-    assert _intact(tmp_path)
+    makers = {"gguf": "0.17"}
+    files = {"weights": hashlib.sha256(b"0123").hexdigest()}
+    assert not _intact(tmp_path, makers)
+    manifest.write_text(json.dumps({"made_by": makers, "files": files}))
+    assert _intact(tmp_path, makers)
+    assert not _intact(tmp_path, {"gguf": "0.18"}), "another version may read other weights"
     (tmp_path / "weights").write_bytes(b"0124")
-    assert not _intact(tmp_path)
+    assert not _intact(tmp_path, makers)
     (tmp_path / "weights").unlink()
-    assert not _intact(tmp_path)
-    for damaged in ("{}", "[]", '{"weights": '):
+    assert not _intact(tmp_path, makers)
+    # The last is what versions before wrote.
+    for damaged in ("{}", "[]", '{"weights": ', json.dumps({**files}), json.dumps({"made_by": makers, "files": {}})):
         manifest.write_text(damaged)
-        assert not _intact(tmp_path)
+        assert not _intact(tmp_path, makers)
 
 
 def test_weights_are_those_of_the_gguf(gguf, capfd):

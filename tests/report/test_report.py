@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 import lopro_fx
 from lopro_fx import GPTQ, RTN, GraphError, LoPRo
 from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.state import QuantState, state_of
+from tests.passes.packs import packed
 from tests.programs import Product, decoder, export, ids, rows, seeded
 
 
@@ -69,3 +72,20 @@ def test_explain_runs_nothing_and_changes_nothing() -> None:
     assert groups["blocks.1.up"] == "blocks.1.gate"
     assert program.graph_module.code == code
     assert torch.is_grad_enabled()
+
+
+def test_a_state_without_rows_is_applied_and_read_back() -> None:
+    _, program = decoder()
+    groups, sites = packed(program, rank=2)
+    bare = {name: replace(site, row={}) for name, site in sites.items()}
+    applied = lopro_fx.apply(program, QuantState({}, groups, bare))
+    state, report = state_of(applied), lopro_fx.report(applied)
+    assert report.weights == state.weights == sum(site.out_features * site.in_features for site in sites.values())
+    assert report.packed_bytes == state.packed_bytes
+    for row in report.rows:
+        site = sites[row["name"]]
+        assert (row["bits"], row["group_size"], row["rank"]) == (site.bits, site.group_size, 2)
+        assert row["shape"] == [site.out_features, site.in_features]
+    assert "quantised: 14 layers" in str(report)
+    again = lopro_fx.apply(program, state)
+    assert torch.equal(again.module()(ids()), applied.module()(ids()))
