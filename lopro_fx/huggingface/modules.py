@@ -114,7 +114,9 @@ class DenseWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable:
-            raise ModelError(f"{func} would write a packed weight, which can't be changed: dequantize() the model first")
+            raise ModelError(
+                f"{func} would write a packed weight, which can't be changed: dequantize() the model first"
+            )
         args, kwargs = tree_map_only(cls, lambda weight: weight._module.dense(), (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -132,9 +134,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         table = self.table_tensors()
         if ids is None:
             return table
-        return torch.ops.lopro.packed_embedding(
-            ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype
-        )
+        return torch.ops.lopro.packed_embedding(ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def dense(self) -> Tensor:
         table = (*self(), self.bits, self.group_size)

@@ -127,7 +127,10 @@ class LoProHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if not isinstance(module, Packed):
                 continue
-            held = {**dict(module.named_parameters(recurse=False)), **{key: getattr(module, key) for key in module.dtypes}}
+            held = {
+                **dict(module.named_parameters(recurse=False)),
+                **{key: getattr(module, key) for key in module.dtypes},
+            }
             for key, tensor in held.items():
                 stored = f"{name}.{STORED if key == HELD else key}"
                 # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.

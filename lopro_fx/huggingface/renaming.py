@@ -37,9 +37,13 @@ class CodesRenaming(WeightRenaming):
 
 def codes_renaming(model: Any) -> CodesRenaming:
     """For a model with packed modules; files may hold names with or without the prefix of the base model."""
-    owners = [name for name, module in model.named_modules() if isinstance(module, PackedWeight) and HELD in module.dtypes]
+    owners = [
+        name for name, module in model.named_modules() if isinstance(module, PackedWeight) and HELD in module.dtypes
+    ]
     prefix = f"{model.base_model_prefix}."
-    return CodesRenaming({*owners, *(prefix + name for name in owners), *(name.removeprefix(prefix) for name in owners)})
+    return CodesRenaming(
+        {*owners, *(prefix + name for name in owners), *(name.removeprefix(prefix) for name in owners)}
+    )
 
 
 def rename_on_saving(model: Any) -> None:

@@ -143,7 +143,9 @@ def test_biases_train_alone() -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         model(IDS, labels=IDS).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     assert any("layers.0.self_attn.q_proj" in name for name in gradients[0])
     for name, gradient in gradients[1].items():
