@@ -266,8 +266,8 @@ class PackedLinear(PackedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         shared = self.shared
         perm, signs, down, down_scale = shared()
-        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias, self.up,
-                    self.up_scale, self.bits, self.group_size)  # fmt: skip
+        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
+                    self.up, self.up_scale, self.bits, self.group_size)  # fmt: skip
         # The CPU's operator has no derivative.
         if x.device.type == "cpu" and not (torch.is_grad_enabled() and _asks_for_gradients(operands)):
             return torch.ops.lopro.cpu_site(*operands, self.act_bits)

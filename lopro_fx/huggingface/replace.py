@@ -22,8 +22,8 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
     linear = _module(model, name)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise ModelError(
-            f"'{name}' is a {type(linear).__name__}, and only nn.Linear can be replaced in a transformers model: quantise "
-            f"with exclude='{name}'"
+            f"'{name}' is a {type(linear).__name__}, and only nn.Linear can be replaced in a transformers model: "
+            f"quantise with exclude='{name}'"
         )
     return linear
 

@@ -98,6 +98,24 @@ def test_initialising_weights_leaves_packed_ones_alone() -> None:
     assert torch.equal(model(IDS).logits, expected)
 
 
+def test_dequantising_keeps_the_dtype_of_now() -> None:
+    model = _packed(torch.bfloat16)
+    model.config.dtype = torch.float32
+    expected = model(IDS).logits
+    dense = model.dequantize()
+    assert {tensor.dtype for tensor in dense.parameters()} == {torch.bfloat16}
+    assert_close("logits", expected, dense(IDS).logits, 4 * TOLERANCE[torch.bfloat16])
+    wide = _packed(torch.bfloat16).dequantize(torch.float32)
+    assert {tensor.dtype for tensor in wide.parameters()} == {torch.float32}
+
+
+def test_an_embedding_that_changes_its_table_is_refused() -> None:
+    model = copy.deepcopy(case("tied").model)
+    model.model.embed_tokens.max_norm = 1.0
+    with pytest.raises(ModelError, match=r"'model\.embed_tokens' has a max_norm.*head_bits=0"):
+        lopro_fx.pack_model(model, _state())
+
+
 def test_figures_of_a_packed_model() -> None:
     model = _packed(torch.bfloat16)
     assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
