@@ -85,6 +85,14 @@ class ProgramEditor:
         assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), fqn
         owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
+    def freeze(self, placeholder: Node) -> None:
+        """Make a parameter ask for no gradient; anything else is left as it is."""
+        tensor = self.tensor(placeholder)
+        if isinstance(tensor, Parameter) and tensor.requires_grad:
+            fqn = self._targets[placeholder.name]
+            owner = self._state if fqn in self._state else self._constants
+            owner[fqn] = Parameter(tensor.detach(), requires_grad=False)
+
     def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
         """Register a persistent buffer and return its placeholder.
 

@@ -2,14 +2,15 @@
 
     groups  by name, which is that of the Linear whose module holds what they share: block and skip of the rotation,
             rank, dtype of the factors, and whether there are a permutation and signs
-    sites   by name: the group, bits, group_size, and the embedding that holds the tensors, if one does
+    sites   by name: the group, bits, group_size, the embedding that holds the tensors, if one does, and others that
+            read them too
 
 Shapes follow from these and from the sizes of the Linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from lopro_fx.state import QuantState
 _FACTORS = {"int8": torch.int8, "float16": torch.float16}
 
 
-def describe(state: QuantState, embeddings: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """JSON of every group and of every site, by name: what `restore` reads.
 
     Args:
         state: what to describe.
-        embeddings: name of the embedding that reads a site's weight, by the site's name.
+        embeddings: names of the embeddings that read a site's weight, by the site's name; the first holds it.
     """
     groups = {name: _group(group) for name, group in state.groups.items()}
     sites = {
@@ -36,7 +37,8 @@ def describe(state: QuantState, embeddings: Mapping[str, str]) -> tuple[dict[str
             "group": site.group,
             "bits": site.bits,
             "group_size": site.group_size,
-            "embedding": embeddings.get(name),
+            "embedding": next(iter(embeddings.get(name, ())), None),
+            "readers": list(embeddings.get(name, ())[1:]),
         }
         for name, site in state.sites.items()
     }

@@ -49,9 +49,28 @@ class Packed(nn.Module):
 
 
 class PackedWeight(Packed):
-    """A packed module whose `weight` reads like that of the module it stands for; `dtype` is that of the model."""
+    """A packed module whose `weight` reads like that of the module it stands for; `dtype` is that of the model.
+
+    Its codes, scales and zeros are its own, or those of an embedding that shares the weight.
+    """
 
     dtype: torch.dtype
+    bits: int
+    group_size: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    # A tuple of at most one, where nn.Module doesn't look for modules.
+    _table: tuple[PackedEmbedding, ...]
+
+    @property
+    def table(self) -> PackedWeight:
+        """What holds the weight: the module itself, or an embedding."""
+        return self._table[0] if self._table else self
+
+    def table_tensors(self) -> tuple[Any, ...]:
+        """Codes, scales and zeros."""
+        return self._table[0]() if self._table else self.held(_TABLE)
 
     @property
     def weight(self) -> Tensor:
@@ -111,47 +130,53 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
     Called without ids, it gives its codes, scales and zeros. Made by `packed_embedding`.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-
     def forward(self, ids: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        table = self.table_tensors()
         if ids is None:
-            return self.held(_TABLE)
-        table = ids, self.codes, self.scales, self.zeros, self.bits, self.group_size
-        return torch.ops.lopro.packed_embedding(*table, self.embedding_dim, self.dtype)
+            return table
+        return torch.ops.lopro.packed_embedding(ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def dense(self) -> Tensor:
-        table = (*self(), self.bits, self.group_size, self.embedding_dim)
-        return dequantize(*table, self.dtype)
+        table = (*self(), self.bits, self.group_size)
+        return dequantize(*table, self.embedding_dim, self.dtype)
 
     def place(self) -> tuple[tuple[int, int], torch.device]:
-        return (self.num_embeddings, self.embedding_dim), self.codes.device
+        return (self.num_embeddings, self.embedding_dim), self.table.codes.device
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
 
-def packed_embedding(site: PackedSite, plain: nn.Embedding) -> PackedEmbedding:
-    """What stands for an embedding whose weight is packed, with all that its class computes around the lookup."""
+def packed_embedding(site: PackedSite, plain: nn.Embedding, table: PackedEmbedding | None = None) -> PackedEmbedding:
+    """What stands for an embedding whose weight is packed, with all that its class computes around the lookup.
+
+    `table` is another one that holds the weight, if one does.
+    """
     made = _rebuilt(type(plain))
-    state = {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(plain).items()}
-    made.__dict__.update(state)
+    made.__dict__.update(_state(plain))
     del made._parameters["weight"]
     made.bits, made.group_size, made.dtype = site.bits, site.group_size, plain.weight.dtype
-    made._hold(site.tensors, _TABLE)
+    made._table = () if table is None else (table,)
+    made._hold(site.tensors, () if table else _TABLE)
     return made
 
 
 def plain_embedding(packed: PackedEmbedding, weight: nn.Parameter) -> nn.Embedding:
     """The inverse of `packed_embedding`, with this weight."""
-    kind = type(packed).__mro__[1] if type(packed) is not PackedEmbedding else nn.Embedding
-    made = kind.__new__(kind)
-    made.__dict__.update(vars(packed))
-    for key in _TABLE:
+    kind: Any = nn.Embedding if type(packed) is PackedEmbedding else type(packed).__mro__[1]
+    made: nn.Embedding = kind.__new__(kind)
+    made.__dict__.update(_state(packed))
+    for key in packed.dtypes:
         del made._buffers[key]
+    for attribute in ("bits", "group_size", "dtype", "dtypes", "_table"):
+        delattr(made, attribute)
     made.weight = weight
     return made
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, of which the collections are its own."""
+    return {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(module).items()}
 
 
 def _rebuilt(kind: type[nn.Embedding]) -> PackedEmbedding:
@@ -230,28 +255,21 @@ class PackedLinear(PackedWeight, nn.Linear):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.bits, self.group_size, self.dtype = site.bits, site.group_size, plain.weight.dtype
         self.act_bits = ACTIVATIONS[activations]
-        self._hold(site.tensors, _BRANCH if table is not None else (*_TABLE, *_BRANCH))
+        self._hold(site.tensors, _BRANCH if table else (*_TABLE, *_BRANCH))
         self.register_parameter("bias", plain.bias)
         if owner:
             self.input = shared
-        # In tuples, where nn.Module doesn't look for modules.
-        self._shared = (shared,)
-        self._table: tuple[PackedEmbedding, ...] = () if table is None else (table,)
+        self._shared, self._table = (shared,), () if table is None else (table,)
 
     @property
     def shared(self) -> PackedInput:
         return self._shared[0]
 
-    @property
-    def table(self) -> PackedLinear | PackedEmbedding:
-        """What holds the weight: the module itself, or an embedding."""
-        return self._table[0] if self._table else self
-
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         shared = self.shared
         perm, signs, down, down_scale = shared()
-        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self._codes(), self.bias, self.up,
-                    self.up_scale, self.bits, self.group_size)  # fmt: skip
+        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
+                    self.up, self.up_scale, self.bits, self.group_size)  # fmt: skip
         # The CPU's operator has no derivative.
         if x.device.type == "cpu" and not (torch.is_grad_enabled() and _asks_for_gradients(operands)):
             return torch.ops.lopro.cpu_site(*operands, self.act_bits)
@@ -266,13 +284,10 @@ class PackedLinear(PackedWeight, nn.Linear):
     def as_packed(self, name: str) -> tuple[PackedGroup, PackedSite]:
         """The tensors as passes take them; the group has this site alone."""
         shared = self.shared
-        own = _given((*_TABLE, *_BRANCH), (*self._codes(), *self.held(_BRANCH)))
+        own = _given((*_TABLE, *_BRANCH), (*self.table_tensors(), *self.held(_BRANCH)))
         group = PackedGroup(name, (name,), self.in_features, shared.block, shared.skip, _given(_SHARED, shared()))
         sizes = (self.bits, self.group_size, self.out_features, self.in_features)
         return group, PackedSite(name, name, *sizes, own)
-
-    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._table[0]() if self._table else self.held(_TABLE)
 
     def extra_repr(self) -> str:
         return (

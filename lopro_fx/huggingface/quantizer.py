@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
-from lopro_fx.huggingface.modules import ACTIVATIONS, Packed
+from lopro_fx.huggingface.modules import ACTIVATIONS, Packed, PackedWeight
 from lopro_fx.huggingface.renaming import HELD, STORED, CodesRenaming, codes_renaming, rename_on_saving
 from lopro_fx.huggingface.replace import (
     embedding_of,
@@ -95,11 +98,12 @@ class LoProHfQuantizer(HfQuantizer):
         try:
             sites = {place(name): {**entry, "group": place(entry["group"])}
                      for name, entry in config.sites.items() if place.has(name, entry["embedding"])}  # fmt: skip
-            embeddings = {name: place(entry["embedding"]) for name, entry in sites.items() if entry["embedding"]}
+            embeddings = {name: [place(entry["embedding"]), *map(place, entry.get("readers", ()))]
+                          for name, entry in sites.items() if entry["embedding"]}  # fmt: skip
 
             def size(name: str) -> tuple[int, int]:
                 if name in embeddings:
-                    table = embedding_of(model, embeddings[name])
+                    table = embedding_of(model, embeddings[name][0])
                     return table.num_embeddings, table.embedding_dim
                 linear = linear_of(model, name)
                 return linear.out_features, linear.in_features
@@ -111,8 +115,9 @@ class LoProHfQuantizer(HfQuantizer):
         if embeddings:
             # Folders of lopro_fx 0.1.0 say that nothing is tied, other ties than those of packed weights included.
             set_tied(model, True)
-        untie(model, {*made, *embeddings.values()})
+        untie(model, {*made, *chain(*embeddings.values())})
         replace_modules(model, packed, made, embeddings, config.activations)
+        _refuse_resizing(model)
         self._renaming = codes_renaming(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -138,6 +143,7 @@ class LoProHfQuantizer(HfQuantizer):
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         # Not by way of the configuration, whose dtype is that of loading, and a text once the model was saved.
         restore_modules(model, dtype)
+        model.__dict__.pop("resize_token_embeddings", None)
         self.remove_quantization_config(model)
         return model
 
@@ -160,6 +166,23 @@ def attach(model: Any, config: LoProConfig) -> None:
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.config.quantization_config = config
     rename_on_saving(model)
+    _refuse_resizing(model)
+
+
+def _refuse_resizing(model: Any) -> None:
+    """Make the model refuse another size of a packed embedding or output projection, before it changes either."""
+    ends = []
+    for end in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):
+            ends.append(end())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight) and any(module is end for end in ends):
+            model.resize_token_embeddings = partial(_resize_token_embeddings, name)
+            return
+
+
+def _resize_token_embeddings(name: str, *_: Any, **__: Any) -> None:
+    raise ModelError(f"'{name}' is packed and can't be resized: resize the model before quantising, or dequantize() it")
 
 
 class _Place:

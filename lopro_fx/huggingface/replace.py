@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lopro_fx.errors import ModelError
 from lopro_fx.huggingface.linears import as_linear, restored, stand_in
@@ -43,13 +43,16 @@ def embedding_of(model: nn.Module, name: str) -> nn.Embedding:
     return embedding
 
 
-def tied_embeddings(model: nn.Module, sites: Mapping[str, PackedSite]) -> dict[str, str]:
-    """Name of the embedding that is to read the packed weight of a site, for those sites that have one.
+def tied_embeddings(model: nn.Module, sites: Mapping[str, PackedSite]) -> dict[str, list[str]]:
+    """Names of the embeddings that are to read the packed weight of a site, for those sites that have any.
 
     Raises:
         ModelError: a site is no Linear of the model.
     """
-    tables = {module.weight: name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    tables: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            tables.setdefault(module.weight, []).append(name)
     weights = {name: linear_of(model, name).weight for name, site in sites.items() if site.embedding}
     return {name: tables[weight] for name, weight in weights.items() if weight in tables}
 
@@ -58,10 +61,11 @@ def replace_modules(
     model: nn.Module,
     groups: Iterable[PackedGroup],
     sites: Mapping[str, PackedSite],
-    embeddings: Mapping[str, str],
+    embeddings: Mapping[str, Sequence[str]],
     activations: str,
 ) -> None:
-    """Replace, in place, each Linear that `sites` names, keeping its bias, and each embedding of `embeddings`.
+    """Replace, in place, each Linear that `sites` names, keeping its bias, and each embedding of `embeddings`, of which
+    the first of a site holds the weight.
 
     A Linear with an embedding may be absent: the base model of a causal language model has no output projection.
 
@@ -72,13 +76,14 @@ def replace_modules(
         shared = PackedInput(group)
         for name in group.members:
             site, table = sites[name], None
-            if name in embeddings:
-                embedding = embedding_of(model, embeddings[name])
-                _require_size(embeddings[name], (embedding.num_embeddings, embedding.embedding_dim), site)
-                table = packed_embedding(site, embedding)
-                model.set_submodule(embeddings[name], table)
-                if not has_module(model, name):
-                    continue
+            for reader in embeddings.get(name, ()):
+                embedding = embedding_of(model, reader)
+                _require_size(reader, (embedding.num_embeddings, embedding.embedding_dim), site)
+                packed = packed_embedding(site, embedding, table)
+                model.set_submodule(reader, packed)
+                table = table or packed
+            if table and not has_module(model, name):
+                continue
             linear = linear_of(model, name)
             _require_size(name, (linear.out_features, linear.in_features), site)
             packed = PackedLinear(site, shared, name == group.name, linear, activations, table)
@@ -102,9 +107,9 @@ def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
     for name, packed in list(model.named_modules()):
         if isinstance(packed, PackedEmbedding):
             # A base model has no output projection.
-            weight = tables.get(id(packed))
+            weight = tables.get(id(packed.table))
             if weight is None:
-                weight = nn.Parameter(packed.dense(), requires_grad=False)
+                weight = tables[id(packed.table)] = nn.Parameter(packed.dense(), requires_grad=False)
             model.set_submodule(name, plain_embedding(packed, weight))
     _tie_again(model)
     if dtype is not None:

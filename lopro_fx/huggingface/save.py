@@ -47,7 +47,7 @@ def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> 
     # Tensors that the copy finds in its memo are not copied: only modules are.
     kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     packed = copy.deepcopy(model, kept)
-    untie(packed, {*state.sites, *embeddings.values()})
+    untie(packed, {*state.sites, *chain(*embeddings.values())})
     replace_modules(packed, state.groups.values(), state.sites, embeddings, activations)
     attach(packed, config)
     return packed.eval()

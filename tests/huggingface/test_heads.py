@@ -74,7 +74,9 @@ def _model(name: str) -> Any:
 def _program(name: str) -> Any:
     model = _model(name)
     plain = type(model).forward
-    return export_view(model, lambda self, input_ids: plain(self, input_ids=input_ids).logits, (_ids(),), {"input_ids": None})
+    return export_view(
+        model, lambda self, input_ids: plain(self, input_ids=input_ids).logits, (_ids(),), {"input_ids": None}
+    )
 
 
 @functools.cache

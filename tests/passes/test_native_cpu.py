@@ -63,6 +63,14 @@ def test_the_input_program_is_not_changed() -> None:
     assert_unchanged_by(NativeCpuPass(8), quantised())
 
 
+def test_gradients_are_refused_and_not_left_out() -> None:
+    program = quantised()
+    module = lopro_fx.optimize(program, target="cpu").module()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        module(ids(3, 5)).sum().backward()
+    assert any(parameter.requires_grad for parameter in program.parameters())
+
+
 def test_bad_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="target is 'gpu'"):
         lopro_fx.optimize(quantised(), target="gpu")
