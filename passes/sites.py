@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -131,6 +132,8 @@ def find_sites(
     """
     weights = Weights.of(program)
     embeddings, routers = _embeddings(program, weights.fqns), find_routers(program)
+    names = _names(program)
+    # By the weight's FQN: Linears that share a weight are one site, named after the first.
     sites: dict[str, Site] = {}
     outputs: set[str] = set()
     left: list[Left] = []
@@ -148,15 +151,16 @@ def find_sites(
         fqn = weights.fqn(found)
         if fqn in rejected:
             continue
-        name, tensor = fqn.removesuffix(".weight"), tensor_of(program, fqn)
+        tensor = tensor_of(program, fqn)
+        name = sites[fqn].name if fqn in sites else _name(node, fqn, names.get(identity(tensor), ()))
         transposed = not found.whole and found.transposed
-        if name in sites:
-            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[name].transposed:
-                sites[name].nodes.append(node)
+        if fqn in sites:
+            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[fqn].transposed:
+                sites[fqn].nodes.append(node)
                 continue
             # Packed rows serve one form, and kept beside them the weight would save nothing.
-            del sites[name]
-            outputs.discard(name)
+            del sites[fqn]
+            outputs.discard(fqn)
             reason = f"its weight is also read in another form, by '{node.name}' ({node.target})"
         else:
             reason = _reason_to_leave(node, found, tensor) or ("excluded by name" if _matches(name, exclude) else None)
@@ -164,7 +168,7 @@ def find_sites(
         output = None if named else _reason_of_output(name, tensor, embeddings)
         if reason is None and heads and output:
             reason = _reason_of_reader(program, weights, tensor)
-            outputs.add(name)
+            outputs.add(fqn)
         elif reason is None and not _matches(name, include):
             reason = "not in the include patterns"
         elif reason is None and not named:
@@ -177,19 +181,37 @@ def find_sites(
         bias = node.args[2] if len(node.args) > 2 else None
         bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
-        sites[name] = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed)
+        sites[fqn] = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
     ]
-    grouped = _grouped(site for name, site in sites.items() if name not in outputs)
-    return Selection(grouped, left, [Group([site]) for name, site in sites.items() if name in outputs])
+    grouped = _grouped(site for fqn, site in sites.items() if fqn not in outputs)
+    return Selection(grouped, left, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
 
 
 def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
     """The site's original weight (out_features, in_features)."""
     tensor = tensor_of(program, site.weight).detach()
     return tensor.t().contiguous() if site.transposed else tensor
+
+
+def _names(program: ExportedProgram) -> dict[Any, list[str]]:
+    """FQNs of every tensor, by its identity."""
+    names: dict[Any, list[str]] = {}
+    for fqn, tensor in program.state_dict.items():
+        names.setdefault(identity(tensor), []).append(fqn)
+    return names
+
+
+def _name(node: Node, fqn: str, tied: Sequence[str]) -> str:
+    """Name of the Linear that `node` is.
+
+    Of the names of a tied weight, exporters choose the first or the last; the module that applies it is the same in
+    every program.
+    """
+    paths = [path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())] if len(tied) > 1 else []
+    return next((path for path in paths if f"{path}.weight" in tied), fqn.removesuffix(".weight"))
 
 
 def _packet(node: Node) -> object:
