@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.nn import Parameter
 
 from lopro_fx.passes import compat
+from lopro_fx.passes.ties import identity
 
 # In the name of a placeholder, which is an argument of a Python function and of compiled code.
 _NO_IDENTIFIER = re.compile(r"[^A-Za-z0-9_]")
@@ -190,6 +191,13 @@ class ProgramEditor:
                 break
         self.graph.erase_node(placeholder)
         return True
+
+    def drop_unlisted(self, tensors: Collection[Any]) -> None:
+        """Remove tensors, given by their `identity`, under names that have no placeholder, as strict export leaves."""
+        listed = {spec.target for spec in self._signature.input_specs}
+        for fqn, tensor in list(self._state.items()):
+            if fqn not in listed and identity(tensor) in tensors:
+                del self._state[fqn]
 
     def finish(self) -> ExportedProgram:
         """Lint, recompile and rebuild."""

@@ -175,10 +175,13 @@ def _drop_weights(editor: ProgramEditor, weights: Set[str]) -> None:
         tensor = editor.tensor(placeholder)
         if tensor is not None:
             names.setdefault(identity(tensor), []).append(placeholder)
-    for tied in names.values():
+    dropped = set()
+    for key, tied in names.items():
         if any(editor.fqn(name) in weights for name in tied) and not any(name.users for name in tied):
+            dropped.add(key)
             for name in tied:
                 editor.drop_unused_weight(name)
+    editor.drop_unlisted(dropped)
 
 
 def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, Any]:

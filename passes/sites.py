@@ -2,7 +2,7 @@
 
 A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed; it is named by the fully
 qualified name (FQN) of the module that owns the weight, so the same calibrated result fits every program of the same
-model. Of a weight that several modules share, that is the module which computes the Linear. Sites whose Linear nodes
+model; of a weight that several modules share, after the one which computes the Linear first. Sites whose Linear nodes
 read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
 """
 
@@ -50,8 +50,8 @@ OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_p
 class Site:
     """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
 
-    `embeddings` are the `aten.embedding` nodes whose table is the same tensor, `owners` all modules that have it as
-    their `weight`. With `transposed`, the weight is stored as (in_features, out_features).
+    `embeddings` are the `aten.embedding` nodes whose table is the same tensor, `owners` the names of all modules that
+    have it as their `weight`. With `transposed`, the weight is stored as (in_features, out_features).
     """
 
     name: str
@@ -133,9 +133,9 @@ def find_sites(
     """
     weights = Weights.of(program)
     embeddings, routers = _embeddings(program, weights.fqns), find_routers(program)
+    names = _names(program)
+    # By the weight's FQN: Linears that share a weight are one site, named after the first.
     sites: dict[str, Site] = {}
-    by_weight: dict[str, Site] = {}
-    owners = _owners_of_weights(program)
     outputs: set[str] = set()
     left: list[Left] = []
     rejected: set[str] = set()
@@ -153,26 +153,24 @@ def find_sites(
         if fqn in rejected:
             continue
         tensor = tensor_of(program, fqn)
+        tied = names.get(identity(tensor), ())
+        name = sites[fqn].name if fqn in sites else _name(node, fqn, tied)
         transposed = not found.whole and found.transposed
-        if fqn in by_weight:
-            site = by_weight[fqn]
-            if node.target is _LINEAR and (found.whole or transposed) and transposed == site.transposed:
-                site.nodes.append(node)
+        if fqn in sites:
+            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[fqn].transposed:
+                sites[fqn].nodes.append(node)
                 continue
             # Packed rows serve one form, and kept beside them the weight would save nothing.
-            name, modules = site.name, site.owners
-            del sites[name], by_weight[fqn]
-            outputs.discard(name)
+            del sites[fqn]
+            outputs.discard(fqn)
             reason = f"its weight is also read in another form, by '{node.name}' ({node.target})"
         else:
-            modules = owners.get(identity(tensor), ())
-            name = _name(node, fqn, modules)
             reason = _reason_to_leave(node, found, tensor) or ("excluded by name" if _matches(name, exclude) else None)
         named = not keep or name in include
         output = None if named else _reason_of_output(name, tensor, embeddings)
         if reason is None and heads and output:
             reason = _reason_of_reader(program, weights, tensor)
-            outputs.add(name)
+            outputs.add(fqn)
         elif reason is None and not _matches(name, include):
             reason = "not in the include patterns"
         elif reason is None and not named:
@@ -185,14 +183,15 @@ def find_sites(
         bias = node.args[2] if len(node.args) > 2 else None
         bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
-        site = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed, modules)
-        sites[name] = by_weight[fqn] = site
+        owners = [other.removesuffix(".weight") for other in tied]
+        rows, width = matrix.shape
+        sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed, owners)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
     ]
-    grouped = _grouped(site for name, site in sites.items() if name not in outputs)
-    return Selection(grouped, left, [Group([site]) for name, site in sites.items() if name in outputs])
+    grouped = _grouped(site for fqn, site in sites.items() if fqn not in outputs)
+    return Selection(grouped, left, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
 
 
 def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
@@ -201,25 +200,26 @@ def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
     return tensor.t().contiguous() if site.transposed else tensor
 
 
+def _names(program: ExportedProgram) -> dict[Any, list[str]]:
+    """FQNs of every tensor, by its identity."""
+    names: dict[Any, list[str]] = {}
+    for fqn, tensor in program.state_dict.items():
+        names.setdefault(identity(tensor), []).append(fqn)
+    return names
+
+
+def _name(node: Node, fqn: str, tied: Sequence[str]) -> str:
+    """Name of the Linear that `node` is.
+
+    Of the names of a tied weight, exporters choose the first or the last; the module that applies it is the same in
+    every program.
+    """
+    paths = [path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())] if len(tied) > 1 else []
+    return next((path for path in paths if f"{path}.weight" in tied), fqn.removesuffix(".weight"))
+
+
 def _packet(node: Node) -> object:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
-
-
-def _owners_of_weights(program: ExportedProgram) -> dict[tuple[Any, ...], list[str]]:
-    """FQN of every module that has a tensor as its `weight`, by the tensor's identity: several where it is tied."""
-    owners: dict[tuple[Any, ...], list[str]] = {}
-    for fqn, tensor in program.state_dict.items():
-        if fqn.endswith(".weight"):
-            owners.setdefault(identity(tensor), []).append(fqn.removesuffix(".weight"))
-    return owners
-
-
-def _name(node: Node, weight: str, owners: Sequence[str]) -> str:
-    """FQN of the module that computes a Linear, if it is one of those that own the weight. The graph has one name for
-    all of them, which is that of an embedding if the model made it last."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    module = stack[-1][0] if stack else ""
-    return module if module in owners else weight.removesuffix(".weight")
 
 
 def _weight_of(node: Node, weights: Weights) -> Seen | None:
