@@ -22,19 +22,38 @@ def is_plain(path: str | Path) -> bool:
     return _PLAIN.fullmatch(str(path)) is not None
 
 
-@contextmanager
-def compiler_folder(beside: Path) -> Iterator[Path]:
-    """A temporary folder with a path that any command line takes: in `beside`, else in the first place that has one.
+def plain_place(*first: Path) -> Path:
+    """A folder that can be written and whose path any command line takes: one of `first`, else a temporary one.
 
     Raises:
-        OSError: none has.
+        OSError: there is none.
     """
-    places = (beside, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), cache_dir(), Path.cwd())
-    place = next((place for place in places if is_plain(place.absolute()) and os.access(place, os.W_OK)), None)
-    if place is None:
-        raise OSError("no temporary folder has a path without spaces or other special characters: set TMPDIR to one")
-    with tempfile.TemporaryDirectory(dir=place.absolute(), prefix="lopro_fx-") as folder:
+    places = (*first, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), cache_dir(), Path.cwd())
+    for place in places:
+        if is_plain(place.absolute()) and os.access(place, os.W_OK):
+            return place.absolute()
+    raise OSError("no temporary folder has a path without spaces or other special characters: set TMPDIR to one")
+
+
+@contextmanager
+def compiler_folder(beside: Path) -> Iterator[Path]:
+    """A temporary folder with a path that any command line takes, in `beside` if that has one. Raises: `plain_place`"""
+    with tempfile.TemporaryDirectory(dir=plain_place(beside), prefix="lopro_fx-") as folder:
         yield Path(folder)
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable inside."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

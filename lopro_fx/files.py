@@ -28,7 +28,7 @@ _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def reason_of(error: BaseException) -> str:
     """One line that says why a file could not be written."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left on device" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
         return "the disk is full"
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 

@@ -156,8 +156,8 @@ class _Run:
         progress(0, self._total, "")
 
     def weighing(self, done: int, batches: int, label: str) -> None:
-        """Report how far the importance of tokens is, while no weight is done."""
-        self._progress(0, self._total, f"{label}, batch {done} of {batches}")
+        """Report how far the importance of tokens is, a part of the work with a total of its own."""
+        self._progress(done, batches, label)
 
     def solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
         config = self._config

@@ -51,7 +51,9 @@ def put(stream: TextIO, text: str) -> None:
 
 def note(text: str, stream: TextIO | None = None) -> None:
     """A line on standard error; dropped where that takes nothing more, because work goes on without it."""
-    stream = sys.stderr if stream is None else stream
+    stream = stream or sys.stderr
+    if stream is None:
+        return
     try:
         put(stream, f"{text}\n")
     except (OSError, ValueError):

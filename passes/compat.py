@@ -11,10 +11,13 @@ import io
 import json
 import mmap
 import operator
+import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule, Node
+
+from lopro_fx.kernels.scratch import is_plain, plain_place, variable
 
 _PROGRAMS, _WEIGHTS = "data/aotinductor/", "data/weights/"
 
@@ -151,6 +156,30 @@ def aot_compile(
     files = _inductor.aot_compile(module, args, kwargs, options={k: v for k, v in options.items() if k in known})
     assert isinstance(files, list)
     return files
+
+
+@contextmanager
+def plain_paths(folder: Path) -> Iterator[None]:
+    """Inductor's command lines without paths that need quotes, which it doesn't put around all of them.
+
+    Its cache moves if it lies in such a path, and torch itself is reached through a link in `folder`.
+    """
+    from torch.utils import cpp_extension
+
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    names = ("_TORCH_PATH", "TORCH_LIB_PATH")
+    before = {name: getattr(cpp_extension, name) for name in names}
+    with ExitStack() as stack:
+        if not is_plain(cache):
+            # One that stays: Inductor remembers for the process's life what it has put there.
+            stays = plain_place() / f"torchinductor_{os.getuid()}"
+            stack.enter_context(variable("TORCHINDUCTOR_CACHE_DIR", str(stays)))
+        if not is_plain(before["_TORCH_PATH"]):
+            (link := folder / "torch").symlink_to(before["_TORCH_PATH"])
+            for name, path in zip(names, (link, link / "lib"), strict=True):
+                setattr(cpp_extension, name, str(path))
+                stack.callback(setattr, cpp_extension, name, before[name])
+        yield
 
 
 def write_package(path: str, files: Mapping[str, list[Any]], extra: Mapping[str, str] | None = None) -> None:

@@ -10,36 +10,36 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lopro_fx.kernels.cpu_site import build
+from lopro_fx.kernels.scratch import variable
 
 _C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
 
 
 @contextmanager
-def inductor_options() -> Iterator[dict[str, Any]]:
+def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
     """Options for `torch._inductor.aot_compile` of a program with `lopro::cpu_site`, to be used inside.
+
+    Args:
+        folder: empty, with a path that a command line takes; the linker finds the kernel there.
 
     Raises: BuildError if the archive could not be built.
     """
     archive = build.archive()
     operator = torch.ops.lopro.cpu_site.default
-    before = os.environ.get("LIBRARY_PATH")
+    # The cache may be in a folder whose name holds what separates folders.
+    (folder / archive.name).symlink_to(archive.absolute())
     # gcc and clang look for libraries here; Inductor has no option for a folder.
-    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(archive.parent), before)))
-    try:
+    with variable("LIBRARY_PATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("LIBRARY_PATH"))))):
         yield {
             "aot_inductor.custom_ops_to_c_shims": {operator: [_declaration(operator)]},
             "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
         }
-    finally:
-        if before is None:
-            del os.environ["LIBRARY_PATH"]
-        else:
-            os.environ["LIBRARY_PATH"] = before
 
 
 def _declaration(operator: torch._ops.OpOverload) -> str:

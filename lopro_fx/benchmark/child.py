@@ -17,7 +17,7 @@ from lopro_fx.benchmark.memory import peak_rss
 from lopro_fx.benchmark.speed import measure_speed
 from lopro_fx.deploy.package import load_package
 from lopro_fx.errors import LoProError
-from lopro_fx.progress import bar
+from lopro_fx.progress import reporting
 
 
 def run(package: str, prompt_tokens: int, new_tokens: int, repeats: int, threads: int | None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(package: str, prompt_tokens: int, new_tokens: int, repeats: int, threads
     bare, started = peak_rss(), time.perf_counter()
     generator = load_package(package)
     loaded = time.perf_counter() - started
-    with bar("bench") as progress:
+    with reporting("bench") as progress:
         speed = measure_speed(
             generator,
             vocabulary=generator.cache.vocabulary,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +12,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx.evaluation import PerplexityResult, builtin_text, perplexity, predicted_bytes, read_text, token_windows
-from lopro_fx.progress import bar
+from lopro_fx.progress import reporting
 
+_PASSAGE = 32  # tokens, more than two texts have in common by chance
 BUILT_IN = "built-in text (Python's pydoc topics)"
 
 
@@ -23,12 +26,36 @@ class Text:
     content: str
 
     def windows(self, tokenizer: Any, seq_len: int, count: int) -> Tensor:
-        """(at most `count`, seq_len) int64.
+        """(at most `count`, seq_len) int64; a warning says where the text fills fewer.
 
         Raises:
             ConfigError: the text is too short for one.
         """
-        return token_windows(tokenizer, self.content, seq_len, count)
+        windows = token_windows(tokenizer, self.content, seq_len, count)
+        if len(windows) < count:
+            warnings.warn(
+                f"{self.name} fills {len(windows)} windows of {seq_len} tokens, {count} were asked for; what is left "
+                "after the last one is not used",
+                stacklevel=2,
+            )
+        return windows
+
+
+def warn_of_overlap(calibration: Tensor, evaluation: Tensor) -> None:
+    """Say where evaluation windows (W, S) hold text of the calibration windows (V, S)."""
+    length = min(_PASSAGE, calibration.shape[1], evaluation.shape[1])
+
+    def passages(windows: Tensor) -> list[set[bytes]]:
+        return [{part.numpy().tobytes() for part in window.unfold(0, length, 1)} for window in windows]
+
+    seen = set().union(*passages(calibration))
+    shared = sum(not seen.isdisjoint(window) for window in passages(evaluation))
+    if shared:
+        warnings.warn(
+            f"{shared} of {len(evaluation)} evaluation windows share passages of {length} tokens with the calibration "
+            "text: the perplexity after is better than on other text; give --eval another text",
+            stacklevel=2,
+        )
 
 
 def calibration_text(path: str | None) -> Text:
@@ -61,8 +88,19 @@ def whole(value: str) -> int:
     return int(value)
 
 
+def above_zero(value: str) -> float:
+    """Reads a finite number above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{value}: must be a finite number above 0")
+    return number
+
+
 def measure(title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor) -> PerplexityResult:
     """Perplexity and bits per byte with a progress bar."""
     module = program.module()
-    with bar(title) as progress:
+    with reporting(title) as progress:
         return perplexity(module, windows, n_bytes=predicted_bytes(tokenizer, windows), progress=progress)

@@ -18,7 +18,7 @@ from lopro_fx.commands.source import Source, add_model, is_checkpoint, open_eith
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
-from lopro_fx.progress import bar
+from lopro_fx.progress import reporting
 
 _REPORT = "report.json"
 _Models = dict[str, Callable[[Tensor], Tensor]]
@@ -73,7 +73,7 @@ def run(args: Namespace) -> None:
     if harness is not None:
         result["lm_eval"] = {}
         for which, program in models.items():
-            with bar(f"lm-eval, {which}") as progress:
+            with reporting(f"lm-eval, {which}") as progress:
                 result["lm_eval"][which] = harness(
                     program, tokenizer, names, include_path=args.lm_eval_path, limit=args.limit, progress=progress
                 )
@@ -119,7 +119,9 @@ def _original(model: str, against: str | None, dtype: str) -> Source | None:
         made = json.loads(report.read_text(encoding="utf-8"))
         # A folder may have been named relative to where quantize ran; its origin holds the whole path.
         before, prefix, path = made["source"].partition("folder ")
-        return open_either(path if prefix and not before else made["model"], dtype)
+        # What was measured beside it had the type that the folder keeps.
+        kept = made.get("dtype", dtype) if dtype == "auto" else dtype
+        return open_either(path if prefix and not before else made["model"], kept)
     except (OSError, ValueError, KeyError, LoProError) as error:
         advice = "--against names the original, --alone leaves it out"
         warnings.warn(f"{model} is not compared with its original: {first_line(error)} ({advice})", stacklevel=2)
@@ -134,7 +136,7 @@ def _open(model: str, dtype: str, original: Source | None) -> Source:
 
 
 def _compare(models: _Models, tokenizer: Any, windows: Tensor) -> DivergenceResult:
-    with bar("divergence") as progress:
+    with reporting("divergence") as progress:
         return divergence(
             models["model"],
             models["original"],
@@ -149,6 +151,6 @@ def _score(name: str, task: tuple[str, list[Item]], models: _Models, tokenizer: 
     file, items = task
     figures: dict[str, Any] = {"file": file}
     for which, program in models.items():
-        with bar(f"{name}, {which}") as progress:
+        with reporting(f"{name}, {which}") as progress:
             figures[which] = asdict(zero_shot(program, tokenizer, items, branched=False, progress=progress))
     return figures

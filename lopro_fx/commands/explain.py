@@ -14,7 +14,7 @@ def add(parser: ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
-    parser.add_argument("--head-bits", type=int, default=0, metavar="N", help="as for quantize (default: 0)")
+    parser.add_argument("--head-bits", type=int, default=8, metavar="N", help="as for quantize (default: 8)")
 
 
 def run(args: Namespace) -> None:

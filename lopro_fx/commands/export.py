@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from lopro_fx.commands.source import open_checkpoint
 from lopro_fx.deploy.aoti import AotiResult, check_name, export_aoti
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.deploy.package import package
-from lopro_fx.errors import CheckpointError, ModelError, first_line
+from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import save_pretrained
+from lopro_fx.huggingface.save import require_replaceable, shard_bytes
 from lopro_fx.models import export_for_generation, rebuild_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.optimize import optimize
+from lopro_fx.progress import reporting
 from lopro_fx.quantize import apply
 from lopro_fx.state import state_of
 
@@ -32,7 +34,7 @@ def add(parser: ArgumentParser) -> None:
         "--hf", metavar="FOLDER", help="folder for transformers' from_pretrained, after import lopro_fx"
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of weight files of --hf (default: 5GB)"
+        "--max-shard-size", type=_shard, default="5GB", metavar="SIZE", help="of weight files of --hf (default: 5GB)"
     )
     positive(parser, "--max-cache-len", 1024, "tokens that prompt and text may have together")
     positive(parser, "--batch-size", 1, "texts generated together")
@@ -54,9 +56,17 @@ def run(args: Namespace) -> None:
         result = write_package(args.folder, args.package, **options)
     else:
         # Fewer nodes compute the same and compile in less time.
-        result = export_aoti(optimize(load(args.folder)), args.aoti)
+        with reporting("compile"):
+            result = export_aoti(optimize(load(args.folder)), args.aoti)
     output.say(f"{result.path}: {result.bytes:,} bytes ({result.bytes / result.bound:.2f} of what its tensors allow), "
                f"compiled in {result.seconds:.0f} s")  # fmt: skip
+
+
+def _shard(text: str) -> int:
+    try:
+        return shard_bytes(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def write_package(folder: str, path: str, *, max_cache_len: int, batch_size: int, activations: str) -> AotiResult:
@@ -65,24 +75,28 @@ def write_package(folder: str, path: str, *, max_cache_len: int, batch_size: int
     Raises:
         CheckpointError, ModelError: the folder doesn't hold a model that can be compiled.
     """
+    check_name(path)
     source = open_checkpoint(folder)
     config, _ = _settings(folder)
-    with quiet():
+    with reporting("export"), quiet():
         model = rebuild_model(source.program, config)
         programs = export_for_generation(model, max_cache_len=max_cache_len, batch_size=batch_size)
     state = state_of(source.program)
     programs = programs.map(lambda program: apply(program, state))
-    return package(programs, path, source.tokenizer, activations=activations)
+    with reporting("compile"):
+        return package(programs, path, source.tokenizer, activations=activations)
 
 
 def _save_for_transformers(args: Namespace) -> None:
+    require_replaceable(Path(args.hf))
     source = open_checkpoint(args.folder)
     config, generation_config = _settings(args.folder)
     with quiet():
         model: Any = rebuild_model(source.program, config)
     model.generation_config = generation_config
     options = {"activations": args.activations or "float", "max_shard_size": args.max_shard_size}
-    save_pretrained(model, state_of(source.program), args.hf, source.tokenizer, **options)
+    with reporting("save"):
+        save_pretrained(model, state_of(source.program), args.hf, source.tokenizer, **options)
     output.say(f"{args.hf}: import lopro_fx, then AutoModelForCausalLM.from_pretrained({args.hf!r})")
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
 from lopro_fx.commands.source import add_model, open_either
 from lopro_fx.deploy.generate import generate
 from lopro_fx.deploy.package import load_package
+from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import CheckpointError, ConfigError
 
 
@@ -31,13 +32,13 @@ def add(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     if not args.prompt:
         raise ConfigError("the prompt is empty: give at least one character to continue")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is no text in the encoding of this locale: set LC_ALL to a UTF-8 one") from error
+    Sampler(args.temperature, args.top_k, args.top_p, args.seed)  # refuses what is out of range before models are read
     model, tokenizer = _open(args)
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    show(args.prompt)
+    output.show(args.prompt)
     generate(
         model,
         tokenizer,
@@ -47,9 +48,9 @@ def run(args: Namespace) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stream=show,
+        stream=output.show,
     )
-    show("\n")
+    output.show("\n")
 
 
 def _open(args: Namespace) -> tuple[Any, Any]:

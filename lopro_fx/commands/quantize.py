@@ -16,9 +16,10 @@ from lopro_fx.commands.source import DTYPES, Source, add_model, export
 from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
+from lopro_fx.files import same_place
 from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.progress import bar
+from lopro_fx.progress import reporting
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
 
@@ -41,7 +42,8 @@ def add(parser: ArgumentParser) -> None:
         "--head-bits",
         type=int,
         metavar="N",
-        help="of the output projection and an embedding tied to it: 8, 4, or 0 to keep them (default: 0)",
+        default=8,
+        help="of the output projection and an embedding tied to it: 8, 4, or 0 to keep them (default: 8)",
     )
     parser.add_argument("--seed", type=int, help="of every random choice (default: 0)")
     parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
@@ -59,19 +61,25 @@ def run(args: Namespace) -> None:
     started = time.monotonic()
     config = _config(args)
     output.check_json_path(args.json)
+    if args.out and args.json and same_place(Path(args.out), Path(args.json)):
+        raise ConfigError(f"--json {args.json}: that is the folder of --out; name a file")
     out = None if args.out is None else target.Target(Path(args.out))
     texts = data.calibration_text(args.calib), data.evaluation_text(args.eval)
-    loaded = load_model(args.model, DTYPES[args.dtype])
+    with reporting("load the model"):
+        loaded = load_model(args.model, DTYPES[args.dtype])
     samples = texts[0].windows(loaded.tokenizer, args.seq_len, args.calib_samples)
     windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
-    source = export(loaded)
+    data.warn_of_overlap(samples, windows)
+    source, bytes_before = export(loaded), loaded.file_bytes
     del loaded
     selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)
     quantized, seconds = _quantize(source, samples, config, out)
-    tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
+    tokenizer, name, origin, settings, dtype = (
+        source.tokenizer, source.name, source.origin, source.settings, source.dtype
+    )  # fmt: skip
     # The original weights go before the second evaluation.
     del source
     after = data.measure("perplexity after", quantized, tokenizer, windows)
@@ -79,19 +87,24 @@ def run(args: Namespace) -> None:
     result = {
         "model": name,
         "source": origin,
-        "dtype": args.dtype,
+        "dtype": dtype,
         **figures,
         "config": config.to_dict(),
         "calibration": {"text": texts[0].name, "windows": len(samples), "seq_len": args.seq_len},
         "evaluation": {"text": texts[1].name, "windows": len(windows), "seq_len": args.seq_len, "tokens": after.tokens},
         "lopro_fx": lopro_fx.__version__,
         "torch": torch.__version__,
+        "bytes_before": bytes_before,
+        "bytes_after": None,
     }
-    if out is not None:
-        out.save(quantized, (tokenizer, *settings), lambda: {**result, **target.costs(started)})
-    result.update(target.costs(started))
-    output.write_result(args.json, result)
-    output.say(_table(result, args.out))
+    try:
+        if out is not None:
+            with reporting("save"):
+                out.save(quantized, (tokenizer, *settings), lambda: {**result, **target.costs(started)})
+            result["bytes_after"] = sum(file.stat().st_size for file in out.folder.iterdir())
+    finally:
+        result.update(target.costs(started))
+        output.deliver(args.json, result, _table(result, args.out))
 
 
 def _config(args: Namespace) -> Method:
@@ -109,7 +122,7 @@ def _quantize(
     source: Source, samples: torch.Tensor, config: Method, out: target.Target | None
 ) -> tuple[ExportedProgram, float]:
     started = time.monotonic()
-    with bar("quantise") as progress:
+    with reporting("quantise") as progress:
         quantized = lopro_fx.quantize(
             source.program,
             list(samples.split(1)),
@@ -140,6 +153,13 @@ def _figures(
 
 def _table(result: dict[str, Any], out: str | None) -> str:
     calibration, evaluation = result["calibration"], result["evaluation"]
+    before, after = result["bytes_before"], result["bytes_after"]
+    if after is not None:
+        saved, size = out, f"{after:,} bytes"
+    else:
+        tensors = result["packed_bytes"] + result["kept_bytes"]
+        saved = "nothing (give --out DIR to keep it)" if out is None else f"nothing ({out} could not be written)"
+        size = f"about {tensors:,} bytes, and the tokenizer"
     rows = [
         ("model", result["model"]),
         ("from", result["source"]),
@@ -149,9 +169,11 @@ def _table(result: dict[str, Any], out: str | None) -> str:
         ("perplexity after", f"{result['ppl_after']:.3f}"),
         ("bits per weight", f"{result['bits_per_weight']:.3f} (scales, zeros, permutations and factors counted)"),
         ("packed bytes", f"{result['packed_bytes']:,} for {result['weights']:,} weights"),
-        ("kept bytes", f"{result['kept_bytes']:,} not quantised"),
+        ("kept bytes", f"{result['kept_bytes']:,} not quantised, in {result['dtype']}"),
         ("seconds", f"{result['seconds']:.0f}, of which {result['quantize_seconds']:.0f} to quantise"),
         ("peak memory", f"{result['peak_rss_bytes']:,} bytes"),
-        ("saved to", out or "nothing (give --out DIR to keep it)"),
+        ("saved to", saved),
+        ("files before", "not known" if before is None else f"{before:,} bytes"),
+        ("files after", size),
     ]
     return render(f"{result['method']}, {result['config']['bits']} bits", ("", ""), rows, width=120)

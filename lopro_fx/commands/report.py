@@ -6,6 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 import lopro_fx
 from lopro_fx.commands import output
+from lopro_fx.commands.data import above_zero
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.errors import ConfigError
 
@@ -17,7 +18,9 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("cuda", "cpu"), help="list kernels, bytes and FLOPs on that device")
     parser.add_argument("--tokens", type=_tokens, metavar="N", help="with --backend: tokens of a call (default: 1), or "
                         "'program' for what the program says, which may be any number")  # fmt: skip
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="with --backend: add the time at that limit")
+    parser.add_argument(
+        "--bandwidth", type=above_zero, metavar="GB/s", help="with --backend: add the time at that limit"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
 
 

@@ -15,15 +15,18 @@ from lopro_fx.deploy.manifest import MANIFEST
 from lopro_fx.errors import CheckpointError, ModelError, first_line
 from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
+from lopro_fx.progress import reporting
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# None is the type that the weights are stored in.
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
     """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from.
 
-    `settings` are the model's own configurations, each with `save_pretrained`, where there was a model.
+    `settings` are the model's own configurations, each with `save_pretrained`, where there was a model; `dtype` is the
+    type of its weights.
     """
 
     program: ExportedProgram
@@ -31,13 +34,14 @@ class Source:
     name: str
     origin: str
     settings: tuple[Any, ...] = ()
+    dtype: str = ""
 
 
 def add_model(parser: ArgumentParser, **options: Any) -> None:
     """The arguments that `open_model` reads."""
     options.setdefault("help", "smollm2-135m, a Hugging Face folder or a hub name")
     parser.add_argument("model", metavar="MODEL", **options)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantised (default: as stored)")
 
 
 def open_model(name: str, dtype: str) -> Source:
@@ -46,7 +50,9 @@ def open_model(name: str, dtype: str) -> Source:
     Raises:
         ModelError: it can't be loaded or exported.
     """
-    return export(load_model(name, DTYPES[dtype]))
+    with reporting("load the model"):
+        loaded = load_model(name, DTYPES[dtype])
+    return export(loaded)
 
 
 def export(loaded: LoadedModel) -> Source:
@@ -57,7 +63,10 @@ def export(loaded: LoadedModel) -> Source:
     """
     model: Any = loaded.model
     settings = (model.config, model.generation_config)
-    return Source(export_causal_lm(model), loaded.tokenizer, loaded.name, loaded.source, settings)
+    with reporting("export"):
+        program = export_causal_lm(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Source(program, loaded.tokenizer, loaded.name, loaded.source, settings, dtype)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -72,7 +81,8 @@ def open_checkpoint(name: str) -> Source:
         CheckpointError: it is missing, foreign or damaged, or has no tokenizer.
         ModelError: transformers is not installed.
     """
-    program = load(name)
+    with reporting(f"load {name}"):
+        program = load(name)
     try:
         with quiet():
             from transformers import AutoTokenizer

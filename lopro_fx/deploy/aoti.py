@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -15,9 +16,10 @@ from torch.export import ExportedProgram
 
 from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, GraphError, first_line
-from lopro_fx.files import replacing
+from lopro_fx.files import reason_of, replacing, require_writable
 from lopro_fx.kernels.cpu_site.aoti import inductor_options
 from lopro_fx.kernels.cpu_site.build import BuildError
+from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.passes import compat
 from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.passes.mutation import clean_constants
@@ -39,6 +41,8 @@ _APART = {
 }
 # What a package may weigh beside its tensors, as a part of the packed bytes: code, alignment, the archive.
 _OVERHEAD = 0.05
+# What compilers and linkers say of a disk that takes nothing more, and of a file that may not grow.
+_FULL = ("No space left on device", "File too large", "File size limit exceeded")
 
 
 @dataclass(frozen=True)
@@ -67,25 +71,29 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
     path = check_name(path)
     warn_of_python([program])
     started = time.monotonic()
-    with replacing(path) as temporary:
-        # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
-        files = compile_program(program, temporary.parent / "build")
+    # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
+    with replacing(path) as temporary, compiler_folder(temporary.parent) as folder:
+        files = compile_program(program, folder / "build")
         try:
             compat.write_package(str(temporary), {"model": files})
         except RuntimeError as error:
-            raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
+            raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(program), time.monotonic() - started)
 
 
 def check_name(path: str | Path) -> Path:
-    """The path, if a package can have that name.
+    """The path, if a package can be written there, so that nothing is compiled in vain.
 
     Raises:
-        CheckpointError: it doesn't end in `.pt2`.
+        CheckpointError: it doesn't end in `.pt2`, is a folder, or can't be written.
     """
-    if Path(path).suffix != ".pt2":
+    path = Path(path)
+    if path.suffix != ".pt2":
         raise CheckpointError(f"{path}: the name of an AOTInductor package ends in .pt2")
-    return Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a package is one file")
+    require_writable(path)
+    return path
 
 
 def size_bound(program: ExportedProgram) -> int:
@@ -118,10 +126,12 @@ def compile_program(
     """AOTInductor's files for a package, the library compiled; `folder` is made for them.
 
     Args:
+        folder: a path that a command line takes, see `compiler_folder`.
         apart: keep the tensors out of the library, so that several programs of a package can share them.
         metadata: what the library tells of itself.
 
     Raises:
+        CheckpointError: the disk of the folder is full.
         GraphError: the program has no example inputs, or AOTInductor can't compile it.
     """
     if program.example_inputs is None:
@@ -135,13 +145,16 @@ def compile_program(
     options = {**_OPTIONS, **(_APART if apart else {}), "aot_inductor.output_path": str(folder),
                "aot_inductor.metadata": metadata or {}}  # fmt: skip
     try:
-        with torch.no_grad(), _kernel_options(clean) as kernel:
+        with torch.no_grad(), compat.plain_paths(folder), _kernel_options(clean, folder / "kernel") as kernel:
             files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
     except BuildError as error:
         raise GraphError(
             f"the program holds lopro::cpu_site, whose kernel can't be built: {error}; or optimise without target='cpu'"
         ) from error
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
+        if any(words in str(error) for words in _FULL):
+            places = f"the disk of {folder.parent}, or of the compiler's own {tempfile.gettempdir()}, is full"
+            raise CheckpointError(f"could not compile: {places}; set TMPDIR to a folder with more space") from error
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
     for source in (Path(file) for file in files if str(file).endswith(".cpp")):
         # The library is compiled from it; torch 2.11 wants the name, by which it finds the library's description.
@@ -149,7 +162,8 @@ def compile_program(
     return files
 
 
-def _kernel_options(program: ExportedProgram) -> AbstractContextManager[dict[str, Any]]:
+def _kernel_options(program: ExportedProgram, folder: Path) -> AbstractContextManager[dict[str, Any]]:
     if any(program.graph.find_nodes(op="call_function", target=CPU_SITE)):
-        return inductor_options()
+        folder.mkdir()
+        return inductor_options(folder)
     return nullcontext({})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, overload
 
@@ -57,7 +59,7 @@ def generate(
         stream: called with each piece of text as it comes; the pieces together are the result. One prompt only.
 
     Returns:
-        The text added, without the prompt; a list for a list.
+        The text added, without the prompt; a list for a list. A text that fills the cache ends there, with a warning.
 
     Raises:
         ConfigError: a prompt has no token or doesn't fit the cache, there are more prompts than rows, or a number is
@@ -117,6 +119,13 @@ def _tokens(
             return
         yield [None if over else token for over, token in zip(ended, chosen, strict=True)]
         if index + 1 < count:
+            if length + index + 1 > (room := getattr(model, "max_cache_len", math.inf)):
+                warnings.warn(
+                    f"the cache of {room} tokens, prompt included, is full: the text ends after {index + 1} of {count} "
+                    "tokens; export with a larger max_cache_len for more",
+                    stacklevel=4,
+                )
+                return
             logits = model.decode(tokens[:, None])
 
 

@@ -27,7 +27,8 @@ from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_b
 from lopro_fx.deploy.generator import Generator
 from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import replacing
+from lopro_fx.files import reason_of, replacing
+from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.passes.rewrite import META
@@ -66,8 +67,7 @@ def package(
     device = next(iter(programs.decode.state_dict.values())).device
     programs = programs.map(lambda program: _prepared(program, device, activations))
     warn_of_python(program for _, program in programs.items())
-    with replacing(path) as temporary:
-        folder = temporary.parent
+    with replacing(path) as temporary, compiler_folder(temporary.parent) as folder:
         notes = _flat(programs.cache)
         files = {
             name: compile_program(program, folder / name, apart=True, metadata=notes)
@@ -80,7 +80,7 @@ def package(
             compat.write_package(str(whole), files, extra)
             _compress(whole, temporary)
         except RuntimeError as error:
-            raise CheckpointError(f"could not write {path}: {first_line(error)}; nothing was left of it") from error
+            raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(programs.decode), time.monotonic() - started)
 
 
@@ -200,7 +200,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
         files = {}
         for file in Path(folder).rglob("*"):
             try:
-                files[_TOKENIZER + str(file.relative_to(folder))] = file.read_text(encoding="utf-8")
+                files[_TOKENIZER + file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
             except (UnicodeDecodeError, IsADirectoryError):  # tokenizer.json says what the older binary form does
                 continue
     return files

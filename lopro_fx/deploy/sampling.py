@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError, ModelError
+
+_GREEDY = 1e-5  # temperature below which likeliest tokens that are equal in the model's type would be drawn
 
 
 class Sampler:
     """Picks tokens from logits, as transformers' `generate` with the same settings weighs them.
 
     Args:
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the likeliest token, and so does anything below 1e-5; above, tokens are drawn from
+            softmax(logits / temperature).
         top_k: draw among that many likeliest; 0 for all.
         top_p: draw among the likeliest whose probabilities together reach it, in (0, 1].
         seed: of the draws; the same seed gives the same tokens.
@@ -22,14 +27,17 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
-        if not temperature >= 0:
-            raise ConfigError(f"temperature={temperature:g}: must be 0 (greedy) or above")
+        if not 0 <= temperature < math.inf:
+            raise ConfigError(f"temperature={temperature:g}: must be 0 (greedy) or above, and finite")
         if top_k < 0:
             raise ConfigError(f"top_k={top_k}: must be 0 (all tokens) or above")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p={top_p:g}: must be above 0 and at most 1")
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
-        self._generator = torch.Generator().manual_seed(seed)
+        try:
+            self._generator = torch.Generator().manual_seed(seed)
+        except (RuntimeError, OverflowError) as error:
+            raise ConfigError(f"seed={seed}: must have at most 64 bits") from error
 
     def pick(self, logits: Tensor) -> Tensor:
         """Tokens (B,) int64 on the CPU from logits (B, vocabulary).
@@ -40,9 +48,11 @@ class Sampler:
         logits = logits.float().cpu()
         if not torch.isfinite(logits).all():
             raise ModelError("the model's logits are not finite: check its weights, or use a wider dtype")
-        if self._temperature == 0:
+        if self._temperature < _GREEDY:
             return logits.argmax(-1)
-        probabilities = torch.softmax(self._kept(logits / self._temperature), -1)
+        # The largest is 0 after the subtraction, so that no quotient can overflow.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self._temperature
+        probabilities = torch.softmax(self._kept(scaled), -1)
         return torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
 
     def _kept(self, logits: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
@@ -72,17 +73,19 @@ def save_pretrained(
         model, state, activations: as in `pack_model`.
         folder: new, empty, or a folder that this function wrote, which is then replaced.
         tokenizer: written too, if given.
-        max_shard_size: bytes, or a text such as "5GB".
+        max_shard_size: bytes, or a text such as "500MB" or "5GB".
 
     Raises:
         CheckpointError: `folder` holds something else, or can't be written (nothing is left half-written).
-        ConfigError, ModelError: as in `pack_model`.
+        ConfigError: `max_shard_size` is no size; else as in `pack_model`.
+        ModelError: as in `pack_model`.
     """
     folder = Path(folder)
-    _require_replaceable(folder)
+    size = shard_bytes(max_shard_size)
+    require_replaceable(folder)
     packed = pack_model(model, state, activations=activations)
     with replacing(folder) as temporary, quiet():
-        packed.save_pretrained(temporary, max_shard_size=max_shard_size)
+        packed.save_pretrained(temporary, max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / REPORT, _report(state))
@@ -100,12 +103,33 @@ def _report(state: QuantState) -> dict[str, Any]:
     }
 
 
-def _require_replaceable(folder: Path) -> None:
+def shard_bytes(size: int | str) -> int:
+    """Bytes of a size as transformers writes them.
+
+    Raises:
+        ConfigError: it is none, or below 1 byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", str(size), re.IGNORECASE | re.ASCII)
+    count = int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if count < 1:
+        raise ConfigError(f"max_shard_size={size}: give bytes, or a number with KB, MB, GB or TB, such as 5GB")
+    return count
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse a folder that this module has not written, or that can't be written.
+
+    Raises:
+        CheckpointError: it is one.
+    """
     require_writable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        ours = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]["quant_method"] == "lopro_fx"
+        ours = (
+            json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+            == "lopro_fx"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

@@ -76,7 +76,11 @@ def _locate(name: str) -> tuple[str, str]:
         return f"GGUF Q4_1 of the package {smollm2.REQUIREMENT}, dequantised", str(smollm2.smollm2_folder())
     folder = Path(name).expanduser()
     if folder.is_file():
-        if not is_gguf(folder):
+        try:
+            known = is_gguf(folder)
+        except OSError as error:
+            raise ModelError(f"{name} can't be read: {error.strerror}") from error
+        if not known:
             raise ModelError(f"{name}: the file is no GGUF: give one, or the folder that the model is in")
         return f"GGUF {folder.resolve()}, dequantised", str(folder)
     if folder.suffix.lower() == ".gguf":

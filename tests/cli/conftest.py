@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lopro_fx import progress
 from lopro_fx.cli import main
 from lopro_fx.evaluation import builtin_text
 
@@ -42,6 +43,12 @@ def model_folder(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch):
+    """How many there are depends on the machine's speed."""
+    monkeypatch.setattr(progress, "SECONDS", 1e9)
 
 
 @pytest.fixture

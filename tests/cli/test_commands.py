@@ -14,13 +14,13 @@ from tests.cli.conftest import SMALL
 KEYS = {
     "model", "source", "dtype", "method", "ppl_before", "ppl_after", "bits_per_weight", "weights", "packed_bytes",
     "kept_bytes", "seconds", "quantize_seconds", "peak_rss_bytes", "config", "calibration", "evaluation", "lopro_fx",
-    "torch", "bits_per_byte_before", "bits_per_byte_after",
+    "torch", "bits_per_byte_before", "bits_per_byte_after", "bytes_before", "bytes_after",
 }  # fmt: skip
 
 
 def test_quantize_prints_a_table_and_writes_json(run, model_folder, tmp_path):
     code, out, err = run("quantize", model_folder, *SMALL, "--method", "gptq", "--bits", "4", "--group-size", "32",
-                         "--exclude", "*.k_proj", "--json", tmp_path / "result.json")  # fmt: skip
+                         "--head-bits", "0", "--exclude", "*.k_proj", "--json", tmp_path / "result.json")  # fmt: skip
     assert (code, err) == (0, "")
     for words in ("perplexity before", "perplexity after", "bits per weight", "packed bytes", "kept bytes", "seconds"):
         assert words in out
@@ -77,7 +77,7 @@ def test_eval_of_a_model_is_the_perplexity_before(run, model_folder, quantized_f
 
 
 def test_explain_says_what_quantize_takes(run, model_folder):
-    code, out, err = run("explain", model_folder, "--exclude", "*.v_proj")
+    code, out, err = run("explain", model_folder, "--exclude", "*.v_proj", "--head-bits", "0")
     assert (code, err) == (0, "")
     assert "12 Linears taken" in out
     assert "excluded by name" in out
@@ -85,20 +85,19 @@ def test_explain_says_what_quantize_takes(run, model_folder):
 
 
 def test_include_takes_the_output_projection(run, model_folder):
-    code, out, _ = run("explain", model_folder, "--include", "lm_head")
+    code, out, _ = run("explain", model_folder, "--include", "lm_head", "--head-bits", "0")
     assert code == 0
     assert "1 Linears taken" in out
 
 
 def test_head_bits_take_the_output_projection_and_its_embedding(run, model_folder, tmp_path):
-    code, out, err = run("quantize", model_folder, *SMALL, "--method", "rtn", "--head-bits", "8",
-                         "--out", tmp_path / "out", "--json", tmp_path / "result.json")  # fmt: skip
+    code, out, err = run("quantize", model_folder, *SMALL, "--method", "rtn", "--out", tmp_path / "out", "--json", tmp_path / "result.json")  # fmt: skip
     assert (code, err) == (0, "")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["config"]["head_bits"] == 8
     assert result["weights"] == 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96) + 400 * 64
     assert not [name for name in lopro_fx.load(tmp_path / "out").state_dict if name.endswith("embed_tokens.weight")]
-    code, out, _ = run("explain", model_folder, "--head-bits", "8")
+    code, out, _ = run("explain", model_folder)
     assert code == 0
     assert "15 Linears taken" in out
 
@@ -126,7 +125,7 @@ def test_program_of_the_folder_computes_what_was_measured(model_folder, quantize
     program = export_causal_lm(loaded.model)
     samples = token_windows(loaded.tokenizer, builtin_text()[0], 32, 4)
     quantized = lopro_fx.quantize(
-        program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4, importance="gradient")
+        program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4, importance="gradient", head_bits=8)
     )
     with torch.no_grad():
         expected, got = (each.module()(samples[:1]) for each in (quantized, lopro_fx.load(quantized_folder)))

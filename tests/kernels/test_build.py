@@ -78,7 +78,9 @@ def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: P
 def test_a_builder_that_is_killed_blocks_nobody(compiler: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     slow = tmp_path / "slow"
-    slow.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) touch "{tmp_path}/begun"; exec sleep 60;; esac\nexec g++ "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) touch "{tmp_path}/begun"; exec sleep 60;; esac\nexec g++ "$@"\n'
+    )
     slow.chmod(0o755)
     first = _start(slow, cache)
     while not (tmp_path / "begun").exists():
