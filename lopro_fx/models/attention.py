@@ -9,31 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NAME = "lopro_fx_grouped"
+_NAME = "sdpa"
+# What transformers' function does with them, this one doesn't.
+_UNKNOWN = ("position_bias", "softcap", "cache")
 
 
 def grouped_attention(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention in the form of transformers' attention functions.
+    """Scaled dot-product attention of one token a row.
 
     Args:
         query: (B, heads, 1, D); key: (B, key_heads, L, D); value: (B, key_heads, L, E); key_heads divides heads.
-        attention_mask: bool (B, 1, 1, L), True where a query may look.
-        kwargs: `scaling` is used; dropout is for training.
+        mask: bool (B, 1, 1, L), True where a query may look.
+        scale: of the scores; D ** -0.5 by default.
 
     Returns:
         (B, 1, heads, E), and None for the weights.
     """
-    batch, heads, length, width = query.shape
-    assert length == 1, "with several tokens a row, each would need a mask of its own"
+    batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-    if query.device.type == "cpu" and attention_mask is not None:
-        out = _products(rows, key, value, attention_mask, kwargs.get("scaling"))
+    if query.device.type == "cpu" and mask is not None:
+        out = _products(rows, key, value, mask, scale)
     else:
-        out = nn.functional.scaled_dot_product_attention(
-            rows, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-        )
+        out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, 1, heads, value.shape[-1]), None
 
 
@@ -52,16 +51,35 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 
 @contextmanager
-def grouped_attention_in(config: Any) -> Iterator[None]:
-    """Let a model that uses PyTorch's attention use this one meanwhile; others (soft-capped, eager) keep theirs."""
-    from transformers import AttentionInterface
+def grouped_attention_in(model: nn.Module) -> Iterator[None]:
+    """Let this one take the place of PyTorch's attention in the model's calls through transformers' registry meanwhile.
 
-    if config._attn_implementation != "sdpa":
+    The attention keeps its name, since models choose branches, classes and the form of their masks by it. Calls that
+    this function doesn't cover (several tokens, a bias, a mask a head), and other models, get the one that was there.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as plain
+
+    if AttentionInterface()[_NAME] is not plain:  # someone else's attention, which computes who knows what
         yield
         return
-    AttentionInterface.register(_NAME, grouped_attention)
-    with switched(config, "_attn_implementation", _NAME):
+    ours = set(model.modules())
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        mask = attention_mask
+        one_for_all = mask is None or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1)
+        more = any(kwargs.get(name) is not None for name in _UNKNOWN)
+        if module in ours and query.shape[2] == 1 and one_for_all and not more:
+            return grouped_attention(query, key, value, mask, kwargs.get("scaling"))
+        return plain(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(_NAME, attention)
+    try:
         yield
+    finally:
+        AttentionInterface.register(_NAME, plain)
 
 
 @contextmanager

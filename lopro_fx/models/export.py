@@ -6,6 +6,7 @@ of the two functions made it, so that one quantisation state fits both programs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,20 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from lopro_fx.errors import ModelError, first_line
+from lopro_fx.errors import ModelError
+from lopro_fx.models.positions import table_limit
+
+_TRIES = 3
+_SUGGESTION = re.compile(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)")
+_HINT = ' For more information, run with TORCH_LOGS="+dynamic".'
+_LONGEST = 1000
 
 
 def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedProgram:
     """Exports `input_ids` (batch, sequence) int64 -> logits (batch, sequence, vocabulary), both sizes dynamic, from 1.
 
     No KV cache, no padding: each token sees itself and those before it. `example_length`: tokens in the traced example,
-    at least 2.
+    at least 2. A model with a table of positions takes sequences up to its length.
 
     Raises: ModelError if torch.export can't trace the model.
     """
@@ -31,7 +38,7 @@ def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedPr
         return plain_forward(self, input_ids=input_ids, use_cache=False).logits
 
     example = (torch.zeros(2, max(example_length, 2), dtype=torch.int64),)
-    shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1)}}
+    shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1, max=table_limit(model))}}
     return export_view(model, forward, example, shapes)
 
 
@@ -65,7 +72,7 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
         torch.zeros(1, 1, size, size, dtype=dtype),
         torch.arange(size // 2),
     )
-    sequence = Dim("sequence", min=2)
+    sequence = Dim("sequence", min=2, max=table_limit(model))
     shapes = {
         "input_ids": {1: sequence},
         "position_ids": {1: sequence},
@@ -82,9 +89,10 @@ def export_view(
 
     Args:
         example: positional inputs of `forward`, tensors or lists of them, on any device.
-        shapes: dynamic sizes by the name of the input, as in `torch.export.export`.
+        shapes: dynamic sizes by the name of the input, as in `torch.export.export`. Where the model needs narrower
+            ranges than they have, it gets those.
 
-    Raises: ModelError if torch.export can't trace the model.
+    Raises: ModelError if torch.export can't trace the model, with its reason.
     """
     # A wrapper module would put its attribute's name before every weight's. This is the model itself, under a subclass
     # with another forward: the same modules, parameters and names, nothing copied.
@@ -92,12 +100,45 @@ def export_view(
     view = kind.__new__(type(kind.__name__, (kind,), {"forward": forward}))
     view.__dict__.update(model.__dict__)
     device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            example = tree_map(lambda tensor: tensor.to(device), example)
-            # torch 2.11 can't see that min(8 s, 16 s) is 8 s where keys are repeated: it shall check that, not refuse.
-            return torch.export.export(
-                view, example, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-            )
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        raise ModelError(f"{kind.__name__} can't be exported: {first_line(error)}") from error
+    example = tree_map(lambda tensor: tensor.to(device), example)
+    for _ in range(_TRIES):
+        try:
+            with torch.no_grad():
+                # torch 2.11 can't see that min(8 s, 16 s) is 8 s where keys are repeated: it shall check that, not
+                # refuse.
+                return torch.export.export(
+                    view, example, dynamic_shapes=shapes, strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )  # fmt: skip
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            reason, narrowed = error, _narrowed(shapes, str(error))
+        if narrowed is None:
+            break
+        shapes = narrowed
+    raise ModelError(f"{kind.__name__} can't be exported: {_reason(reason)}") from reason
+
+
+def _narrowed(shapes: dict[str, Any], text: str) -> dict[str, Any] | None:
+    """The sizes with the ranges that torch.export suggests in an error's text, or None if they are no narrower."""
+    found = {name: (low, high) for name, low, high in _SUGGESTION.findall(text)}
+    changed = False
+
+    def narrow(size: Any) -> Any:
+        nonlocal changed
+        if not isinstance(size, Dim) or size.__name__ not in found:
+            return size
+        low, high = (int(number) if number else None for number in found[size.__name__])
+        low = size.min if low is None else max(low, size.min)
+        high = size.max if high is None else min(high, size.max)
+        changed |= (low, high) != (size.min, size.max)
+        return Dim(size.__name__, min=low, max=high) if low < high else size
+
+    narrowed = tree_map(narrow, shapes, is_leaf=lambda value: isinstance(value, Dim))
+    return narrowed if changed else None
+
+
+def _reason(error: BaseException) -> str:
+    """All that torch.export says of the reason, in one line, without its hints on how to debug."""
+    lines = [line.strip() for line in str(error).partition("The error above occurred when calling")[0].splitlines()]
+    text = " ".join(line for line in lines if line).replace(_HINT, "")
+    return f"{text[:_LONGEST]}…" if len(text) > _LONGEST else text or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError, ModelError, first_line
 from lopro_fx.models.attention import grouped_attention_in, switched
 from lopro_fx.models.export import export_view
+from lopro_fx.models.masks import Form, Misuse, check_masks
+from lopro_fx.models.positions import configured_limit, positions_given, table_limit, table_of_slots
 from lopro_fx.passes import compat
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -36,42 +39,74 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     """
     if max_cache_len < 2 or batch_size < 1:
         raise ConfigError(f"max_cache_len={max_cache_len}, batch_size={batch_size}: at least 2 and 1 are needed")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = table_limit(model) or configured_limit(model)
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
-    forward = _forward(type(model).forward, _windows(model.config), _mask_dtype(model))
+    windows = _windows(model.config.get_text_config(decoder=True))
     spec = _cache_spec(model, batch_size, max_cache_len)
+    preferred, other = _mask_dtypes(model)
+    try:
+        return _programs(model, spec, windows, preferred)
+    except (Misuse, ModelError) as error:
+        reason = error
+    try:
+        return _programs(model, spec, windows, other)
+    except (Misuse, ModelError):
+        if isinstance(reason, ModelError):
+            raise reason from None
+        raise ModelError(
+            f"{type(model).__name__} can't be exported with a cache: it doesn't take masks as transformers' other "
+            f"models do, {reason}"
+        ) from reason
+
+
+def _programs(
+    model: nn.Module, spec: CacheSpec, windows: dict[str, int | None], mask_dtype: torch.dtype
+) -> GenerationPrograms:
+    """Both programs with masks of a type. Raises: Misuse if the model takes them for something else; ModelError."""
+    forward = _forward(type(model).forward, windows, mask_dtype)
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
-        zeros = torch.zeros(batch_size, tokens, dtype=torch.int64)
+        zeros = torch.zeros(spec.batch_size, tokens, dtype=torch.int64)
         keys, values = spec.allocate(device)
         small = (zeros, torch.zeros(1, dtype=torch.int64), zeros[:, 0].clone(), torch.arange(tokens + 2))
         return (*(tensor.to(device) for tensor in small), keys, values)
 
-    tokens, slots = Dim("tokens", min=1, max=max_cache_len), Dim("slots", min=2, max=max_cache_len)
+    tokens, slots = Dim("tokens", min=1, max=spec.max_cache_len), Dim("slots", min=2, max=spec.max_cache_len)
     caches = {"keys": [None] * len(spec.keys), "values": [None] * len(spec.values)}
     shapes: dict[str, Any] = {"input_ids": None, "position": None, "padding": None, "slots": {0: slots}, **caches}
     prefill = export_view(model, forward, example(3), {**shapes, "input_ids": {1: tokens}})
-    with grouped_attention_in(model.config):
+    with grouped_attention_in(model):
         decode = export_view(model, forward, example(1), shapes)
+    for program in (prefill, decode):
+        check_masks(program, "padding", Form.VISIBLE, len(spec.keys))
+        if spec.batch_size > 1 and (table := table_of_slots(program)) is not None:
+            raise ModelError(
+                f"{type(model).__name__} can't be exported with batch_size={spec.batch_size}: '{table}' counts padding "
+                "as text, so rows of different lengths would come out wrong: export with batch_size=1"
+            )
     return GenerationPrograms(prefill, decode, spec)
 
 
 def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype) -> Any:
+    takes = inspect.signature(plain_forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
     def forward(
         self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
     ) -> Tensor:
         written = position + torch.arange(input_ids.shape[1], device=position.device)
-        output = plain_forward(
-            self,
-            input_ids=input_ids,
-            position_ids=(written - padding[:, None]).clamp(min=0),
-            attention_mask=_masks(written, padding, slots, windows, mask_dtype),
-            past_key_values=_cache(written, slots.shape[0], keys, values),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with positions_given(self, takes, (written - padding[:, None]).clamp(min=0)) as positions:
+            output = plain_forward(
+                self,
+                input_ids=input_ids,
+                attention_mask=_masks(written, padding, slots, windows, mask_dtype),
+                past_key_values=_cache(written, slots.shape[0], keys, values),
+                use_cache=True,
+                **positions,
+                **last,
+            )
         return output.logits[:, -1]
 
     return forward
@@ -128,12 +163,12 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
     return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
 
 
-def _mask_dtype(model: Any) -> torch.dtype:
-    """Type of the masks that the model's attention takes."""
-    kind = model.config._attn_implementation
+def _mask_dtypes(model: Any) -> tuple[torch.dtype, torch.dtype]:
+    """Types of masks to try, first that which the model's attention should take."""
+    kind = model.config.get_text_config(decoder=True)._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ModelError(f"attn_implementation='{kind}' takes no masks; load the model with 'sdpa' or 'eager'")
-    return torch.bool if kind == "sdpa" else model.dtype
+    return (torch.bool, model.dtype) if kind == "sdpa" else (model.dtype, torch.bool)
 
 
 def _windows(config: Any) -> dict[str, int | None]:

@@ -1,0 +1,113 @@
+"""What a transformers model knows of positions: how many there are, and how it is told which ones tokens have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+_LIMITS = (
+    "max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
+)  # fmt: skip
+_LOOK_UPS = (torch.ops.aten.embedding.default, torch.ops.aten.index_select.default)
+_VIEWS = (torch.ops.aten.unsqueeze.default, torch.ops.aten.slice.Tensor, torch.ops.aten.expand.default)
+_SPARE = 8  # rows that a table may have beyond the positions of the configuration
+
+
+def configured_limit(model: Any) -> int | None:
+    """Most positions according to the configuration, or None if it names no number."""
+    config = model.config.get_text_config(decoder=True)
+    values = (getattr(config, name, None) for name in _LIMITS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def table_limit(model: Any) -> int | None:
+    """Most tokens that tables of positions and of causal masks have room for, or None where there are no tables."""
+    if not hasattr(model, "config") or (limit := configured_limit(model)) is None:
+        return None
+    tables = {module.num_embeddings for module in _tables(model)}
+    masks = {buffer.shape[-1] for buffer in model.buffers() if buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]}
+    fits = any(limit <= size <= limit + _SPARE for size in tables | masks)
+    return max(limit - first_position(model), 1) if fits else None
+
+
+def first_position(model: nn.Module) -> int:
+    """The number of the first token: RoBERTa and its kin count from behind the row for padding."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if hasattr(module, "create_position_ids_from_input_ids") and isinstance(table, nn.Embedding):
+            return 0 if table.padding_idx is None else table.padding_idx + 1
+    return 0
+
+
+@contextmanager
+def positions_given(model: Any, parameters: Collection[str], positions: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Keyword arguments that tell a forward of these parameters its tokens' positions, int64 (B, S).
+
+    Where it takes none, as decoders of encoder-decoder models don't, which count from the length of the cache, the
+    model's tables are made to look these positions up meanwhile.
+    """
+    if "position_ids" in parameters:
+        yield {"position_ids": positions + first_position(model)}
+        return
+
+    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # One dimension is what they expect.
+        return args, {**kwargs, "position_ids": positions.flatten()}
+
+    def reshape(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.reshape(*positions.shape, -1)
+
+    with ExitStack() as stack:
+        for module in _tables(model):
+            if "position_ids" in inspect.signature(module.forward).parameters:
+                stack.callback(module.register_forward_pre_hook(replace, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(reshape).remove)
+        yield {}
+
+
+def table_of_slots(program: ExportedProgram) -> str | None:
+    """Name of the look-up in a table by a token's slot in the cache, padding included, or None if there is none.
+
+    Args:
+        program: with inputs `position` and `padding`, as in `GenerationPrograms`.
+    """
+    slots: set[Node] = set()
+    for node in program.graph.nodes:
+        operands = [operand for operand in node.all_input_nodes if operand in slots]
+        if node.op == "placeholder" and node.name == "position":
+            slots.add(node)
+        elif not operands or any(operand.name == "padding" for operand in _origins(node)):
+            continue
+        elif node.target in _LOOK_UPS and node.args[0] not in slots:
+            return node.name
+        elif _counts(node.meta.get("val")):
+            slots.add(node)
+    return None
+
+
+def _origins(node: Node) -> Iterator[Node]:
+    """What the operands are views of."""
+    for operand in node.all_input_nodes:
+        while operand.op == "call_function" and operand.target in _VIEWS:
+            operand = operand.args[0]  # pyright: ignore[reportAssignmentType]
+        yield operand
+
+
+def _counts(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.dtype.is_floating_point and value.dtype != torch.bool
+    return isinstance(value, torch.SymInt)
+
+
+def _tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in own or own == "wpe"):
+            yield module
