@@ -58,7 +58,7 @@ def quantize(
         with `head_bits` a tied embedding `lopro::packed_embedding`.
 
     Raises:
-        GraphError: no Linear to quantise.
+        GraphError: no Linear to quantise, or a weight holds NaN or infinity in fp32.
         CalibrationError: a batch doesn't fit the program, or an activation is not finite.
         CheckpointError: `resume` holds another run, or can't be written.
     """
@@ -77,6 +77,7 @@ def calibrate(
     config = config or LoPRo()
     program = as_linears(program)
     selection = select(program, config)
+    _require_finite(program, selection)
     batches = None if calibration is None else flatten_batches(program, calibration)
     if batches is None and isinstance(config, (GPTQ, LoPRo)):
         warnings.warn(
@@ -97,6 +98,7 @@ def calibrate(
             run_calibrated(program, selection.groups, batches, run.solve, config, importance)
         for head in selection.heads:
             run.round_head(head, weight_of(program, head.sites[0]))
+    run.warn_of_few_tokens()
     info = {
         "lopro_fx": __about__.__version__,
         "torch": torch.__version__,
@@ -130,6 +132,16 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     return selection
 
 
+def _require_finite(program: ExportedProgram, selection: Selection) -> None:
+    most = torch.finfo(torch.float32).max
+    for site in selection.sites:
+        # False for NaN too.
+        if not weight_of(program, site).abs().amax() <= most:
+            raise GraphError(
+                f"the weight of '{site.name}' holds NaN, infinity or what fp32 can't hold; exclude it or repair the model"
+            )
+
+
 def seed_of(name: str, seed: int) -> int:
     """Seed of the group of that name in a run with `seed`: the same in every process and version."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
@@ -150,6 +162,8 @@ class _Run:
         self.groups: dict[str, PackedGroup] = {}
         self.sites: dict[str, PackedSite] = {}
         self.tokens = 0
+        # Distinct tokens and inputs of the groups with fewer tokens than inputs, by name.
+        self.few: dict[str, tuple[int, int]] = {}
         self._config, self._journal, self._progress = config, journal, progress
         self._total = sum(site.out_features * site.in_features for site in selection.sites)
         self._done = 0
@@ -167,8 +181,10 @@ class _Run:
             generator = torch.Generator().manual_seed(seed_of(group.name, config.seed))
             return solve(weights, stats, config, generator), config.method, config.bits
 
-        packed, sites = self._finished(group) or self._solve(group, weights, solved)
+        packed, sites = self._finished(group) or self._solve(group, weights, solved, stats)
         self.tokens = max(self.tokens, stats.tokens)
+        if 0 < stats.tokens and stats.distinct < group.in_features and not isinstance(config, RTN):
+            self.few[group.name] = stats.distinct, group.in_features
         self._record(packed, sites)
         # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
         return [dense_weight(packed, site) for site in sites]
@@ -184,6 +200,18 @@ class _Run:
         packed, sites = self._finished(head) or self._solve(head, [weight], rounded)
         self._record(packed, [replace(site, embedding=True) for site in sites])
 
+    def warn_of_few_tokens(self) -> None:
+        """Say once which groups were calibrated on fewer distinct tokens than they have inputs."""
+        if not self.few:
+            return
+        name, (distinct, width) = min(self.few.items(), key=lambda item: item[1][0] / item[1][1])
+        warnings.warn(
+            f"calibration holds few tokens for the width of {len(self.few)} of {len(self.groups)} groups of layers: "
+            f"'{name}' has {width} inputs and saw {distinct} distinct tokens; what was not seen is rounded as without "
+            f"data. Calibrate on real text of {4 * width} tokens or more",
+            stacklevel=3,
+        )
+
     def _record(self, packed: PackedGroup, sites: list[PackedSite]) -> None:
         self.groups[packed.name] = packed
         self.sites.update((site.name, site) for site in sites)
@@ -194,22 +222,32 @@ class _Run:
         return self._journal.read(group.name) if self._journal else None
 
     def _solve(
-        self, group: Group, weights: list[Tensor], method: Callable[[], tuple[GroupSolution, str, int]]
+        self,
+        group: Group,
+        weights: list[Tensor],
+        method: Callable[[], tuple[GroupSolution, str, int]],
+        stats: Statistics | None = None,
     ) -> tuple[PackedGroup, list[PackedSite]]:
         """Run `method`, which returns a solution, what to call it and the width of its codes, and keep the result."""
         started = time.monotonic()
-        for site, weight in zip(group.sites, weights, strict=True):
-            if not torch.isfinite(weight).all():
-                raise GraphError(f"the weight of '{site.name}' holds NaN or infinity; exclude it or repair the model")
         solution, name, bits = method()
         packed, sites = pack_solution(group, solution, name, bits)
         damp = getattr(self._config, "damp", None)
+        raised = ""
         for site in sites:
+            notes: list[str] = []
             site.row["seconds"] = (time.monotonic() - started) / len(sites)
+            if stats is not None and stats.tokens:
+                site.row["distinct_tokens"] = stats.distinct
+                if stats.distinct < group.in_features:
+                    notes.append(f"{stats.distinct} distinct tokens for {group.in_features} inputs")
             if damp is not None and solution.damp > damp:
-                site.row["warning"] = f"damping raised from {damp:g} to {solution.damp:g} of the mean diagonal"
-        if "warning" in sites[0].row:
-            warnings.warn(f"'{group.name}': {sites[0].row['warning']} (its Gram is close to singular)", stacklevel=2)
+                notes.append(f"damping raised from {damp:g} to {solution.damp:g} of the mean diagonal")
+                raised = notes[-1]
+            if notes:
+                site.row["warning"] = "; ".join(notes)
+        if raised:
+            warnings.warn(f"'{group.name}': {raised} (its Gram is close to singular)", stacklevel=2)
         if self._journal:
             self._journal.write(packed, sites)
         return packed, sites

@@ -82,7 +82,9 @@ def _key(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the members of a merge have in common, with names for the record."""
     call = operands(PackedLinear, node)
     factor = None if call.up is None else (call.up.meta["val"].dtype, call.up_scale is None)
-    return ("bits", call.bits), ("group size", call.group_size), ("low-rank branch", (call.latent, factor))
+    scales = call.scales.meta["val"].dtype, None if call.up_scale is None else call.up_scale.meta["val"].dtype
+    shared = ("bits", call.bits), ("group size", call.group_size), ("low-rank branch", (call.latent, factor))
+    return *shared, ("type of the scales", scales)
 
 
 def _reason_to_leave(editor: ProgramEditor, node: Node) -> str | None:
@@ -127,7 +129,7 @@ def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor]:
 
 
 def _up_scale(scales: list[Tensor], rows: list[int]) -> Tensor:
-    """fp16 (rank,) if all agree, else (parts, rank) for parts of equally many rows, none of which spans two members."""
+    """(rank,) if all agree, else (parts, rank) for parts of equally many rows, none of which spans two members."""
     if all(torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]
     runs = [(scale.view(-1, scale.shape[-1]), count) for scale, count in zip(scales, rows, strict=True)]

@@ -99,12 +99,13 @@ void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token
       for (int64_t r = first; r < s.rank; ++r)
         project_rows<V, 1, T>(s, r, x, stride, reinterpret_cast<float(&)[1][T]>(products[r - first]));
     for (int64_t r = first; r < least(first + R, s.rank); ++r) {
-      float scale = s.down_scale ? half_to_float(s.down_scale[r]) : 1.0f;
+      float scale = s.down_scale ? load_scalar(s.down_scale, s.down_scale_type, r) : 1.0f;
       for (int t = 0; t < T; ++t) {
         float latent = products[r - first][t] * scale;
         tokens[t].latent[r] = latent;
         for (int64_t part = 0; part < s.parts; ++part)
-          tokens[t].latent[part * p.lanes + r] = latent * half_to_float(s.up_scale[part * s.rank + r]);
+          tokens[t].latent[part * p.lanes + r] =
+              latent * load_scalar(s.up_scale, s.up_scale_type, part * s.rank + r);
       }
     }
   }

@@ -63,7 +63,9 @@ def archive() -> Path:
 def _built() -> Path:
     compiler = _compiler()
     key = hashlib.sha256()
-    for part in (_version(compiler), torch.__version__, platform.machine()):
+    # Two compilers of one version, or two builds of one torch, may differ in the libraries that they bring.
+    torch_build = torch.__version__, str(torch.version.git_version), str(_INCLUDE)
+    for part in (compiler, _version(compiler), *torch_build, sys.platform, *platform.libc_ver(), platform.machine()):
         key.update(part.encode() + b"\0")
     # The flags are in this file.
     for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), Path(__file__))):

@@ -19,7 +19,8 @@ inline int64_t ahead(const Plan& p, int64_t rows) { return p.row_bytes * rows > 
 // Asks memory for what rows row ... row + rows - 1 need besides their codes.
 template <class V>
 void fetch_rows(const Site& s, int64_t row, int64_t rows) {
-  fetch<V>(s.scales + row * s.groups, rows * s.groups * 2);
+  int64_t scale_bytes = s.groups * (s.scales_type == Type::f32 ? 4 : 2);
+  fetch<V>(static_cast<const char*>(s.scales) + row * scale_bytes, rows * scale_bytes);
   fetch<V>(reinterpret_cast<const char*>(s.zeros) + row * s.groups * s.bits / 8, rows * s.groups * s.bits / 8);
   if (s.rank) {
     int64_t each = s.rank * (s.up_type == Type::i8 ? 1 : 2);
@@ -35,7 +36,10 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
     int64_t first = row * s.groups, count = rows * s.groups;
     const FlatZeros<V, BITS> zeros(s, first);
     for (int64_t i = 0; i < count; i += 16) {
-      typename V::F scale = V::load_f16(s.scales + first + i, static_cast<int>(least(16, count - i)));
+      int n = static_cast<int>(least(16, count - i));
+      typename V::F scale = s.scales_type == Type::f32
+                                ? V::load_n(static_cast<const float*>(s.scales) + first + i, n)
+                                : V::load_f16(static_cast<const uint16_t*>(s.scales) + first + i, n);
       V::store(scales + i, scale);
       V::store(shifts + i, V::mul(scale, zeros(first + i)));
     }
@@ -44,7 +48,7 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t b = 0; b < p.blocks; ++b) {
       int64_t group = (row + r) * s.groups + group_of(s, p, b);
-      float scale = half_to_float(s.scales[group]);
+      float scale = load_scalar(s.scales, s.scales_type, group);
       scales[r * p.scales + b] = scale;
       shifts[r * p.scales + b] = scale * (static_cast<float>(zero_code(s, group)) + 0.5f);
     }

@@ -202,7 +202,7 @@ void prefill_panel(const Site& s, const Plan& p, const Tiles& all, int64_t panel
       int64_t row = least(panel_row + i, s.out - 1);
       for (int64_t b = 0; b < span >> p.log_block; ++b) {
         int64_t group = row * s.groups + group_of(s, p, least(block + b, p.blocks - 1));
-        float scale = half_to_float(s.scales[group]);
+        float scale = load_scalar(s.scales, s.scales_type, group);
         scales[b * P + i] = scale;
         shifts[b * P + i] = scale * (static_cast<float>(zero_code(s, group)) + 0.5f);
       }

@@ -32,6 +32,8 @@ Type type_of(AtenTensorHandle tensor) {
 
 bool is_float(Type type) { return type == Type::f32 || type == Type::f16 || type == Type::bf16; }
 
+bool is_scale(Type type) { return type == Type::f16 || type == Type::f32; }
+
 int64_t elements(AtenTensorHandle tensor) {
   int64_t count;
   ok(aoti_torch_get_numel(tensor, &count));
@@ -94,10 +96,11 @@ AtenTensorHandle call(AtenTensorHandle x, AtenTensorHandle* perm, AtenTensorHand
   s.groups = group_size == -1 ? 1 : (s.in + group_size - 1) / group_size;
   s.group = group_size == -1 ? s.in : group_size;
   s.zero_words = (s.out * s.groups + 31) / 32 * bits;
-  check(type_of(codes) == Type::i32 && type_of(scales) == Type::f16 && type_of(zeros) == Type::i32,
-        "codes, scales or zeros is of another type than int32, float16, int32");
+  s.scales_type = type_of(scales);
+  check(type_of(codes) == Type::i32 && is_scale(s.scales_type) && type_of(zeros) == Type::i32,
+        "codes, scales or zeros is of another type than int32, float16 or float32, int32");
   s.codes = data<uint32_t>(&codes, s.out * ((s.in + 31) / 32 * bits), "codes doesn't fit x and scales");
-  s.scales = data<uint16_t>(&scales, s.out * s.groups, "scales doesn't fit x and group_size");
+  s.scales = data<void>(&scales, s.out * s.groups, "scales doesn't fit x and group_size");
   s.zeros = data<uint32_t>(&zeros, s.zero_words, "zeros doesn't fit scales");
 
   s.block = block;
@@ -118,12 +121,13 @@ AtenTensorHandle call(AtenTensorHandle x, AtenTensorHandle* perm, AtenTensorHand
           "down or up is not int8 or float16");
     s.down = data<void>(down, s.rank * s.in, "down doesn't fit x");
     s.up = data<void>(up, s.out * s.rank, "up doesn't fit down and scales");
-    check(!down_scale || type_of(*down_scale) == Type::f16, "down_scale is not float16");
-    check(!up_scale || type_of(*up_scale) == Type::f16, "up_scale is not float16");
-    s.down_scale = data<uint16_t>(down_scale, s.rank, "down_scale doesn't fit down");
+    s.down_scale_type = down_scale ? type_of(*down_scale) : Type::f16;
+    s.up_scale_type = up_scale ? type_of(*up_scale) : Type::f16;
+    check(is_scale(s.down_scale_type) && is_scale(s.up_scale_type), "down_scale or up_scale is not float16 or float32");
+    s.down_scale = data<void>(down_scale, s.rank, "down_scale doesn't fit down");
     if (up_scale) {
       s.parts = dims(*up_scale) == 2 ? size(*up_scale, 0) : 1;
-      s.up_scale = data<uint16_t>(up_scale, s.parts * s.rank, "up_scale doesn't fit up");
+      s.up_scale = data<void>(up_scale, s.parts * s.rank, "up_scale doesn't fit up");
       check(s.parts > 0 && s.out % s.parts == 0, "the parts of up_scale don't divide the rows of up");
     }
   }

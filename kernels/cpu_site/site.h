@@ -22,11 +22,13 @@ struct Site {
 
   const void* down;
   Type down_type;
-  const uint16_t* down_scale;
+  const void* down_scale;
+  Type down_scale_type;
   int64_t rank;
 
   const uint32_t* codes;
-  const uint16_t* scales;
+  const void* scales;
+  Type scales_type;  // f16, or f32 for weights outside its range
   const uint32_t* zeros;
   int64_t zero_words, out, groups, group, bits;
 
@@ -34,7 +36,8 @@ struct Site {
   Type bias_type;
   const void* up;
   Type up_type;
-  const uint16_t* up_scale;
+  const void* up_scale;
+  Type up_scale_type;
   int64_t parts;  // 0 without up_scale
 
   bool int8;

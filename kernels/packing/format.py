@@ -9,7 +9,7 @@ padded with zero codes to a multiple of 32, so a row of `n` codes takes `ceil(n 
 when 32 divides `n`.
 
     codes   int32 (out_features, words)          one row per output feature
-    scales  fp16  (out_features, groups)
+    scales  fp16  (out_features, groups)         fp32 where a row's weights lie outside fp16's range
     zeros   int32 (words,)                       the (out_features, groups) zero codes, flattened, then packed
 
 A weight is `scale * (code - zero)` with `zero = zero_code + 1/2`. The half step makes a symmetric grid possible, which

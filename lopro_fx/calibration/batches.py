@@ -25,7 +25,7 @@ def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[li
     Raises:
         CalibrationError: no batch, or one whose structure, dtype or shape the program does not take.
     """
-    placeholders = _user_placeholders(program)
+    placeholders = user_placeholders(program)
     spec = program.call_spec.in_spec
     flat = []
     for index, batch in enumerate(batches):
@@ -45,7 +45,8 @@ def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[li
     return flat
 
 
-def _user_placeholders(program: ExportedProgram) -> list[Node]:
+def user_placeholders(program: ExportedProgram) -> list[Node]:
+    """Placeholders of the inputs that the caller gives, in order."""
     nodes = program.graph.find_nodes(op="placeholder")
     kinds = [spec.kind for spec in program.graph_signature.input_specs]
     return [node for node, kind in zip(nodes, kinds, strict=True) if kind == InputKind.USER_INPUT]

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from lopro_fx.calibration.padding import Padding, kept
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.errors import CalibrationError
 from lopro_fx.passes.sites import Group
@@ -80,6 +81,7 @@ class _Recorder(LockstepRunner):
     def __init__(self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node]) -> None:
         super().__init__(program, [batch])
         self.found: dict[Node, Tensor] = {}
+        self.leads: dict[Node, torch.Size] = {}
         self._watched = watched
         # Added to an output, it starts the graph there and leaves the output free for writes in place.
         self._start = torch.zeros((), requires_grad=True)
@@ -89,6 +91,7 @@ class _Recorder(LockstepRunner):
         if node in self._watched:
             values = self._shared if node in self._shared else self._values[0]
             y = values[node] + self._start.to(values[node].dtype)
+            self.leads[node] = y.shape[:-1]
             self.found[node] = torch.zeros(y.numel() // y.shape[-1] + y.shape[-1])
             # The hook holds the sum alone: with the runner in it, the graph of every batch would live on in a cycle.
             y.register_hook(partial(_add_squared, self.found[node]))
@@ -117,24 +120,41 @@ def _squared_gradients(
     logits = floating[0].reshape(-1, floating[0].shape[-1]).to(torch.float32)
     # The gradient of the summed cross-entropy, written down: softmax minus one-hot. Logits are large; this is one copy.
     gradient = logits.detach().softmax(-1)
-    labels = _next_tokens(batch, floating[0])
+    padding = Padding(program, batch)
+    visible = padding.visible(floating[0].shape[:-1])
+    labels = _next_tokens(batch, floating[0], visible)
     if labels is None:
         labels = torch.multinomial(gradient, 1, generator=generator)
+    if visible is not None:
+        labels = torch.where(visible.unsqueeze(1), labels, -1)
     gradient.scatter_add_(1, labels.clamp_min(0), torch.full(labels.shape, -1.0)).mul_(labels >= 0)
     del outputs, floating
     logits.backward(gradient)
+    parts = [_of_text(total, padding.visible(recorder.leads[node])) for node, total in recorder.found.items()]
     # One block instead of hundreds of small ones, which would lie in the holes that the next batch needs whole.
-    compact = torch.cat(list(recorder.found.values())).split([len(total) for total in recorder.found.values()])
-    return dict(zip(recorder.found, compact, strict=True))
+    return dict(zip(recorder.found, torch.cat(parts).split([len(part) for part in parts]), strict=True))
 
 
-def _next_tokens(batch: Sequence[Any], logits: Tensor) -> Tensor | None:
-    """Labels (positions, 1) int64, -1 for the last position of a sequence; None where no input can be the tokens."""
+def _of_text(total: Tensor, visible: Tensor | None) -> Tensor:
+    """What `_Recorder` found, without the sums of hidden tokens; those over tokens hold no gradient of theirs, unless
+    others attend to them."""
+    if visible is None:
+        return total
+    tokens, features = total[: len(visible)], total[len(visible) :]
+    return torch.cat((kept(tokens, visible), features))
+
+
+def _next_tokens(batch: Sequence[Any], logits: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Labels (positions, 1) int64, -1 for the last position of a text; None where no input can be the tokens."""
     inputs = [value for value in batch if isinstance(value, Tensor) and not value.is_floating_point()]
     tokens = next((value for value in inputs if value.dtype != torch.bool and value.shape == logits.shape[:-1]), None)
     if tokens is None or tokens.dim() < 2 or tokens.shape[-1] < 2 or tokens.max() >= logits.shape[-1]:
         return None
-    return torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=-1).reshape(-1, 1)
+    labels = torch.nn.functional.pad(tokens[..., 1:].to(torch.int64), (0, 1), value=-1)
+    if visible is not None:
+        following = torch.nn.functional.pad(visible.view(labels.shape)[..., 1:], (0, 1), value=False)
+        labels = torch.where(following, labels, -1)
+    return labels.reshape(-1, 1)
 
 
 def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:

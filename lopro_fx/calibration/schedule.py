@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.calibration.importance import Importance
+from lopro_fx.calibration.padding import Padding
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.statistics import Statistics, data_free, measure
 from lopro_fx.config import Method
@@ -48,12 +49,14 @@ def run_calibrated(
         importance: of tokens and rows, by group, see `measure_importance`.
     """
     runner = LockstepRunner(program, batches)
+    padding = [Padding(program, batch) for batch in batches]
     first = {group.sites[0].nodes[0]: group for group in groups}
     for node, inputs in runner.stops(set(first)):
         group = first[node]
         weight = importance[group.name] if importance else None
         tokens = weight.tokens if weight else None
-        stats = measure(inputs, group.name, group.source.name, config.token_clip, tokens)
+        visible = [pads.visible(value.shape[:-1]) for pads, value in zip(padding, inputs, strict=True)]
+        stats = measure(inputs, group.name, group.source.name, config.token_clip, tokens, visible)
         stats = replace(stats, rows=weight.rows if weight else None)
         weights = [weight_of(program, site) for site in group.sites]
         solved = solve(group, stats, weights)

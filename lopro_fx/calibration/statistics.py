@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lopro_fx.calibration.padding import kept
 from lopro_fx.errors import CalibrationError
 
 
@@ -40,6 +41,7 @@ def measure(
     node: str,
     token_clip: float = 0,
     importance: Sequence[Tensor] | None = None,
+    visible: Sequence[Tensor | None] | None = None,
 ) -> Statistics:
     """Accumulate over batches; each input is (..., n) of any float dtype.
 
@@ -48,31 +50,36 @@ def measure(
     attention-sink token may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and the damping that is
     relative to it drowns every other token.
 
+    `visible`, bool (tokens of the batch,) or None for each batch, leaves out what it doesn't hold, see `Padding`;
+    `importance` has weights for the others alone.
+
     Raises:
         CalibrationError: a value is NaN or infinite; names the node, the layer that reads it and the batch.
     """
     n = inputs[0].shape[-1]
     exponent = _exponent(inputs)
 
-    def tokens_of(batch: Tensor) -> Tensor:
-        rows = batch.reshape(-1, n).to(torch.float32)
+    seen = visible or [None] * len(inputs)
+
+    def tokens_of(batch: Tensor, text: Tensor | None) -> Tensor:
+        rows = kept(batch.reshape(-1, n), text).to(torch.float32)
         return rows if exponent == 0 else rows * 2.0**-exponent
 
-    norms = [tokens_of(batch).square().sum(1) for batch in inputs]
+    norms = [tokens_of(batch, text).square().sum(1) for batch, text in zip(inputs, seen, strict=True)]
     weights = importance or [torch.ones(len(norm)) for norm in norms]
     every = torch.cat(norms) * torch.cat(list(weights))
     # Zero tokens, such as padding, would make the median zero where they are the most.
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
     gram, magnitude, tokens = torch.zeros(n, n), torch.zeros(n), 0
     directions = _Directions(n)
-    for index, (batch, norm, weight) in enumerate(zip(inputs, norms, weights, strict=True)):
+    for index, (batch, text, norm, weight) in enumerate(zip(inputs, seen, norms, weights, strict=True)):
         if not torch.isfinite(norm).all():
             row = int((~torch.isfinite(norm)).nonzero()[0])
             raise CalibrationError(
                 f"node '{node}', read by '{name}', is not finite in calibration batch {index}, row {row}; look for an "
                 "overflow before it (try --dtype float32) or a damaged weight"
             )
-        rows = tokens_of(batch)
+        rows = tokens_of(batch, text)
         directions.add(rows, norm)
         magnitude += rows.abs().sum(0)
         tokens += rows.shape[0]

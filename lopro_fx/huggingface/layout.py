@@ -1,9 +1,10 @@
 """The part of a quantised state that its tensors don't tell, as the JSON that stands in `config.json`.
 
     groups  by name, which is that of the Linear whose module holds what they share: block and skip of the rotation,
-            rank, dtype of the factors, and whether there are a permutation and signs
-    sites   by name: the group, bits, group_size, the embedding that holds the tensors, if one does, and others that
-            read them too
+            rank, dtypes of the factors and of the down factor's scales (null for none), and whether there are a
+            permutation and signs
+    sites   by name: the group, bits, group_size, dtypes of the scales and of the up factor's scales (null for none),
+            the embedding that holds the tensors, if one does, and others that read them too
 
 Shapes follow from these and from the sizes of the Linear.
 """
@@ -21,7 +22,7 @@ from lopro_fx.methods.rotation import as_index
 from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.state import QuantState
 
-_FACTORS = {"int8": torch.int8, "float16": torch.float16}
+_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
 
 
 def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,6 +38,8 @@ def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tupl
             "group": site.group,
             "bits": site.bits,
             "group_size": site.group_size,
+            "scales": _dtype(site.tensors["scales"]),
+            "up_scale": _dtype(site.tensors.get("up_scale")),
             "embedding": next(iter(embeddings.get(name, ())), None),
             "readers": list(embeddings.get(name, ())[1:]),
         }
@@ -60,8 +63,8 @@ def restore(
     made = {}
     for name, entry in sites.items():
         group, (rows, width) = groups[entry["group"]], size(name)
-        tensors = _site_tensors(entry["bits"], entry["group_size"], rows, width)
-        tensors |= _factor("up", (rows, group["rank"]), group)
+        tensors = _site_tensors(entry, rows, width)
+        tensors |= _factor("up", (rows, group["rank"]), group, entry.get("up_scale", _scale_before(group)))
         sizes = entry["bits"], entry["group_size"], rows, width
         made[name] = PackedSite(name, entry["group"], *sizes, tensors, embedding=entry["embedding"] is not None)
     members: dict[str, list[str]] = {}
@@ -81,7 +84,8 @@ def _group(group: PackedGroup) -> dict[str, Any]:
         "block": group.block,
         "skip": group.skip,
         "rank": 0 if down is None else down.shape[0],
-        "factors": None if down is None else str(down.dtype).removeprefix("torch."),
+        "factors": _dtype(down),
+        "down_scale": _dtype(group.tensors.get("down_scale")),
         "perm": "perm" in group.tensors,
         "signs": "signs" in group.tensors,
     }
@@ -93,23 +97,32 @@ def _group_tensors(entry: Mapping[str, Any], width: int) -> dict[str, Tensor]:
         tensors["perm"] = as_index(_meta(width, torch.int32))
     if entry["signs"]:
         tensors["signs"] = _meta(-(-width // 8), torch.uint8)
-    return tensors | _factor("down", (entry["rank"], width), entry)
+    return tensors | _factor("down", (entry["rank"], width), entry, entry.get("down_scale", _scale_before(entry)))
 
 
-def _site_tensors(bits: int, group_size: int, rows: int, width: int) -> dict[str, Tensor]:
-    count = group_count(width, group_size)
+def _site_tensors(entry: Mapping[str, Any], rows: int, width: int) -> dict[str, Tensor]:
+    bits, count = entry["bits"], group_count(width, entry["group_size"])
     return {
         "codes": _meta((rows, packed_words(width, bits)), torch.int32),
-        "scales": _meta((rows, count), torch.float16),
+        "scales": _meta((rows, count), _DTYPES[entry.get("scales", "float16")]),
         "zeros": _meta(packed_words(rows * count, bits), torch.int32),
     }
 
 
-def _factor(key: str, shape: tuple[int, int], group: Mapping[str, Any]) -> dict[str, Tensor]:
+def _factor(key: str, shape: tuple[int, int], group: Mapping[str, Any], scale: str | None) -> dict[str, Tensor]:
     if group["factors"] is None:
         return {}
-    scale = {} if group["factors"] == "float16" else {f"{key}_scale": _meta(group["rank"], torch.float16)}
-    return {key: _meta(shape, _FACTORS[group["factors"]]), **scale}
+    scales = {} if scale is None else {f"{key}_scale": _meta(group["rank"], _DTYPES[scale])}
+    return {key: _meta(shape, _DTYPES[group["factors"]]), **scales}
+
+
+def _scale_before(group: Mapping[str, Any]) -> str | None:
+    """Type of a factor's scales in folders that don't name it, which the first versions wrote."""
+    return "float16" if group["factors"] == "int8" else None
+
+
+def _dtype(tensor: Tensor | None) -> str | None:
+    return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
 def _meta(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,7 @@ def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
     if bits == 16:
         return Factor(factor.clamp(-65504, 65504).to(torch.float16), None, dim)
     amax = factor.abs().amax(1 - dim) if factor.numel() else factor.new_zeros(factor.shape[dim])
-    scale = rounded_scale((amax / 127).clamp_min(torch.finfo(torch.float32).tiny))
+    scale = rounded_scale((amax.to(torch.float32) / 127).clamp_min(torch.finfo(torch.float32).tiny))
     codes = (factor / scale.unsqueeze(1 - dim)).round_().clamp_(-127, 127)
     return Factor(codes.to(torch.int8), scale, dim)
 
