@@ -1,12 +1,13 @@
 """Keep each finished group on disk, so that a stopped run continues where it was.
 
 Only results are stored, not activations: weights that feed forward are always rebuilt from packed tensors, so a resumed
-run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights, the data, the
-settings and the versions of lopro_fx and torch.
+run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights,
+the data, the settings and the versions of lopro_fx and torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence

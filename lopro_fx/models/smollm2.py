@@ -45,12 +45,12 @@ def smollm2_folder() -> Path:
 
     Raises: ModelError if the GGUF can't be fetched or read, or the cache can't be written.
     """
-    folder = cache_dir() / _FOLDER_NAME
-    if not _intact(folder, _makers()):
+    folder, makers = cache_dir() / _FOLDER_NAME, _makers()
+    if not _intact(folder, makers):
         try:
             # Another process may be making the folder, or replacing a damaged one.
             with locked(cache_dir() / f"{_FOLDER_NAME}.lock"):
-                if not _intact(folder):
+                if not _intact(folder, makers):
                     gguf = fetch_gguf()
                     _log.info("converting %s to %s", gguf, folder)
                     with replacing(folder) as new:
