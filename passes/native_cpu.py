@@ -34,7 +34,8 @@ class NativeCpuPass(PackedPass):
     """Replaces `packed_site`, and `packed_linear` with the rotation and projection that it reads, by `cpu_site`.
 
     A rotation or projection with several readers is computed by each of them, which costs less than an operator of its
-    own. Parameters ask for no gradients any more. Left alone, with the reason in the record: a Linear whose low-rank branch doesn't project its own input.
+    own. Parameters ask for no gradients any more. Left alone, with the reason in the record: a Linear whose low-rank
+    branch doesn't project its own input.
 
     Args:
         act_bits: 8 rounds activations to int8 for the packed product, 0 keeps them.

@@ -114,11 +114,21 @@ class DenseWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable:
-            raise ModelError(
-                f"{func} would write a packed weight, which can't be changed: dequantize() the model first"
-            )
+            raise _packed_is_fixed()
         args, kwargs = tree_map_only(cls, lambda weight: weight._module.dense(), (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    # Neither of the two reaches an operator that takes this tensor: what they write would be lost.
+    def __setitem__(self, *_: Any) -> None:
+        raise _packed_is_fixed()
+
+    @property
+    def data(self) -> DenseWeight:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @data.setter
+    def data(self, _: Any) -> None:
+        raise _packed_is_fixed()
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"DenseWeight({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
@@ -294,6 +304,10 @@ class PackedLinear(PackedWeight, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, bias={self.bias is not None}"
         )
+
+
+def _packed_is_fixed() -> ModelError:
+    return ModelError("a packed weight can't be written: dequantize() the model first")
 
 
 def _asks_for_gradients(operands: tuple[Any, ...]) -> bool:

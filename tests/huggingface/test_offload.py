@@ -83,8 +83,11 @@ def test_a_part_on_the_disk(tmp_path, away: str, buffers: bool) -> None:
 
 def _owners(model: Any, away: str) -> dict[str, str]:
     """Places of modules that hold tensors and have children: the Linears that a group is named after."""
-    owners = [name for name, module in model.named_modules()
-              if list(module.children()) and [*module.buffers(recurse=False), *module.parameters(recurse=False)]]  # fmt: skip
+    owners = [
+        name
+        for name, module in model.named_modules()
+        if list(module.children()) and [*module.buffers(recurse=False), *module.parameters(recurse=False)]
+    ]
     return {name: "disk" if f"{name}.".startswith(f"{away}.") else "cpu" for name in owners}
 
 

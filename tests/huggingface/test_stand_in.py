@@ -51,8 +51,10 @@ def test_weight_reads_like_that_of_the_plain_module(name: str, dtype: torch.dtyp
     x = torch.randn(3, expected.shape[1], generator=generator()).to(dtype)
     assert torch.equal(functional.linear(x, weight), functional.linear(x, expected))
     assert torch.equal(weight[3:5].t() * 2, expected[3:5].t() * 2)
-    with pytest.raises(ModelError, match=r"dequantize\(\) the model first"):
-        weight.mul_(2)
+    for write in (lambda: weight.mul_(2), lambda: weight.data.add_(1), lambda: setattr(weight, "data", expected),
+                  lambda: weight.__setitem__(0, 1.0), lambda: weight.copy_(expected)):  # fmt: skip
+        with pytest.raises(ModelError, match=r"dequantize\(\) the model first"):
+            write()
     assert not [key for key in module.state_dict() if key.endswith("weight")]
 
 
@@ -195,3 +197,5 @@ def test_low_rank_adapters() -> None:
         assert {parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" in name} == {torch.float32}
     for got, expected in zip(*results, strict=True):
         assert_close("adapter", expected, got, 2e-5)
+    with pytest.raises(ModelError, match=r"dequantize\(\) the model first"):
+        peft.get_peft_model(_packed(), config).merge_adapter()
