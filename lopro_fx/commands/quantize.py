@@ -21,6 +21,7 @@ from lopro_fx.passes.linears import as_linears
 from lopro_fx.progress import bar
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
+from lopro_fx.tokens import require_known
 
 
 def add(parser: ArgumentParser) -> None:
@@ -66,6 +67,8 @@ def run(args: Namespace) -> None:
     windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
     source = export(loaded)
     del loaded
+    # The other windows are checked where they are evaluated, before anything else.
+    require_known(source.program, samples, "the text to calibrate on")
     selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)
