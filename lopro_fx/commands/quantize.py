@@ -22,6 +22,7 @@ from lopro_fx.passes.linears import as_linears
 from lopro_fx.progress import reporting
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
+from lopro_fx.tokens import require_known
 
 
 def add(parser: ArgumentParser) -> None:
@@ -72,6 +73,8 @@ def run(args: Namespace) -> None:
     data.warn_of_overlap(samples, windows)
     source, bytes_before = export(loaded), loaded.file_bytes
     del loaded
+    # The other windows are checked where they are evaluated, before anything else.
+    require_known(source.program, samples, "the text to calibrate on")
     selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)

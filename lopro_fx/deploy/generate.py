@@ -15,6 +15,7 @@ from lopro_fx.deploy.generator import Generator, Recompute, TokenModel
 from lopro_fx.deploy.programs import GenerationPrograms
 from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import ConfigError
+from lopro_fx.tokens import require_below
 
 Model = ExportedProgram | GenerationPrograms | Generator | Callable[[Tensor], Tensor]
 
@@ -62,8 +63,8 @@ def generate(
         The text added, without the prompt; a list for a list. A text that fills the cache ends there, with a warning.
 
     Raises:
-        ConfigError: a prompt has no token or doesn't fit the cache, there are more prompts than rows, or a number is
-            out of range.
+        ConfigError: a prompt has no token, one that the model doesn't know, or doesn't fit the cache, there are more
+            prompts than rows, or a number is out of range.
         ModelError: logits are not finite.
     """
     if max_new_tokens < 1:
@@ -75,9 +76,12 @@ def generate(
     ids = [list(tokenizer(text)["input_ids"]) if text else [] for text in prompts]
     if not ids or not all(ids):
         raise ConfigError("the prompt is empty: give at least one character to continue")
+    model = _token_model(program)
+    for row in ids:
+        require_below(model.rows, row, "the prompt")
     end = {tokenizer.eos_token_id} if stop is None else set(stop)
     texts = [_Text(tokenizer, row) for row in ids]
-    for tokens in _tokens(_token_model(program), ids, max_new_tokens, sampler, end):
+    for tokens in _tokens(model, ids, max_new_tokens, sampler, end):
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 piece = text.add(token)

@@ -9,13 +9,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError
+from lopro_fx.passes.lookups import table_rows
 
 
 class TokenModel(Protocol):
-    """What `generate` needs: logits (B, vocabulary) of the last token, after a prompt and after each token more."""
+    """What `generate` needs: logits (B, vocabulary) of the last token, after a prompt and after each token more.
+
+    `rows` is how many token ids the embedding knows, None where that isn't known.
+    """
+
+    rows: int | None
 
     @property
     def batch_size(self) -> int:
@@ -57,6 +64,7 @@ class Generator:
         info: dict[str, Any] | None = None,
     ) -> None:
         self.cache, self.info, self._open_tokenizer = cache, info or {}, tokenizer
+        self.rows: int | None = cache.vocabulary
         self._prefill, self._decode, self._device = prefill, decode, torch.device(device)
         self._keys, self._values = cache.allocate(device)
         self._slots = torch.arange(cache.max_cache_len, device=device)
@@ -67,7 +75,9 @@ class Generator:
         """Run the programs in eager mode, on the device of their weights."""
         device = next((tensor.device for tensor in programs.decode.state_dict.values()), torch.device("cpu"))
         prefill, decode = _module(programs.prefill), _module(programs.decode)
-        return cls(prefill, decode, programs.cache, device=device)
+        generator = cls(prefill, decode, programs.cache, device=device)
+        generator.rows = table_rows(programs.prefill)
+        return generator
 
     @property
     def batch_size(self) -> int:
@@ -149,6 +159,7 @@ class Recompute:
 
     def __init__(self, program: ExportedProgram | Callable[[Tensor], Tensor]) -> None:
         self._run = _module(program) if isinstance(program, ExportedProgram) else program
+        self.rows = table_rows(self._run) if isinstance(self._run, GraphModule) else None
         self.reset()
 
     def reset(self) -> None:

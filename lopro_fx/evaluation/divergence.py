@@ -16,6 +16,7 @@ from torch import Tensor
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.evaluation.perplexity import PerplexityResult, perplexity_of, require_windows
 from lopro_fx.progress import Progress, silent
+from lopro_fx.tokens import require_known
 
 _ROWS = 64  # rows of two vocabularies that are held in float64 at a time
 
@@ -66,6 +67,8 @@ def divergence(
     Raises: ConfigError if there is nothing to predict or the vocabularies differ; ModelError if logits are not finite.
     """
     require_windows(windows)
+    for run in (program, original):
+        require_known(run, windows, "the text to evaluate on")
     if windows[:, 1:].numel() < 2:
         raise ConfigError(f"windows of shape {tuple(windows.shape)} predict one token: 2 are needed for an error")
     pieces: list[Tensor] = []

@@ -20,6 +20,7 @@ from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation.likelihood import continuation
 from lopro_fx.models.quiet import quiet
 from lopro_fx.progress import Progress, silent
+from lopro_fx.tokens import require_known
 
 _MAX_LENGTH = 2048  # tokens in a pass where the tokenizer doesn't say
 _MAX_NEW_TOKENS = 256  # lm-eval's own default
@@ -169,6 +170,7 @@ class ProgramLM(TemplateLM):
     def _greedy(self, prompt: str, until: Sequence[str], new_tokens: int) -> str:
         """The text that follows the prompt, up to the first of `until`."""
         ids = self.tok_encode(prompt)[-max(1, self.max_length - new_tokens) :] or [self.prefix_token_id]
+        require_known(self.program, ids, "the prompt")
         start, text = len(ids), ""
         while len(ids) - start < new_tokens:
             token = int(self.program(torch.tensor([ids]))[0, -1].argmax())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lopro_fx.tokens import require_known
+
 _ROWS = 128  # logits that are turned into log-probabilities at a time
 
 
@@ -20,7 +22,10 @@ def continuation(
         tokens: the whole text; the last token needs no pass.
         given: how many of `tokens` are context, at least 1 and fewer than all.
         device: where the program runs.
+
+    Raises: ConfigError if a token is none of the model's.
     """
+    require_known(program, tokens, "the text to score")
     total, greedy = 0.0, True
     with torch.no_grad():
         logits = program(torch.tensor([tokens[:-1]], device=device))[0, given - 1 :]

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.progress import Progress, silent
+from lopro_fx.tokens import require_known
 
 _ROWS = 128  # logits that are turned into float32 log-probabilities at a time
 
@@ -45,9 +46,11 @@ def perplexity(
         n_bytes: UTF-8 bytes of the predicted tokens' text (`predicted_bytes`), for bits per byte.
         progress: called after each window with (windows done, W, the perplexity so far).
 
-    Raises: ConfigError if there is nothing to predict; ModelError if logits are not finite.
+    Raises: ConfigError if there is nothing to predict or a token is none of the model's; ModelError if logits are not
+        finite.
     """
     require_windows(windows)
+    require_known(program, windows, "the text to evaluate on")
     started = time.perf_counter()
     total, tokens = 0.0, 0
     with torch.no_grad():

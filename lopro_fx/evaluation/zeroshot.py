@@ -22,6 +22,7 @@ from torch import Tensor
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.evaluation.likelihood import continuation
 from lopro_fx.progress import Progress, silent
+from lopro_fx.tokens import require_known
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ def zero_shot(
     """
     if not items:
         raise ConfigError("no items to score: give at least one")
+    for item in items:
+        for choice in item.choices:
+            require_known(scorer, _encode(tokenizer, choice, item.id)[0], f"item {item.id}")
     started = time.perf_counter()
     right = right_norm = 0
     for done, item in enumerate(items, 1):

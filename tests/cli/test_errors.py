@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
 from lopro_fx import cli
@@ -123,3 +124,14 @@ def test_help_does_not_load_the_heavy_libraries():
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "--calib-samples" in run.stdout
     assert run.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate"])
+def test_a_tokenizer_of_another_model_is_named_before_the_work(command, model_folder, tmp_path, run):
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(other, vocab_size=100, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(other)
+    more = {"quantize": SMALL, "eval": ("--seq-len", "32", "--windows", "2"), "generate": ("the language",)}[command]
+    result = run(command, str(other), *more)
+    _refused(result, "token id", "the model's embedding has 100 rows", "tokenizer")

@@ -1,0 +1,42 @@
+"""Refuse token ids that a model doesn't know, before it is run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from lopro_fx.errors import ConfigError
+from lopro_fx.passes.lookups import table_rows
+
+
+def require_known(program: ExportedProgram | Callable[..., Any], ids: Tensor | Iterable[int], what: str) -> None:
+    """Check token ids against the table that `program` looks them up in, where that can be seen.
+
+    Args:
+        program: exported, or its `.module()`; anything else is not checked.
+        ids: int64 of any shape, or numbers.
+        what: to call them in an error.
+
+    Raises:
+        ConfigError: names an id that the table lacks.
+    """
+    if isinstance(program, (ExportedProgram, GraphModule)):
+        require_below(table_rows(program), ids, what)
+
+
+def require_below(rows: int | None, ids: Tensor | Iterable[int], what: str) -> None:
+    """As `require_known`, for a table of `rows` rows; None checks nothing."""
+    if rows is None:
+        return
+    if isinstance(ids, Tensor):
+        ids = (int(ids.min()), int(ids.max())) if ids.numel() else ()
+    wrong = next((token for token in ids if not 0 <= token < rows), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{what} holds the token id {wrong}, and the model's embedding has {rows} rows: use the tokenizer that the "
+            "model was trained with"
+        )
