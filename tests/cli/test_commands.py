@@ -91,7 +91,8 @@ def test_include_takes_the_output_projection(run, model_folder):
 
 
 def test_head_bits_take_the_output_projection_and_its_embedding(run, model_folder, tmp_path):
-    code, out, err = run("quantize", model_folder, *SMALL, "--method", "rtn", "--out", tmp_path / "out", "--json", tmp_path / "result.json")  # fmt: skip
+    code, out, err = run("quantize", model_folder, *SMALL, "--method", "rtn", "--out", tmp_path / "out",
+                         "--json", tmp_path / "result.json")  # fmt: skip
     assert (code, err) == (0, "")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["config"]["head_bits"] == 8

@@ -19,7 +19,7 @@ def test_export_writes_a_folder_that_transformers_loads(run, quantized_folder, t
     assert "AutoModelForCausalLM.from_pretrained" in out
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 14
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 15
     assert model.generation_config.eos_token_id == 0
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("the text of a test")["input_ids"]])
     with torch.no_grad():

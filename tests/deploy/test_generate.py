@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,6 +88,26 @@ def test_several_prompts_together_give_the_texts_of_each(model, tokenizer):
         lopro_fx.generate(run, tokenizer, [PROMPT] * 5)
     with pytest.raises(ConfigError, match="can't be streamed together"):
         lopro_fx.generate(run, tokenizer, prompts, stream=print)
+
+
+def test_a_text_that_fills_the_cache_is_returned(model, tokenizer, program):
+    """As streamed and as a list, too: what was written before the cache was full is not lost."""
+    prompt = len(tokenizer(PROMPT)["input_ids"])
+    programs = lopro_fx.export_for_generation(model, max_cache_len=prompt + 9, batch_size=2)
+    run = lopro_fx.Generator.from_programs(programs)
+    # The last token needs no place: nothing comes after it.
+    expected = lopro_fx.generate(program, tokenizer, PROMPT, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lopro_fx.generate(run, tokenizer, PROMPT, 10) == expected
+    pieces = []
+    for given, options in ((PROMPT, {}), (PROMPT, {"stream": pieces.append}), ([PROMPT, PROMPT], {})):
+        with pytest.warns(UserWarning, match=f"the cache of {prompt + 9} tokens.* after 10 of 40 tokens"):
+            got = lopro_fx.generate(run, tokenizer, given, 40, **options)
+        assert got == (expected if given is PROMPT else [expected, expected])
+    assert "".join(pieces) == expected
+    with pytest.raises(ConfigError, match="don't fit the cache"):
+        lopro_fx.generate(run, tokenizer, PROMPT * 9, 4)
 
 
 def test_draws_depend_on_the_seed_alone(tokenizer, program):

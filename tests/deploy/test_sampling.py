@@ -29,6 +29,19 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-20, 1e-40, 1e-300, 5e-324])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e38])
+def test_a_temperature_close_to_0_takes_the_likeliest(temperature, scale):
+    logits = torch.randn(4, 50, generator=generator()).clamp(-3, 3) * scale
+    sampler = Sampler(temperature, 5, 0.9)
+    assert sampler.pick(logits).equal(logits.argmax(-1))
+
+
+def test_equal_logits_at_a_temperature_close_to_0_are_not_drawn():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0]])
+    assert {Sampler(1e-40, seed=seed).pick(logits).item() for seed in range(20)} == {1}
+
+
 @given(st.integers(0, 100))
 def test_the_likeliest_token_always_stays(seed):
     logits = torch.randn(4, 7, generator=generator(seed))
@@ -47,6 +60,10 @@ def test_a_seed_repeats_its_draws():
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"seed": 1 << 70}, "seed="),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.5}, "top_p=1.5"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +37,11 @@ def model():
 def path(model, tmp_path_factory):
     """A GGUF of `model` with matrices in Q8_0 and a byte-pair tokenizer."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    _write(model, path, gguf.GGMLQuantizationType.Q8_0)
+    return path
+
+
+def _write(model, path, matrices):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(CONFIG.vocab_size)
     writer.add_context_length(CONFIG.max_position_embeddings)
@@ -54,13 +60,12 @@ def path(model, tmp_path_factory):
     writer.add_eos_token_id(1)
     for name, weight in _tensors(model):
         values = weight.detach().numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        kind = matrices if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(values, kind)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _tensors(model):
@@ -84,6 +89,72 @@ def test_weights_and_tokenizer_of_a_gguf(model, path):
     assert loaded.tokenizer("abca", add_special_tokens=False)["input_ids"] == [6, 2]
     assert loaded.source == f"GGUF {path}, dequantised"
     assert next(load_model(str(path), torch.bfloat16).model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["X.GGUF", "without-suffix", "model v1.5"])
+def test_a_gguf_is_known_by_its_content(model, path, tmp_path, name):
+    loaded = load_model(str(shutil.copy(path, tmp_path / name)), torch.float32)
+    ids = torch.tensor([[2, 6, 3]])
+    with torch.no_grad():
+        assert_close("logits", model(ids).logits, loaded.model(ids).logits, 0.03)
+    assert loaded.file_bytes == path.stat().st_size
+
+
+@pytest.fixture(scope="module", params=[".gguf", ".GGUF", ""])
+def parts(request, path, tmp_path_factory):
+    """What llama.cpp's gguf-split makes of `path`: metadata in the first part, tensors in all of three."""
+    folder, reader = tmp_path_factory.mktemp("parts"), gguf.GGUFReader(path)
+    names = [folder / f"tiny-{index + 1:05}-of-00003{request.param}" for index in range(3)]
+    for index, name in enumerate(names):
+        writer = gguf.GGUFWriter(name, "llama")
+        writer.add_uint16("split.no", index)
+        writer.add_uint16("split.count", len(names))
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for key, field in reader.fields.items() if index == 0 else ():
+            if not key.startswith(("GGUF.", "general.architecture")):
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+        for tensor in reader.tensors[index::3]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return names
+
+
+def test_a_gguf_in_parts_is_that_in_one(path, parts):
+    whole = load_model(str(path), torch.float32)
+    for given in (parts[0], parts[2]):
+        loaded = load_model(str(given), torch.float32)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+        assert loaded.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+        assert loaded.file_bytes == sum(part.stat().st_size for part in parts)
+
+
+def test_a_part_that_is_missing_is_named(parts, tmp_path):
+    for part in (parts[0], parts[2]):
+        shutil.copy(part, tmp_path)
+    with pytest.raises(ModelError, match=f"{parts[1].name} is not beside it"):
+        load_model(str(tmp_path / parts[0].name), torch.float32)
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    for name in ("notes.txt", "fake.gguf"):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(ModelError, match="is no GGUF"):
+            load_model(str(tmp_path / name), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("F16", torch.float16), ("F32", torch.float32), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)],
+)
+def test_own_type_is_that_of_matrices(model, tmp_path, kind, expected):
+    _write(model, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType[kind])
+    loaded = load_model(str(tmp_path / "tiny.gguf"), None)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {expected}
 
 
 def test_gguf_that_can_not_be_read(path, tmp_path):

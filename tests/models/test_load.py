@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def test_folder(folder, llama, capfd):
 def test_dtype(folder):
     loaded = load_model(str(folder), torch.bfloat16)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+     (torch.float64, torch.float32)],
+)  # fmt: skip
+def test_dtype_as_stored(llama, folder, stored, expected):
+    copy.deepcopy(llama).to(stored).save_pretrained(folder)
+    loaded = load_model(str(folder), None)
+    assert {p.dtype for p in loaded.model.parameters()} == {expected}
+    assert loaded.file_bytes == sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _refused(name: str, *parts: str) -> None:
