@@ -65,6 +65,8 @@ def quantize(
     return apply(program, calibrate(program, calibration, config, resume=resume, progress=progress))
 
 
+# Tensors of inference mode can't take part in a gradient, neither here nor where the state is used.
+@torch.inference_mode(False)
 def calibrate(
     program: ExportedProgram,
     calibration: Iterable[Any] | None = None,

@@ -171,7 +171,7 @@ class ProgramLM(TemplateLM):
         ids = self.tok_encode(prompt)[-max(1, self.max_length - new_tokens) :] or [self.prefix_token_id]
         start, text = len(ids), ""
         while len(ids) - start < new_tokens:
-            token = int(self.program(torch.tensor([ids]))[0, -1].argmax())
+            token = int(self.program(torch.tensor([ids], dtype=torch.int64, device="cpu"))[0, -1].argmax())
             if token == self.eot_token_id:
                 break
             ids.append(token)

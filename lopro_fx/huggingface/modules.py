@@ -66,7 +66,7 @@ class PackedEmbedding(PackedTable):
         return torch.ops.lopro.packed_embedding(*table, self.embedding_dim, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -44,9 +44,14 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
-        zeros = torch.zeros(batch_size, tokens, dtype=torch.int64)
+        zeros = torch.zeros(batch_size, tokens, dtype=torch.int64, device="cpu")
         keys, values = spec.allocate(device)
-        small = (zeros, torch.zeros(1, dtype=torch.int64), zeros[:, 0].clone(), torch.arange(tokens + 2))
+        small = (
+            zeros,
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+            zeros[:, 0].clone(),
+            torch.arange(tokens + 2, dtype=torch.int64, device="cpu"),
+        )
         return (*(tensor.to(device) for tensor in small), keys, values)
 
     tokens, slots = Dim("tokens", min=1, max=max_cache_len), Dim("slots", min=2, max=max_cache_len)
@@ -62,7 +67,7 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
     def forward(
         self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
     ) -> Tensor:
-        written = position + torch.arange(input_ids.shape[1], device=position.device)
+        written = position + torch.arange(input_ids.shape[1], device=position.device, dtype=torch.int64)
         output = plain_forward(
             self,
             input_ids=input_ids,

@@ -112,5 +112,11 @@ def _intact(folder: Path, makers: Mapping[str, str]) -> bool:
         files = manifest["files"]
         made = manifest["made_by"] == makers and bool(files)
         return made and all(sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # absent, unreadable, or no longer the JSON object that was written
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ):  # absent, unreadable, or no longer the JSON object that was written
         return False
