@@ -1,8 +1,8 @@
 """Keep each finished group on disk, so that a stopped run continues where it was.
 
 Only results are stored, not activations: weights that feed forward are always rebuilt from packed tensors, so a resumed
-run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights, the data, the
-settings and the versions of lopro_fx and torch.
+run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights,
+the data, the settings and the versions of lopro_fx and torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Journal:
                 raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
             if found != fingerprint["fingerprint"]:
                 raise CheckpointError(
-                    f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name another"
+                    f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name "
+                    "another"
                 )
         else:
             with replacing(marker) as temporary:

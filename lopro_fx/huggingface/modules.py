@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS
 from lopro_fx.passes.packed import PackedGroup, PackedSite
-
-# By the name in a config: width of the activation's codes in `lopro::cpu_site`; 0 keeps it as it is.
-ACTIVATIONS = {"float": 0, "int8": 8}
 
 
 class Packed(nn.Module):
@@ -104,7 +102,7 @@ class PackedLinear(PackedTable):
         shared: the group's side of it.
         owner: whether this is the Linear whose state holds `shared`.
         bias: (out_features,), or None.
-        activations: "float", or "int8" to round the rotated input per token on a CPU. Where gradients are asked for it
+        activations: "int8" to round the rotated input per token on a CPU, or "float". Where gradients are asked for it
             stays as it is.
         table: the embedding that holds the weight, if one does.
     """

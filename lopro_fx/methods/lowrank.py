@@ -44,7 +44,7 @@ def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
 
 
 def in_unit(factor: Factor, unit: float) -> Factor:
-    """The factor times a power of two, which its scales take; those of fp16 values are made where fp16 lacks the range."""
+    """The factor times a power of two, which its scales take; fp16 values get some where fp16 lacks the range."""
     if factor.scale is not None:
         return replace(factor, scale=factor.scale * unit)
     if _NEAR_ONE[0] <= unit <= _NEAR_ONE[1]:
