@@ -62,7 +62,9 @@ def plan(
     rows: int | torch.SymInt = tokens
     if free:
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        rows = mode.from_tensor(torch.empty(_TRACED_ROWS, device="meta"), symbolic_context=context).shape[0]
+        rows = mode.from_tensor(
+            torch.empty(_TRACED_ROWS, device="meta", dtype=torch.float32), symbolic_context=context
+        ).shape[0]
     names: dict[int, str] = {}
     # Composite operators would ask for sizes that are free.
     with torch.no_grad(), mode, enable_python_dispatcher():

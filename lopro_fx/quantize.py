@@ -65,6 +65,8 @@ def quantize(
     return apply(program, calibrate(program, calibration, config, resume=resume, progress=progress))
 
 
+# Tensors of inference mode can't take part in a gradient, neither here nor where the state is used.
+@torch.inference_mode(False)
 def calibrate(
     program: ExportedProgram,
     calibration: Iterable[Any] | None = None,
@@ -83,7 +85,7 @@ def calibrate(
         warnings.warn(
             f"{type(config).__name__} without calibration is data-free: every input direction counts the same, which "
             "costs accuracy; pass batches of real text",
-            stacklevel=2,
+            stacklevel=3,
         )
     started = time.monotonic()
     journal = Journal(resume, program, config, batches) if resume else None
@@ -138,7 +140,8 @@ def _require_finite(program: ExportedProgram, selection: Selection) -> None:
         # False for NaN too.
         if not weight_of(program, site).abs().amax() <= most:
             raise GraphError(
-                f"the weight of '{site.name}' holds NaN, infinity or what fp32 can't hold; exclude it or repair the model"
+                f"the weight of '{site.name}' holds NaN, infinity or more than fp32 can hold; exclude it or repair the "
+                "model"
             )
 
 
@@ -181,9 +184,9 @@ class _Run:
             generator = torch.Generator().manual_seed(seed_of(group.name, config.seed))
             return solve(weights, stats, config, generator), config.method, config.bits
 
-        packed, sites = self._finished(group) or self._solve(group, weights, solved, stats)
+        packed, sites = self._finished(group) or self._solve(group, solved, stats)
         self.tokens = max(self.tokens, stats.tokens)
-        if 0 < stats.tokens and stats.distinct < group.in_features and not isinstance(config, RTN):
+        if stats.tokens > 0 and stats.distinct < group.in_features and not isinstance(config, RTN):
             self.few[group.name] = stats.distinct, group.in_features
         self._record(packed, sites)
         # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
@@ -197,7 +200,7 @@ class _Run:
             solution = solve_data_free(weight, config.head_bits, config.group_size, config.clip_steps)
             return solution, RTN.method, config.head_bits
 
-        packed, sites = self._finished(head) or self._solve(head, [weight], rounded)
+        packed, sites = self._finished(head) or self._solve(head, rounded)
         self._record(packed, [replace(site, embedding=True) for site in sites])
 
     def warn_of_few_tokens(self) -> None:
@@ -209,7 +212,7 @@ class _Run:
             f"calibration holds few tokens for the width of {len(self.few)} of {len(self.groups)} groups of layers: "
             f"'{name}' has {width} inputs and saw {distinct} distinct tokens; what was not seen is rounded as without "
             f"data. Calibrate on real text of {4 * width} tokens or more",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _record(self, packed: PackedGroup, sites: list[PackedSite]) -> None:
@@ -224,7 +227,6 @@ class _Run:
     def _solve(
         self,
         group: Group,
-        weights: list[Tensor],
         method: Callable[[], tuple[GroupSolution, str, int]],
         stats: Statistics | None = None,
     ) -> tuple[PackedGroup, list[PackedSite]]:

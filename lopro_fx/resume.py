@@ -50,7 +50,8 @@ class Journal:
                 raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
             if found != fingerprint["fingerprint"]:
                 raise CheckpointError(
-                    f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name another"
+                    f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name "
+                    "another"
                 )
         else:
             with replacing(marker) as temporary:

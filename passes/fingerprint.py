@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Digest:
-    """SHA-256 of values that are added one after another, each with its kind and size, so that none runs into the next."""
+    """SHA-256 of values that are added one after another, each with its size, so that none runs into the next."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()

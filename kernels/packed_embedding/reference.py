@@ -33,6 +33,6 @@ def packed_embedding(
         (*ids.shape, in_features) of `dtype`.
     """
     groups = scales.shape[1]
-    places = ids.unsqueeze(-1) * groups + torch.arange(groups, device=ids.device)
+    places = ids.unsqueeze(-1) * groups + torch.arange(groups, device=ids.device, dtype=torch.int64)
     rows = unpack(embedding(ids, codes), bits, in_features)
     return scaled(rows, embedding(ids, scales), unpack_at(zeros, bits, places), group_size, dtype)

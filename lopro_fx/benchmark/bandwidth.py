@@ -20,7 +20,7 @@ def read_bandwidth(size: int | None = None, repeats: int = 7) -> float:
         repeats: runs after one that is not counted, which also gets the pages from the system.
     """
     size = max(_SMALLEST, 4 * last_level_cache()) if size is None else size
-    values = torch.ones(size // 8, dtype=torch.int64)
+    values = torch.ones(size // 8, dtype=torch.int64, device="cpu")
     best = float("inf")
     for run in range(repeats + 1):
         started = time.perf_counter()

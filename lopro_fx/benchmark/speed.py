@@ -64,7 +64,9 @@ def measure_speed(
         if value < 1:
             raise ConfigError(f"{name}={value}: at least 1 is needed")
     batch = model.batch_size
-    prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(
+        vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu"
+    )
     prefill, first, decode = [], [], []
     for run in range(repeats + 1):
         model.reset()

@@ -80,11 +80,14 @@ class _Recorder(LockstepRunner):
 
     def __init__(self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node]) -> None:
         super().__init__(program, [batch])
+        for values in (self._shared, *self._values):
+            values.update((node, value.clone()) for node, value in values.items()
+                          if isinstance(value, Tensor) and value.is_inference())  # fmt: skip
         self.found: dict[Node, Tensor] = {}
         self.leads: dict[Node, torch.Size] = {}
         self._watched = watched
         # Added to an output, it starts the graph there and leaves the output free for writes in place.
-        self._start = torch.zeros((), requires_grad=True)
+        self._start = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
 
     def _run(self, node: Node) -> None:
         super()._run(node)
@@ -92,7 +95,7 @@ class _Recorder(LockstepRunner):
             values = self._shared if node in self._shared else self._values[0]
             y = values[node] + self._start.to(values[node].dtype)
             self.leads[node] = y.shape[:-1]
-            self.found[node] = torch.zeros(y.numel() // y.shape[-1] + y.shape[-1])
+            self.found[node] = torch.zeros(y.numel() // y.shape[-1] + y.shape[-1], dtype=torch.float32, device=y.device)
             # The hook holds the sum alone: with the runner in it, the graph of every batch would live on in a cycle.
             y.register_hook(partial(_add_squared, self.found[node]))
             values[node] = y
@@ -127,7 +130,9 @@ def _squared_gradients(
         labels = torch.multinomial(gradient, 1, generator=generator)
     if visible is not None:
         labels = torch.where(visible.unsqueeze(1), labels, -1)
-    gradient.scatter_add_(1, labels.clamp_min(0), torch.full(labels.shape, -1.0)).mul_(labels >= 0)
+    gradient.scatter_add_(
+        1, labels.clamp_min(0), torch.full(labels.shape, -1.0, dtype=torch.float32, device=labels.device)
+    ).mul_(labels >= 0)
     del outputs, floating
     logits.backward(gradient)
     parts = [_of_text(total, padding.visible(recorder.leads[node])) for node, total in recorder.found.items()]
@@ -161,7 +166,7 @@ def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
     """`squared` holds, for each site, what `_Recorder` found in each batch."""
     widths = [site.out_features for site in group.sites]
     sizes = [len(batch) - widths[0] for batch in squared[0]]
-    tokens, rows = torch.zeros(sum(sizes)), []
+    tokens, rows = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu"), []
     for site, width in zip(squared, widths, strict=True):
         every = torch.cat([batch[:-width] for batch in site])
         if not torch.isfinite(every).all():

@@ -32,7 +32,11 @@ class Statistics:
 
 def data_free(in_features: int) -> Statistics:
     """Identity Gram: every input direction counts the same."""
-    return Statistics(torch.eye(in_features), torch.ones(in_features), 0)
+    return Statistics(
+        torch.eye(in_features, dtype=torch.float32, device="cpu"),
+        torch.ones(in_features, dtype=torch.float32, device="cpu"),
+        0,
+    )
 
 
 def measure(
@@ -66,11 +70,11 @@ def measure(
         return rows if exponent == 0 else rows * 2.0**-exponent
 
     norms = [tokens_of(batch, text).square().sum(1) for batch, text in zip(inputs, seen, strict=True)]
-    weights = importance or [torch.ones(len(norm)) for norm in norms]
+    weights = importance or [torch.ones_like(norm) for norm in norms]
     every = torch.cat(norms) * torch.cat(list(weights))
     # Zero tokens, such as padding, would make the median zero where they are the most.
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
-    gram, magnitude, tokens = torch.zeros(n, n), torch.zeros(n), 0
+    gram, magnitude, tokens = norms[0].new_zeros(n, n), norms[0].new_zeros(n), 0
     directions = _Directions(n)
     for index, (batch, text, norm, weight) in enumerate(zip(inputs, seen, norms, weights, strict=True)):
         if not torch.isfinite(norm).all():
@@ -110,16 +114,16 @@ class _Directions:
 
     def __init__(self, width: int) -> None:
         rng = torch.Generator().manual_seed(width)
-        self._projection = torch.randn(width, self._PROJECTIONS, generator=rng)
-        self._hash = torch.randint(2**62, (self._PROJECTIONS,), generator=rng)
+        self._projection = torch.randn(width, self._PROJECTIONS, generator=rng, dtype=torch.float32, device="cpu")
+        self._hash = torch.randint(2**62, (self._PROJECTIONS,), generator=rng, dtype=torch.int64, device="cpu")
         self._seen: list[Tensor] = []
 
     def add(self, rows: Tensor, norm: Tensor) -> None:
         """`norm` (t,) holds the squares of the rows' lengths."""
         some = norm > 0
-        direction = rows[some] @ self._projection / norm[some].sqrt().unsqueeze(1)
+        direction = rows[some] @ self._projection.to(rows.device) / norm[some].sqrt().unsqueeze(1)
         # Sums of products wrap around, which makes them a hash of the cell.
-        self._seen.append(((direction / self._CELL).round().to(torch.int64) * self._hash).sum(1))
+        self._seen.append(((direction / self._CELL).round().cpu().to(torch.int64) * self._hash).sum(1))
 
     @property
     def count(self) -> int:

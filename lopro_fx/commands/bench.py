@@ -16,6 +16,7 @@ from lopro_fx.commands.data import positive, whole
 from lopro_fx.commands.export import write_package
 from lopro_fx.deploy.package import read_manifest
 from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS, DEFAULT
 from lopro_fx.report.table import render
 
 
@@ -29,7 +30,9 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=whole, metavar="N", help="threads of torch (default: as torch chooses)")
     parser.add_argument("--batch-size", type=whole, metavar="N", help="with a folder: texts together (default: 1)")
     parser.add_argument(
-        "--activations", choices=("int8", "float"), help="with a folder: what the CPU kernel reads (default: int8)"
+        "--activations",
+        choices=tuple(ACTIVATIONS),
+        help=f"with a folder: what the CPU kernel reads (default: {DEFAULT})",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, with every run's seconds")
 
@@ -45,7 +48,7 @@ def run(args: Namespace) -> None:
         path = str(Path(folder) / "model.pt2")
         write_package(
             args.model, path, max_cache_len=args.prompt_tokens + args.new_tokens, batch_size=args.batch_size or 1,
-            activations=args.activations or "int8",
+            activations=args.activations or DEFAULT,
         )  # fmt: skip
         _bench(args, path)
 

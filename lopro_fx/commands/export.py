@@ -15,6 +15,7 @@ from lopro_fx.deploy.package import package
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import save_pretrained
 from lopro_fx.huggingface.save import require_replaceable, shard_bytes
+from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS, DEFAULT
 from lopro_fx.models import export_for_generation, rebuild_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.optimize import optimize
@@ -40,8 +41,9 @@ def add(parser: ArgumentParser) -> None:
     positive(parser, "--batch-size", 1, "texts generated together")
     parser.add_argument(
         "--activations",
-        choices=("int8", "float"),
-        help="what the CPU kernel reads: rounded to 8 bits, or as it is (default: int8 in a package, float with --hf)",
+        choices=tuple(ACTIVATIONS),
+        default=DEFAULT,
+        help="what the CPU kernel reads: rounded to 8 bits, or as it is (default: %(default)s)",
     )
 
 
@@ -52,7 +54,7 @@ def run(args: Namespace) -> None:
     check_name(args.package or args.aoti)
     if args.package:
         options = {"max_cache_len": args.max_cache_len, "batch_size": args.batch_size,
-                   "activations": args.activations or "int8"}  # fmt: skip
+                   "activations": args.activations}  # fmt: skip
         result = write_package(args.folder, args.package, **options)
     else:
         # Fewer nodes compute the same and compile in less time.
@@ -94,7 +96,7 @@ def _save_for_transformers(args: Namespace) -> None:
     with quiet():
         model: Any = rebuild_model(source.program, config)
     model.generation_config = generation_config
-    options = {"activations": args.activations or "float", "max_shard_size": args.max_shard_size}
+    options = {"activations": args.activations, "max_shard_size": args.max_shard_size}
     with reporting("save"):
         save_pretrained(model, state_of(source.program), args.hf, source.tokenizer, **options)
     output.say(f"{args.hf}: import lopro_fx, then AutoModelForCausalLM.from_pretrained({args.hf!r})")

@@ -111,9 +111,11 @@ def _tokens(
     rows = prompts + [prompts[0]] * (model.batch_size - len(prompts))
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
-    ids = torch.tensor([[row[0]] * pad + row for row, pad in zip(rows, padding, strict=True)])
+    ids = torch.tensor(
+        [[row[0]] * pad + row for row, pad in zip(rows, padding, strict=True)], dtype=torch.int64, device="cpu"
+    )
     model.reset()
-    logits = model.prefill(ids, torch.tensor(padding) if any(padding) else None)
+    logits = model.prefill(ids, torch.tensor(padding, dtype=torch.int64, device="cpu") if any(padding) else None)
     ended = [False] * len(prompts)
     for index in range(count):
         tokens = sampler.pick(logits)

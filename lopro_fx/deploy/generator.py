@@ -67,7 +67,7 @@ class Generator:
         self.rows: int | None = cache.vocabulary
         self._prefill, self._decode, self._device = prefill, decode, torch.device(device)
         self._keys, self._values = cache.allocate(device)
-        self._slots = torch.arange(cache.max_cache_len, device=device)
+        self._slots = torch.arange(cache.max_cache_len, device=device, dtype=torch.int64)
         self.reset()
 
     @classmethod
@@ -141,7 +141,7 @@ class Generator:
                 f"{end} tokens, prompt included, don't fit the cache of {self.cache.max_cache_len}: shorten the "
                 "prompt, ask for fewer tokens, or export with a larger max_cache_len"
             )
-        position = torch.tensor([self._tokens], device=self._device)
+        position = torch.tensor([self._tokens], device=self._device, dtype=torch.int64)
         slots = self._slots[: max(end, 2)]
         logits = program(input_ids.to(self._device), position, self._padding, slots, self._keys, self._values)
         self._tokens = end
@@ -164,7 +164,7 @@ class Recompute:
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._ids = torch.zeros(1, 0, dtype=torch.int64)
+        self._ids = torch.zeros(1, 0, dtype=torch.int64, device="cpu")
 
     def prefill(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:
         """As `TokenModel.prefill`; one row is never padded."""

@@ -28,6 +28,7 @@ from lopro_fx.deploy.generator import Generator
 from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import reason_of, replacing
+from lopro_fx.kernels.cpu_site.activations import DEFAULT
 from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize
@@ -42,7 +43,7 @@ _LARGE = 1 << 16
 
 
 def package(
-    programs: GenerationPrograms, path: str | Path, tokenizer: Any = None, *, activations: str = "int8"
+    programs: GenerationPrograms, path: str | Path, tokenizer: Any = None, *, activations: str = DEFAULT
 ) -> AotiResult:
     """Compile both programs for the device that their weights are on and write them as one package.
 

@@ -86,6 +86,6 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def _restored(name: str, tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
     if name in layout["strides"]:
-        strided = torch.empty_strided(tensor.shape, layout["strides"][name], dtype=tensor.dtype)
+        strided = torch.empty_strided(tensor.shape, layout["strides"][name], dtype=tensor.dtype, device="cpu")
         tensor = strided.copy_(tensor)
     return tensor.to(layout["devices"].get(name, "cpu"))

@@ -173,7 +173,7 @@ class ProgramLM(TemplateLM):
         require_known(self.program, ids, "the prompt")
         start, text = len(ids), ""
         while len(ids) - start < new_tokens:
-            token = int(self.program(torch.tensor([ids]))[0, -1].argmax())
+            token = int(self.program(torch.tensor([ids], dtype=torch.int64, device="cpu"))[0, -1].argmax())
             if token == self.eot_token_id:
                 break
             ids.append(token)

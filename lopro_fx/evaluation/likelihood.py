@@ -28,8 +28,8 @@ def continuation(
     require_known(program, tokens, "the text to score")
     total, greedy = 0.0, True
     with torch.no_grad():
-        logits = program(torch.tensor([tokens[:-1]], device=device))[0, given - 1 :]
-        targets = torch.tensor(tokens[given:], device=logits.device)
+        logits = program(torch.tensor([tokens[:-1]], device=device, dtype=torch.int64))[0, given - 1 :]
+        targets = torch.tensor(tokens[given:], device=logits.device, dtype=torch.int64)
         for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
             logp = rows.float().log_softmax(-1)
             total += logp.gather(1, wanted[:, None]).double().sum().item()

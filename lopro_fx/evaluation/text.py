@@ -66,7 +66,7 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | No
         raise ConfigError(
             f"the text has {len(ids)} tokens, a window needs {seq_len}: give more text or shorter windows"
         )
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64, device="cpu").view(count, seq_len)
 
 
 def _first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:

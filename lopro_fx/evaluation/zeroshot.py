@@ -111,7 +111,9 @@ def zero_shot(
     right = right_norm = 0
     for done, item in enumerate(items, 1):
         scores = score_item(scorer, tokenizer, item, branched=branched, dtype=dtype, device=device)
-        sizes = torch.tensor([max(1, len(choice.ending.lstrip().encode())) for choice in item.choices])
+        sizes = torch.tensor(
+            [max(1, len(choice.ending.lstrip().encode())) for choice in item.choices], dtype=torch.int64, device="cpu"
+        )
         right += int(scores.argmax()) == item.label
         right_norm += int((scores / sizes).argmax()) == item.label
         progress(done, len(items), f"accuracy {right / done:.3f}")
@@ -142,7 +144,9 @@ def score_item(
     if branched:
         scores = _one_pass(scorer, pairs, dtype, device)
     else:
-        scores = torch.tensor([continuation(scorer, *pair, device)[0] for pair in pairs], dtype=torch.float64)
+        scores = torch.tensor(
+            [continuation(scorer, *pair, device)[0] for pair in pairs], dtype=torch.float64, device="cpu"
+        )
     if not scores.isfinite().all():
         raise ModelError(f"item {item.id}: the log-probabilities are not finite: check the model's weights")
     return scores
@@ -167,18 +171,22 @@ def _one_pass(
         keep += [p - 1 if p == shared else start + p - 1 for p in range(given, len(tokens))]
         targets += tokens[given:]
         owner += [index] * (len(tokens) - given)
-    inputs = (torch.tensor([ids]), torch.tensor([positions]), _mask(torch.tensor(branch), dtype), torch.tensor(keep))
+    inputs = (_ids([ids]), _ids([positions]), _mask(_ids(branch), dtype), _ids(keep))
     with torch.no_grad():
         logits = scorer(*(tensor.to(device) for tensor in inputs)).float()
-        logp = logits.log_softmax(-1).cpu().gather(1, torch.tensor(targets)[:, None])[:, 0].double()
-    return torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, torch.tensor(owner), logp)
+        logp = logits.log_softmax(-1).cpu().gather(1, _ids(targets)[:, None])[:, 0].double()
+    return torch.zeros(len(pairs), dtype=torch.float64, device="cpu").index_add_(0, _ids(owner), logp)
+
+
+def _ids(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
     """(1, 1, S, S): 0 where the query (row) may see the key, the type's lowest value elsewhere; branch -1 is shared."""
-    order = torch.arange(len(branch))
+    order = torch.arange(len(branch), dtype=torch.int64, device="cpu")
     seen = (order[:, None] >= order) & ((branch[:, None] == branch) | (branch == -1))
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+    return torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def _encode(tokenizer: Any, choice: Choice, item_id: int | str) -> tuple[list[int], int]:

@@ -25,6 +25,9 @@ when_imported("transformers.quantizers.auto", _register)
 def __getattr__(name: str) -> Any:
     if name == "LoProConfig":
         require_transformers("LoProConfig")
+        # Registers, which imports the module below as a whole; importing that first would meet itself half-way.
+        import transformers.quantizers.auto  # noqa: F401
+
         from lopro_fx.huggingface.quantizer import LoProConfig
 
         return LoProConfig

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopro_fx.errors import ModelError
+from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS
 from lopro_fx.kernels.packing.format import dequantize
 from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
 
-# By the name in a config: width of the activation's codes in `lopro::cpu_site`; 0 keeps it as it is.
-ACTIVATIONS = {"float": 0, "int8": 8}
 _TABLE, _BRANCH, _SHARED = ("codes", "scales", "zeros"), ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
 
 
@@ -86,7 +85,7 @@ class PackedWeight(Packed):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
 

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
-from lopro_fx.huggingface.modules import ACTIVATIONS, Packed, PackedWeight
+from lopro_fx.huggingface.modules import Packed, PackedWeight
 from lopro_fx.huggingface.renaming import HELD, STORED, CodesRenaming, codes_renaming, rename_on_saving
 from lopro_fx.huggingface.replace import (
     embedding_of,
@@ -29,6 +29,7 @@ from lopro_fx.huggingface.replace import (
     untie,
 )
 from lopro_fx.huggingface.versions import require_transformers
+from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS, DEFAULT
 
 METHOD = "lopro_fx"
 FORMAT = 1
@@ -41,7 +42,8 @@ class LoProConfig(QuantizationConfigMixin):
     the rest is read from the folder.
 
     Args:
-        activations: "float", or "int8" to round each token's rotated activations inside the CPU kernel.
+        activations: "int8" to round each token's rotated activations inside the CPU kernel, or "float" to keep them; a
+            GPU rounds none.
         method: the method and its parameters, as `Method.to_dict` gives them.
         groups, sites: see `lopro_fx/huggingface/layout.py`.
         lopro_fx: version that wrote the folder.
@@ -54,7 +56,7 @@ class LoProConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        activations: str = "float",
+        activations: str = DEFAULT,
         *,
         method: dict[str, Any] | None = None,
         groups: dict[str, Any] | None = None,

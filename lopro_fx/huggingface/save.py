@@ -14,6 +14,7 @@ from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.versions import require_transformers
+from lopro_fx.kernels.cpu_site.activations import DEFAULT
 from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
 
@@ -21,7 +22,7 @@ REPORT = "lopro_fx_report.json"
 _CONFIG = "config.json"
 
 
-def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> Any:
+def pack_model(model: Any, state: QuantState, *, activations: str = DEFAULT) -> Any:
     """A copy of a transformers model with packed Linears; it shares every tensor that stays with `model`.
 
     With `head_bits`, an embedding that is tied to the output projection is packed too.
@@ -30,7 +31,8 @@ def pack_model(model: Any, state: QuantState, *, activations: str = "float") -> 
         model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export. Its
             weights that `state` replaces are not read.
         state: from `lopro_fx.calibrate`.
-        activations: "float", or "int8" to round each token's rotated activations inside the CPU kernel.
+        activations: "int8" to round each token's rotated activations inside the CPU kernel, or "float" to keep them. It
+            is stored, `from_pretrained(quantization_config=LoProConfig(...))` overrides it, and a GPU rounds none.
 
     Returns:
         A model for `generate`, `pipeline`, `torch.compile` and `save_pretrained`.
@@ -60,7 +62,7 @@ def save_pretrained(
     folder: str | Path,
     tokenizer: Any = None,
     *,
-    activations: str = "float",
+    activations: str = DEFAULT,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once `lopro_fx` is imported.

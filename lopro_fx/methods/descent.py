@@ -62,7 +62,7 @@ def _fit_rows(weight: Tensor, gram: Tensor, rounded: Rounded, rows: slice) -> Te
     size = n if rounded.group_size == -1 else rounded.group_size
     old = rounded.scales[rows]
     groups = old.shape[1]
-    index = torch.arange(n) // size
+    index = torch.arange(n, dtype=torch.int64, device=weight.device) // size
     level = rounded.codes[rows].to(torch.float32) - (rounded.zeros[rows].to(torch.float32) + ZERO_OFFSET)[:, index]
 
     def by_group(x: Tensor) -> Tensor:

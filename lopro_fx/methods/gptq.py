@@ -35,7 +35,7 @@ class Rounded:
         """fp32 (m, n)."""
         n = self.codes.shape[1]
         size = n if self.group_size == -1 else self.group_size
-        group = torch.arange(n) // size
+        group = torch.arange(n, dtype=torch.int64, device=self.codes.device) // size
         zero = self.zeros.to(torch.float32) + ZERO_OFFSET
         return (self.codes.to(torch.float32) - zero[:, group]) * self.scales[:, group]
 
@@ -104,11 +104,11 @@ def round_with_feedback(
     """
     m, n = weight.shape
     size = n if group_size == -1 else group_size
-    storage = torch.arange(n) if order is None else order
+    storage = torch.arange(n, dtype=torch.int64, device=weight.device) if order is None else order
     columns, group = weight.T[storage], storage // size
-    codes = torch.empty(n, m)
-    error = torch.empty(n, m)
-    scales = torch.empty(group_count(n, group_size), m)
+    codes = weight.new_empty(n, m)
+    error = weight.new_empty(n, m)
+    scales = weight.new_empty(group_count(n, group_size), m)
     zeros = torch.empty_like(scales)
     if static:
         pivots = torch.empty_like(fb.pivots).index_copy_(0, storage, fb.pivots)

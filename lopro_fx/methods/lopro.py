@@ -112,7 +112,7 @@ def initial_factors(
         config.power_iterations,
         lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
     )
-    return divided(left, torch.as_tensor(share)), right / scale
+    return divided(left, torch.as_tensor(share, dtype=left.dtype, device=left.device)), right / scale
 
 
 def column_scale(magnitude: Tensor) -> Tensor:
@@ -148,9 +148,7 @@ def _row_scale(stats: Statistics, share: Tensor | float) -> Tensor | float:
     return share if stats.rows is None else share * stats.rows.sqrt().unsqueeze(1)
 
 
-def _pose(
-    name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor
-) -> _Problem:
+def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor) -> _Problem:
     moved = transform.gram(stats.gram)
     order = rotation.group_order(moved, config.group_size)
     fb = feedback(moved[order][:, order], config.damp)

@@ -44,13 +44,15 @@ def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
 
 
 def in_unit(factor: Factor, unit: float) -> Factor:
-    """The factor times a power of two, which its scales take; those of fp16 values are made where fp16 lacks the range.
-    """
+    """The factor times a power of two, which its scales take; fp16 values get some where fp16 lacks the range."""
     if factor.scale is not None:
         return replace(factor, scale=factor.scale * unit)
     if _NEAR_ONE[0] <= unit <= _NEAR_ONE[1]:
         return replace(factor, values=factor.values * unit)
-    return replace(factor, scale=torch.full((factor.values.shape[factor.dim],), unit, dtype=torch.float32))
+    return replace(
+        factor,
+        scale=torch.full((factor.values.shape[factor.dim],), unit, dtype=torch.float32, device=factor.values.device),
+    )
 
 
 def randomized_svd(
@@ -62,7 +64,7 @@ def randomized_svd(
     """
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
-    basis = matrix @ torch.randn(n, width, generator=generator, dtype=matrix.dtype)
+    basis = matrix @ torch.randn(n, width, generator=generator, dtype=matrix.dtype, device="cpu")
     for _ in range(iterations):
         basis = torch.linalg.qr(basis).Q
         basis = matrix @ torch.linalg.qr(matrix.T @ basis).Q
@@ -88,7 +90,7 @@ def r1_sketch(
     m, n = matrix.shape
     left, right = matrix.new_zeros(m, rank), matrix.new_zeros(rank, n)
     for i in range(min(rank, m, n)):
-        u = remainder @ torch.randn(n, generator=generator, dtype=matrix.dtype)
+        u = remainder @ torch.randn(n, generator=generator, dtype=matrix.dtype, device="cpu")
         for _ in range(iterations):
             u = remainder @ (remainder.T @ (u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)))
         u = rounding(u / u.norm().clamp_min(torch.finfo(u.dtype).tiny))

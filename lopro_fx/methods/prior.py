@@ -24,7 +24,7 @@ def informed(stats: Statistics) -> Statistics:
     gram, n = stats.gram, stats.gram.shape[0]
     mean = gram.diagonal().mean().item()
     if not mean > 0:
-        return replace(stats, gram=torch.eye(n, dtype=gram.dtype))
+        return replace(stats, gram=torch.eye(n, dtype=gram.dtype, device=gram.device))
     gram = gram * 2.0 ** (1 - math.frexp(mean)[1])
     if stats.tokens:
         gram.diagonal().add_((n / max(stats.distinct, 1)) ** 2 * gram.diagonal().mean())

@@ -52,7 +52,7 @@ def importance_order(residual: Tensor, hessian: Tensor) -> Tensor:
     """
     diagonal = hessian.diagonal().to(torch.float64)
     alive = diagonal > 0
-    floor = diagonal[alive].min() if alive.any() else torch.ones((), dtype=torch.float64)
+    floor = diagonal[alive].min() if alive.any() else torch.ones((), dtype=torch.float64, device=diagonal.device)
     spread = torch.log2(torch.where(alive, diagonal, floor) / floor) + 1
     score = residual.abs().mean(0).to(torch.float64) / spread
     score = torch.where(alive, score, torch.full_like(score, torch.inf))
@@ -80,4 +80,4 @@ def as_index(order: Tensor) -> Tensor:
 
 def random_signs(width: int, generator: torch.Generator) -> Tensor:
     """Packed random signs for `width` columns."""
-    return pack_signs(torch.randint(0, 2, (width,), generator=generator) * 2 - 1)
+    return pack_signs(torch.randint(0, 2, (width,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1)

@@ -37,7 +37,7 @@ def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedPr
     def forward(self: Any, input_ids: Tensor) -> Tensor:
         return plain_forward(self, input_ids=input_ids, use_cache=False).logits
 
-    example = (torch.zeros(2, max(example_length, 2), dtype=torch.int64),)
+    example = (torch.zeros(2, max(example_length, 2), dtype=torch.int64, device="cpu"),)
     shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1, max=table_limit(model))}}
     return export_view(model, forward, example, shapes)
 
@@ -67,10 +67,10 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
     size = 8
     dtype = next(model.parameters()).dtype
     example = (
-        torch.zeros(1, size, dtype=torch.int64),
-        torch.arange(size)[None],
-        torch.zeros(1, 1, size, size, dtype=dtype),
-        torch.arange(size // 2),
+        torch.zeros(1, size, dtype=torch.int64, device="cpu"),
+        torch.arange(size, dtype=torch.int64, device="cpu")[None],
+        torch.zeros(1, 1, size, size, dtype=dtype, device="cpu"),
+        torch.arange(size // 2, dtype=torch.int64, device="cpu"),
     )
     sequence = Dim("sequence", min=2, max=table_limit(model))
     shapes = {

@@ -68,9 +68,14 @@ def _programs(
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
-        zeros = torch.zeros(spec.batch_size, tokens, dtype=torch.int64)
+        zeros = torch.zeros(spec.batch_size, tokens, dtype=torch.int64, device="cpu")
         keys, values = spec.allocate(device)
-        small = (zeros, torch.zeros(1, dtype=torch.int64), zeros[:, 0].clone(), torch.arange(tokens + 2))
+        small = (
+            zeros,
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+            zeros[:, 0].clone(),
+            torch.arange(tokens + 2, dtype=torch.int64, device="cpu"),
+        )
         return (*(tensor.to(device) for tensor in small), keys, values)
 
     tokens, slots = Dim("tokens", min=1, max=spec.max_cache_len), Dim("slots", min=2, max=spec.max_cache_len)
@@ -96,7 +101,7 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
     def forward(
         self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
     ) -> Tensor:
-        written = position + torch.arange(input_ids.shape[1], device=position.device)
+        written = position + torch.arange(input_ids.shape[1], dtype=torch.int64, device=position.device)
         with positions_given(self, takes, (written - padding[:, None]).clamp(min=0)) as positions:
             output = plain_forward(
                 self,

@@ -58,7 +58,8 @@ class Report:
         )
         rows = [tuple(row.get(column, "") for column in columns) for row in self.rows]
         title = (
-            f"{self.config.get('method', 'quantised')}: {len(self.rows)} layers, {self.bits_per_weight:.3f} bits per weight, "
+            f"{self.config.get('method', 'quantised')}: {len(self.rows)} layers, "
+            f"{self.bits_per_weight:.3f} bits per weight, "
             f"{self.packed_bytes:,} bytes packed, {self.kept_bytes:,} bytes kept"
         )
         return render(title, columns, rows)

@@ -23,7 +23,7 @@ def chosen(request):
 def folder(chosen, tmp_path_factory) -> Path:
     """What `save_pretrained` wrote for `chosen`, in several shards; not to be changed."""
     path = tmp_path_factory.mktemp("saved") / "model"
-    lopro_fx.save_pretrained(chosen.model, chosen.state, path, max_shard_size="8KB")
+    lopro_fx.save_pretrained(chosen.model, chosen.state, path, max_shard_size="8KB", activations="float")
     return path
 
 
@@ -32,7 +32,7 @@ def tied_folder(tmp_path_factory) -> Path:
     """The "tied" case in one shard, with a tokenizer; not to be changed."""
     path = tmp_path_factory.mktemp("saved") / "tied"
     chosen = case("tied")
-    lopro_fx.save_pretrained(chosen.model, chosen.state, path, _tokenizer())
+    lopro_fx.save_pretrained(chosen.model, chosen.state, path, _tokenizer(), activations="float")
     return path
 
 

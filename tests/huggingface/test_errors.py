@@ -89,7 +89,7 @@ def test_description_of_another_model(copied):
 
 
 def test_unknown_activations(tied_folder):
-    with pytest.raises(ConfigError, match=r"activations='int4'.*float, int8"):
+    with pytest.raises(ConfigError, match=r"activations='int4'.*int8, float"):
         lopro_fx.LoProConfig(activations="int4")
     with pytest.raises(ConfigError, match="activations='int4'"):
         lopro_fx.pack_model(case("tied").model, case("tied").state, activations="int4")

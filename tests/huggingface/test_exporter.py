@@ -39,7 +39,7 @@ def test_export_with_dynamic_sizes():
     program = exported.components["model"].program
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("lopro.packed_linear.default") == len(quantizer.states[0].sites) == 14
-    packed = lopro_fx.pack_model(model, quantizer.states[0])
+    packed = lopro_fx.pack_model(model, quantizer.states[0], activations="float")
     for length in (16, 5):
         inputs = _sample(3, length)
         logits = program.module()(**inputs)["logits"]

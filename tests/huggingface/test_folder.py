@@ -85,7 +85,7 @@ def test_saving_what_was_loaded_loses_nothing_and_repeats(loaded, folder, tmp_pa
 def test_source_model_is_left_as_it_was(chosen, folder):
     assert type(chosen.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert getattr(chosen.model.config, "quantization_config", None) is None
-    packed = lopro_fx.pack_model(chosen.model, chosen.state)
+    packed = lopro_fx.pack_model(chosen.model, chosen.state, activations="float")
     assert packed.model.norm.weight is chosen.model.model.norm.weight
 
 
@@ -121,7 +121,7 @@ def test_other_dtypes_leave_the_packed_format_alone(chosen, loaded, folder, dtyp
 
 def test_bfloat16_checkpoint_keeps_its_dtype(tmp_path):
     chosen = case("tied", torch.bfloat16)
-    lopro_fx.save_pretrained(chosen.model, chosen.state, tmp_path / "model")
+    lopro_fx.save_pretrained(chosen.model, chosen.state, tmp_path / "model", activations="float")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert file.get_slice("model.norm.weight").get_dtype() == "BF16"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -170,7 +170,7 @@ def test_output_projection_that_was_quantised_is_no_longer_tied(tmp_path):
     config = lopro_fx.RTN(bits=4, group_size=32, include=("*", "lm_head"))
     state = lopro_fx.calibrate(chosen.program, None, config)
     assert "lm_head" in state.sites
-    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model")
+    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.lm_head, PackedLinear)
     ids = token_ids(2, 6)
@@ -184,7 +184,7 @@ def test_output_projection_that_was_quantised_is_no_longer_tied(tmp_path):
 def test_packed_head_shares_its_codes_with_a_tied_embedding(tmp_path, head_bits):
     chosen = case("tied")
     state = lopro_fx.calibrate(chosen.program, None, lopro_fx.RTN(bits=4, group_size=32, head_bits=head_bits))
-    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model")
+    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.lm_head.table is loaded.model.embed_tokens
     assert not [name for name in _stored(tmp_path / "model") if name.startswith("lm_head")]
@@ -209,7 +209,9 @@ def test_model_rebuilt_from_a_saved_program(tmp_path, head_bits):
     program = lopro_fx.load(tmp_path / "program")
     state = state_of(program)
     assert state.packed_bytes == lopro_fx.report(quantized).packed_bytes
-    lopro_fx.save_pretrained(rebuild_model(program, chosen.model.config), state, tmp_path / "model")
+    lopro_fx.save_pretrained(
+        rebuild_model(program, chosen.model.config), state, tmp_path / "model", activations="float"
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = token_ids(2, 6)
     assert_close("logits", quantized.module()(ids), loaded(ids).logits, TOLERANCE[torch.float32])
