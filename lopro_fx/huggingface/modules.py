@@ -146,8 +146,8 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         return torch.ops.lopro.packed_embedding(ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def dense(self) -> Tensor:
-        table = (*self(), self.bits, self.group_size)
-        return dequantize(*table, self.embedding_dim, self.dtype)
+        codes, scales, zeros = self()
+        return dequantize(codes, scales, zeros, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def place(self) -> tuple[tuple[int, int], torch.device]:
         return (self.num_embeddings, self.embedding_dim), self.table.codes.device
@@ -204,7 +204,8 @@ def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
     def reduced(self: PackedEmbedding) -> Any:
         return _rebuilt, (kind,), self.__dict__
 
-    return type(f"Packed{kind.__name__}", (kind, PackedEmbedding), {"forward": forward, "__reduce__": reduced})
+    bases: tuple[Any, ...] = (kind, PackedEmbedding)
+    return type(f"Packed{kind.__name__}", bases, {"forward": forward, "__reduce__": reduced})
 
 
 class PackedInput(Packed):
