@@ -128,10 +128,10 @@ def test_texts_that_are_short_or_the_same_are_named(run, model_folder, tmp_path)
     (tmp_path / "short").write_text("Another text of few words. " * 12)
     base = ("quantize", model_folder, "--method", "rtn", "--seq-len", "32", "--calib-samples", "4",
             "--eval-windows", "3")  # fmt: skip
-    code, out, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "text")
+    code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "text")
     assert code == 0
     assert "3 of 3 evaluation windows share passages" in err
-    code, out, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "short")
+    code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "short")
     assert code == 0
     assert "short fills 2 windows of 32 tokens, 3 were asked for" in err
     assert "share" not in err
