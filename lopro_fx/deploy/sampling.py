@@ -36,7 +36,7 @@ class Sampler:
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
         try:
             self._generator = torch.Generator().manual_seed(seed)
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, ValueError, OverflowError) as error:  # depends on the version
             raise ConfigError(f"seed={seed}: must have at most 64 bits") from error
 
     def pick(self, logits: Tensor) -> Tensor:

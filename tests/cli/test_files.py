@@ -12,6 +12,7 @@ import pytest
 
 from lopro_fx.commands import quantize, target
 from lopro_fx.deploy.manifest import MANIFEST
+from lopro_fx.models import load_model
 from tests.cli.conftest import SMALL
 
 _RTN = (*SMALL, "--method", "rtn", "--bits", "4")
@@ -125,13 +126,16 @@ def test_figures_are_printed_where_files_fail_at_the_end(run, model_folder, monk
 def test_texts_that_are_short_or_the_same_are_named(run, model_folder, tmp_path):
     words = [f"word{index} is number {index * 7919 % 1000}." for index in range(300)]
     (tmp_path / "text").write_text(" ".join(words))
-    (tmp_path / "short").write_text("Another text of few words. " * 12)
+    tokenizer, short = load_model(str(model_folder), None).tokenizer, "Another text"
+    while len(tokenizer(short)["input_ids"]) < 70:
+        short += " of few words"
+    (tmp_path / "short").write_text(short)
     base = ("quantize", model_folder, "--method", "rtn", "--seq-len", "32", "--calib-samples", "4",
             "--eval-windows", "3")  # fmt: skip
-    code, out, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "text")
+    code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "text")
     assert code == 0
     assert "3 of 3 evaluation windows share passages" in err
-    code, out, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "short")
+    code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "short")
     assert code == 0
     assert "short fills 2 windows of 32 tokens, 3 were asked for" in err
     assert "share" not in err

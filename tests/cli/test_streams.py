@@ -80,10 +80,10 @@ def test_redirections(run, model_folder, quantized_folder, tmp_path):
     done = _shell('"$@" >&- 2>&- <&-', "quantize", model_folder, *SMALL, *_RTN, "--out", out, "--json", tmp_path / "j")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert json.loads((tmp_path / "j").read_text())["bytes_after"] == sum(f.stat().st_size for f in out.iterdir())
-    done = _shell('"$@" >&-', "report", out, "--json", tmp_path / "r")
+    done = _shell('"$@" >&-', "report", quantized_folder, "--json", tmp_path / "r")
     assert done.returncode == 0
     assert "relative_loss" in (tmp_path / "r").read_text()
-    assert done.stderr.startswith(table[:20])
+    assert done.stderr == table
     done = _shell('"$@" 2>&1 | head -c 5', "report", quantized_folder)
     assert done.stdout == table[:5]
     done = _shell('("$@"; echo $? >&3) 3>&2 2>&1 | true', "report", quantized_folder)

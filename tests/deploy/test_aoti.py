@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from torch import nn
 import lopro_fx
 from lopro_fx.deploy.aoti import size_bound
 from lopro_fx.errors import CheckpointError, GraphError
-from tests.deploy.models import LanguageModel, export_lm, names, quantized_lm, token_ids
+from lopro_fx.kernels.cpu_site import build, native
+from tests.deploy.models import LanguageModel, export_lm, full_disk, names, quantized_lm, token_ids
 from tests.helpers import assert_close
 
 # Enough weight that a second copy of the embedding (4 MB), or one dense Linear (1 MB) a layer, would show in the size.
@@ -91,6 +95,46 @@ def test_size_bound_counts_tied_weights_once(quantized):
     assert (
         size_bound(quantized) == int(0.05 * report.packed_bytes) + report.packed_bytes + report.kept_bytes + constants
     )
+
+
+_PATHS = """
+import sys, tempfile, torch, lopro_fx
+from pathlib import Path
+assert " " in torch.__file__ and " " in tempfile.gettempdir()
+torch.manual_seed(0)
+program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()), (torch.randn(2, 64),))
+quantized = lopro_fx.quantize(program, None, lopro_fx.RTN(bits=4, group_size=32))
+fast = lopro_fx.optimize(quantized, target="cpu", activations="float")
+path = lopro_fx.export_aoti(fast, sys.argv[1]).path
+x = torch.randn(2, 64)
+torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), fast.module()(x))
+"""
+
+
+def test_no_path_has_to_please_a_command_line(tmp_path):
+    """The package's, that of temporary files, the kernel's and torch's own."""
+    if not native.load():
+        pytest.skip("no C++ compiler built the kernel")
+    temporary, cache, site, target = (tmp_path / name for name in ("t 'm' $p", "c:a che", "site packages", "o u;t é"))
+    temporary.mkdir()
+    built = build.archive().parent
+    shutil.copytree(built, cache / built.name)
+    site.symlink_to(Path(torch.__file__).parents[1])
+    places = {"TMPDIR": temporary, "LOPRO_FX_CACHE": cache, "PYTHONPATH": site}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", _PATHS, str(target / "a model.pt2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert names(target) == ["a model.pt2"]
+
+
+def test_a_full_disk_of_temporary_files_is_named(program, tmp_path):
+    """A target in a path with a space is compiled elsewhere, and elsewhere may be smaller."""
+    with full_disk(20_000), pytest.raises(CheckpointError, match="full; set TMPDIR") as caught:
+        lopro_fx.export_aoti(program, tmp_path / "a folder" / "model.pt2")
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path / "a folder") == []
 
 
 def test_name_of_the_file(quantized, tmp_path):
