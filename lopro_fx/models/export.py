@@ -6,6 +6,7 @@ of the two functions made it, so that one quantisation state fits both programs.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from lopro_fx.errors import ModelError
-from lopro_fx.models.positions import table_limit
+from lopro_fx.models.masks import Form, Misuse, check_masks
+from lopro_fx.models.positions import own_window, positions_given, table_limit
 
 _TRIES = 3
 _SUGGESTION = re.compile(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)")
@@ -37,8 +39,9 @@ def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedPr
     def forward(self: Any, input_ids: Tensor) -> Tensor:
         return plain_forward(self, input_ids=input_ids, use_cache=False).logits
 
-    example = (torch.zeros(2, max(example_length, 2), dtype=torch.int64, device="cpu"),)
-    shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1, max=table_limit(model))}}
+    limit = table_limit(model)
+    example = (torch.zeros(2, max(min(example_length, limit or example_length), 2), dtype=torch.int64, device="cpu"),)
+    shapes = {"input_ids": {0: Dim("batch", min=1), 1: Dim("sequence", min=1, max=limit)}}
     return export_view(model, forward, example, shapes)
 
 
@@ -47,24 +50,23 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
 
     Inputs: `input_ids` (1, S) int64; `position_ids` (1, S) int64; `mask` (1, 1, S, S), of the model's dtype, added to
     the attention scores, row = query; `keep` (K,) int64, the positions whose logits are wanted. Output: logits (K,
-    vocabulary). S >= 2 and K >= 1 are dynamic. The mask replaces the model's own, a sliding window included.
+    vocabulary). S >= 2 and K >= 1 are dynamic. The mask replaces the model's own, a sliding window included; a window
+    that is a table of the model's (GPT-Neo) can't be replaced, so S is no longer than it.
 
-    Raises: ModelError if torch.export can't trace the model, e.g. one whose forward takes no `position_ids`.
+    Raises: ModelError if torch.export can't trace the model, or the model doesn't add the mask to its scores.
     """
     plain_forward = type(model).forward
+    takes = inspect.signature(plain_forward).parameters
+    keeps = "logits_to_keep" in takes
 
     def forward(self: Any, input_ids: Tensor, position_ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-        output = plain_forward(
-            self,
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            use_cache=False,
-            logits_to_keep=keep,
-        )
-        return output.logits[0]
+        kept = {"logits_to_keep": keep} if keeps else {}
+        with positions_given(self, takes, position_ids) as positions:
+            output = plain_forward(self, input_ids=input_ids, attention_mask=mask, use_cache=False, **positions, **kept)
+        return output.logits[0] if keeps else output.logits[0, keep]
 
-    size = 8
+    limit = min((limit for limit in (table_limit(model), own_window(model)) if limit is not None), default=None)
+    size = min(8, limit or 8)
     dtype = next(model.parameters()).dtype
     example = (
         torch.zeros(1, size, dtype=torch.int64, device="cpu"),
@@ -72,14 +74,19 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
         torch.zeros(1, 1, size, size, dtype=dtype, device="cpu"),
         torch.arange(size // 2, dtype=torch.int64, device="cpu"),
     )
-    sequence = Dim("sequence", min=2, max=table_limit(model))
+    sequence = Dim("sequence", min=2, max=limit)
     shapes = {
         "input_ids": {1: sequence},
         "position_ids": {1: sequence},
         "mask": {2: sequence, 3: sequence},
         "keep": {0: Dim("kept", min=1)},
     }
-    return export_view(model, forward, example, shapes)
+    program = export_view(model, forward, example, shapes)
+    try:
+        check_masks(program, "mask", Form.ADDED, 1)
+    except Misuse as error:
+        raise ModelError(f"{type(model).__name__} can't be exported with a mask of its caller: {error}") from error
+    return program
 
 
 def export_view(
@@ -101,7 +108,9 @@ def export_view(
     view.__dict__.update(model.__dict__)
     device = next(model.parameters()).device
     example = tree_map(lambda tensor: tensor.to(device), example)
-    for _ in range(_TRIES):
+    tries = 0
+    while True:
+        tries += 1
         try:
             with torch.no_grad():
                 # torch 2.11 can't see that min(8 s, 16 s) is 8 s where keys are repeated: it shall check that, not
@@ -111,11 +120,10 @@ def export_view(
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )  # fmt: skip
         except Exception as error:  # tracing runs the model's own code, which may raise anything
-            reason, narrowed = error, _narrowed(shapes, str(error))
-        if narrowed is None:
-            break
-        shapes = narrowed
-    raise ModelError(f"{kind.__name__} can't be exported: {_reason(reason)}") from reason
+            narrowed = _narrowed(shapes, str(error)) if tries < _TRIES else None
+            if narrowed is None:
+                raise ModelError(f"{kind.__name__} can't be exported: {_reason(error)}") from error
+            shapes = narrowed
 
 
 def _narrowed(shapes: dict[str, Any], text: str) -> dict[str, Any] | None:

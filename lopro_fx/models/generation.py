@@ -20,7 +20,7 @@ from lopro_fx.passes import compat
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: int = 1) -> GenerationPrograms:
+def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1) -> GenerationPrograms:
     """Export a model as the two programs that generate text with a KV cache.
 
     Their weights are named as in the model, so a `QuantState` calibrated on `export_causal_lm`'s program fits both:
@@ -44,20 +44,18 @@ def export_for_generation(model: nn.Module, *, max_cache_len: int, batch_size: i
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
     windows = _windows(model.config.get_text_config(decoder=True))
     spec = _cache_spec(model, batch_size, max_cache_len)
-    preferred, other = _mask_dtypes(model)
-    try:
-        return _programs(model, spec, windows, preferred)
-    except (Misuse, ModelError) as error:
-        reason = error
-    try:
-        return _programs(model, spec, windows, other)
-    except (Misuse, ModelError):
-        if isinstance(reason, ModelError):
-            raise reason from None
-        raise ModelError(
-            f"{type(model).__name__} can't be exported with a cache: it doesn't take masks as transformers' other "
-            f"models do, {reason}"
-        ) from reason
+    reasons: list[Misuse | ModelError] = []
+    for dtype in _mask_dtypes(model):
+        try:
+            return _programs(model, spec, windows, dtype)
+        except (Misuse, ModelError) as error:
+            reasons.append(error)
+    if isinstance(reasons[0], ModelError):
+        raise reasons[0]
+    raise ModelError(
+        f"{type(model).__name__} can't be exported with a cache: it doesn't take masks as transformers' other models "
+        f"do, {reasons[0]}"
+    ) from reasons[0]
 
 
 def _programs(
@@ -120,8 +118,11 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
 def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, int | None], dtype: torch.dtype) -> Any:
     """Masks (B, 1, S, L) of where a token may look: at itself and at the text before it.
 
-    Boolean ones are True there; those of another dtype, which are added to scores, are 0 there.
+    Boolean ones are True there; floating-point ones, which are added to scores, are 0 there. An integer one is (B, L),
+    1 where there is text: the model makes its own of it.
     """
+    if dtype == torch.int64:
+        return (slots >= padding[:, None]).to(dtype)
     mine, others = written[:, None], slots[None, :]
     # A padding token looks at itself alone: a row of the softmax with nothing in it would be NaN.
     visible = ((others <= mine) & (others >= padding[:, None, None])) | (others == mine)
@@ -168,12 +169,12 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
     return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
 
 
-def _mask_dtypes(model: Any) -> tuple[torch.dtype, torch.dtype]:
+def _mask_dtypes(model: Any) -> tuple[torch.dtype, ...]:
     """Types of masks to try, first that which the model's attention should take."""
     kind = model.config.get_text_config(decoder=True)._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ModelError(f"attn_implementation='{kind}' takes no masks; load the model with 'sdpa' or 'eager'")
-    return (torch.bool, model.dtype) if kind == "sdpa" else (model.dtype, torch.bool)
+    return (torch.bool, model.dtype, torch.int64) if kind == "sdpa" else (model.dtype, torch.bool, torch.int64)
 
 
 def _windows(config: Any) -> dict[str, int | None]:

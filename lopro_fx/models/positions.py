@@ -31,10 +31,16 @@ def table_limit(model: Any) -> int | None:
     """Most tokens that tables of positions and of causal masks have room for, or None where there are no tables."""
     if not hasattr(model, "config") or (limit := configured_limit(model)) is None:
         return None
-    tables = {module.num_embeddings for module in _tables(model)}
-    masks = {buffer.shape[-1] for buffer in model.buffers() if buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]}
-    fits = any(limit <= size <= limit + _SPARE for size in tables | masks)
-    return max(limit - first_position(model), 1) if fits else None
+    tables = [module.num_embeddings for module in _tables(model)]
+    # torch.export tells a whole mask from a part of one, and takes parts only.
+    limits = [mask.shape[-1] - 1 for mask in _own_masks(model)]
+    limits += [limit for size in tables if limit <= size <= limit + _SPARE]
+    return max(min(limits) - first_position(model), 2) if limits else None
+
+
+def own_window(model: nn.Module) -> int | None:
+    """How far the model's own masks look back in any layer, which no mask of the caller changes; None without any."""
+    return min((int(mask[..., -1, :].sum()) for mask in _own_masks(model)), default=None)
 
 
 def first_position(model: nn.Module) -> int:
@@ -95,15 +101,22 @@ def table_of_slots(program: ExportedProgram) -> str | None:
 def _origins(node: Node) -> Iterator[Node]:
     """What the operands are views of."""
     for operand in node.all_input_nodes:
-        while operand.op == "call_function" and operand.target in _VIEWS:
-            operand = operand.args[0]  # pyright: ignore[reportAssignmentType]
-        yield operand
+        origin: Any = operand
+        while origin.op == "call_function" and origin.target in _VIEWS:
+            origin = origin.args[0]
+        yield origin
 
 
 def _counts(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.dtype.is_floating_point and value.dtype != torch.bool
     return isinstance(value, torch.SymInt)
+
+
+def _own_masks(model: nn.Module) -> Iterator[Tensor]:
+    for buffer in model.buffers():
+        if buffer.dtype == torch.bool and buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2] > 2:
+            yield buffer.flatten(0, -3)[0] if buffer.ndim > 2 else buffer
 
 
 def _tables(model: nn.Module) -> Iterator[nn.Embedding]:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lopro_fx.errors import ModelError
 from lopro_fx.models import export_causal_lm, export_scorer
 from tests.families import VOCAB, causal_lm
-from tests.helpers import generator
+from tests.helpers import assert_close, generator
+from tests.models.positioned import make
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,50 @@ def test_scorer_obeys_mask_and_positions(llama):
     torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt_neo", "bert", "bart", "roberta", "falcon with alibi"])
+def test_length_of_a_table_of_positions_bounds_the_sequence(name):
+    model = make(name)
+    program = export_causal_lm(model)
+    longest = {"falcon with alibi": 80, "roberta": 62, "gpt_neo": 63}.get(name, 64)
+    for ids in (_ids(1, 1), _ids(2, 9), torch.randint(3, VOCAB, (1, longest), generator=generator())):
+        with torch.no_grad():
+            assert_close("logits", model(input_ids=ids, use_cache=False).logits, program.module()(ids), 1e-5)
+    upper = [size.upper for size in program.range_constraints.values()]
+    assert (longest in upper) == (name != "falcon with alibi")
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt_neo", "bart", "roberta"])
+def test_scorer_gives_its_positions_and_mask_to_every_family(name):
+    model = make(name)
+    scorer = export_scorer(model).module()
+    ids = torch.randint(3, VOCAB, (1, 6), generator=generator())
+    mask = torch.full((1, 1, 6, 6), torch.finfo(torch.float32).min).triu(1)
+    mask[..., 4:, 2:4] = torch.finfo(torch.float32).min
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3]])
+    with torch.no_grad():
+        got = scorer(ids, positions, mask, torch.tensor([3, 5]))
+        one = model(input_ids=ids[:, :4], use_cache=False).logits[0, -1]
+        other = model(input_ids=ids[:, [0, 1, 4, 5]], use_cache=False).logits[0, -1]
+    assert_close("logits", torch.stack([one, other]), got, 1e-5)
+
+
+def test_window_that_the_scorer_can_not_replace_bounds_the_sequence():
+    scorer = export_scorer(make("gpt_neo")).module()
+    ids, mask = torch.ones(1, 7, dtype=torch.int64), torch.zeros(1, 1, 7, 7)
+    with pytest.raises(Exception, match="6"):
+        scorer(ids, torch.arange(7)[None], mask, torch.tensor([0]))
+
+
+def test_range_that_the_model_needs_is_found():
+    """BigBird has another attention for long texts; no setting names the length where it begins."""
+    config = transformers.BigBirdConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=128, block_size=8, is_decoder=True,
+    )  # fmt: skip
+    program = export_causal_lm(transformers.BigBirdForCausalLM(config).eval())
+    assert 88 in [size.upper for size in program.range_constraints.values()]
+
+
 def test_half_precision_model():
     half = causal_lm("llama", torch.bfloat16)
     ids = _ids(2, 6)
@@ -107,3 +155,16 @@ def test_model_that_cannot_be_traced():
     with pytest.raises(ModelError, match="Branching can't be exported") as caught:
         export_causal_lm(Branching())
     assert "\n" not in str(caught.value)
+
+
+def test_reason_of_torch_is_quoted():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(8, 4))
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.table[: input_ids.shape[1]] + self.table)
+
+    with pytest.raises(ModelError, match=r"sequence.*8"):
+        export_causal_lm(Fixed())
