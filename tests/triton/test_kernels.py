@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -316,3 +318,25 @@ def test_merged_linears_keep_scales_of_their_own(device: torch.device, parts: in
     latent = project(rotated, down, down_scale).unsqueeze(0)
     got = packed_linear_device(rotated, codes, scales, zeros, bias, latent, up, up_scale, 3, 64, 16, 1)
     assert_close("matmul", expected, got.cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**90])
+@pytest.mark.parametrize("factor_bits", [8, 16])
+def test_scales_outside_fp16(device: torch.device, unit: float, factor_bits: int) -> None:
+    """Scales in fp32, those of fp16 factors too, which have none elsewhere."""
+    p = problem(2, 192, 66, 3, 64, rank=3, block=64, factor_bits=factor_bits)
+    up_scale = torch.ones(3) if p.up_scale is None else p.up_scale.float()
+    p = replace(p, scales=p.scales.float() * unit, up_scale=up_scale * unit)
+    x, perm, signs, block, _, down, down_scale, codes, scales, zeros, _, up, up_scale, _, _ = p.args(device)
+    expected = packed_site(*p.args())
+    assert torch.isfinite(expected).all()
+    prepared = decode_prepare(x, perm, signs, block, down, 3, 64)
+    got = decode_product(*prepared, codes, scales, zeros, None, down_scale, up, up_scale, 3, 64, 1, torch.float32)
+    assert_close("decode", expected, got.cpu(), 5e-4)
+    rotated = rotate(x, perm, signs, block, 0)
+    latent = project(rotated, down, down_scale).unsqueeze(0)
+    got = packed_linear_device(rotated, codes, scales, zeros, None, latent, up, up_scale, 3, 64, 16, 1)
+    assert_close("matmul", expected, got.cpu(), 1e-5)
+    branch = (up, up_scale, down, down_scale)
+    weight = dequantize_device(codes, scales, zeros, 3, 64, 192, torch.float32, *branch)
+    assert_close("dense", expected, functional.linear(rotated, weight).cpu(), 1e-5)
