@@ -181,7 +181,8 @@ def find_sites(
         bias = node.args[2] if len(node.args) > 2 else None
         bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
-        sites[fqn] = Site(name, fqn, bias_fqn, *matrix.shape, tensor.dtype, [node], tables, transposed)
+        rows, width = matrix.shape
+        sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module)
@@ -214,7 +215,7 @@ def _name(node: Node, fqn: str, tied: Sequence[str]) -> str:
     return next((path for path in paths if f"{path}.weight" in tied), fqn.removesuffix(".weight"))
 
 
-def _packet(node: Node) -> object:
+def _packet(node: Node) -> Any:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 
