@@ -68,11 +68,13 @@ def _products(program: ExportedProgram) -> bool:
 
 def match(node: Node, weights: Weights) -> Product | None:
     """The Linear that `node`, which isn't an `aten.linear`, computes with a parameter; None if it computes none."""
-    matcher = _MATCHERS.get(node.target)
-    return matcher(node, weights) if matcher and isinstance(node.meta.get("val"), torch.Tensor) else None
+    matcher = _MATCHERS.get(node.target)  # pyright: ignore[reportArgumentType]
+    return matcher(node.args, node.kwargs, weights) if matcher else None
 
 
-def _product(x: Any, weight: Any, weights: Weights, rows: bool, **more: Any) -> Product | None:
+def _product(
+    x: Any, weight: Any, weights: Weights, rows: bool, bias: Node | None = None, columns: bool = False
+) -> Product | None:
     """`rows`: the weight's rows are output features."""
     if not isinstance(x, Node) or not isinstance(weight, Node) or x.meta["val"].dtype not in (*FLOATS, torch.float64):
         return None
@@ -82,52 +84,51 @@ def _product(x: Any, weight: Any, weights: Weights, rows: bool, **more: Any) -> 
         return None
     if not (found.whole or found.transposed):
         return None
-    return Product(x, found, found.whole != rows, **more)
+    # `einsum` repeats an operand of one feature.
+    if x.meta["val"].shape[-2 if columns else -1] != weight.meta["val"].shape[1 if rows else 0]:
+        return None
+    return Product(x, found, found.whole != rows, bias, columns)
 
 
-def _matmul(node: Node, weights: Weights) -> Product | None:
-    left, right = node.args
+def _matmul(args: Any, _: Any, weights: Weights) -> Product | None:
+    left, right = args
     right_hand = _product(left, right, weights, rows=False)
     if right_hand is not None or not isinstance(right, Node):
         return right_hand
     return _product(right, left, weights, rows=True, columns=right.meta["val"].dim() > 1)
 
 
-def _addmm(node: Node, weights: Weights) -> Product | None:
-    if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+def _addmm(args: Any, kwargs: Any, weights: Weights) -> Product | None:
+    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return None
-    bias, left, right = node.args
+    bias, left, right = args
     return _product(left, right, weights, rows=False, bias=bias)
 
 
-def _inner(node: Node, weights: Weights) -> Product | None:
-    return _product(node.args[0], node.args[1], weights, rows=True)
+def _inner(args: Any, _: Any, weights: Weights) -> Product | None:
+    x, weight = args
+    return _product(x, weight, weights, rows=True)
 
 
-def _tensordot(node: Node, weights: Weights) -> Product | None:
-    x, weight, mine, others = node.args
-    assert isinstance(x, Node)
-    last = x.meta["val"].dim() - 1
-    if list(mine) not in ([-1], [last]) or len(others) != 1:  # pyright: ignore[reportArgumentType]
+def _tensordot(args: Any, _: Any, weights: Weights) -> Product | None:
+    x, weight, mine, others = args
+    if list(mine) not in ([-1], [x.meta["val"].dim() - 1]) or len(others) != 1:
         return None
-    return _product(x, weight, weights, rows=others[0] in (1, -1))  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    return _product(x, weight, weights, rows=others[0] in (1, -1))
 
 
-def _einsum(node: Node, weights: Weights) -> Product | None:
-    equation, operands = node.args[:2]
+def _einsum(args: Any, _: Any, weights: Weights) -> Product | None:
+    equation, operands = args[:2]
     terms, arrow, result = str(equation).replace(" ", "").partition("->")
     labels = terms.split(",")
     if not arrow or len(labels) != 2:
         return None
-    pairs = list(zip(labels, operands, strict=True))  # pyright: ignore[reportArgumentType]
+    pairs = list(zip(labels, operands, strict=True))
     for (of_x, x), (of_weight, weight) in (pairs, pairs[::-1]):
-        if (
-            len(of_weight) == 2
-            and len(set(of_weight)) == 2
-            and len(set(of_x.replace("...", ""))) == len(of_x.replace("...", ""))
-        ):
-            inner, free = of_x[-1:], of_weight.replace(of_x[-1:], "")
-            if inner in of_weight and free not in of_x and result == of_x[:-1] + free:
+        named, inner = of_x.replace("...", ""), of_x[-1:]
+        if len(of_weight) == len(set(of_weight)) == 2 and len(named) == len(set(named)) and inner in set(of_weight):
+            free = of_weight.replace(inner, "")
+            if free not in of_x and result == of_x[:-1] + free:
                 found = _product(x, weight, weights, rows=of_weight[1] == inner)
                 if found is not None:
                     return found

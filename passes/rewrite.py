@@ -118,10 +118,11 @@ class RewritePass(ProgramPass):
             linear,
         )  # fmt: skip
         call.meta[META] = {"site": site.name, "group": group.name, "bits": packed.bits}
-        weight = linear.args[1]
+        # Its input and bias have readers; its weight may be a view that now has none.
+        operands = linear.all_input_nodes
         editor.replace(linear, call)
-        assert isinstance(weight, Node)
-        editor.erase_unread(weight)
+        for operand in operands:
+            editor.erase_unread(operand)
 
     def _input_side(
         self,

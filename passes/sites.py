@@ -218,7 +218,7 @@ def _name(node: Node, fqn: str, tied: Sequence[str]) -> str:
     return next((path for path in paths if f"{path}.weight" in tied), fqn.removesuffix(".weight"))
 
 
-def _packet(node: Node) -> object:
+def _packet(node: Node) -> Any:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 

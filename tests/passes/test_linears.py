@@ -98,6 +98,7 @@ LEFT = {
     "another order": Spelling(lambda x, w, b: functional.linear(x, w.unflatten(1, (2, 16)).transpose(1, 2).flatten(1))),
     "addmm, scaled": Spelling(lambda x, w, b: torch.addmm(b, x, w.t(), beta=0.5), rank=2),
     "einsum, features first": Spelling(lambda x, w, b: torch.einsum("bsi,oi->bos", x, w).mT),
+    "einsum of a repeated feature": Spelling(lambda x, w, b: torch.einsum("bsi,oi->bso", x[..., :1], w)),
     "einsum, two contracted": Spelling(lambda x, w, b: torch.einsum("bsi,bi->bs", x[:OUT], w)[..., None] * b, (2, IN)),
     "both forms": Spelling(lambda x, w, b: (functional.linear(x, w) @ w)[..., :OUT]),
     "whole and in part": Spelling(lambda x, w, b: functional.linear(x, w) + functional.linear(x, w[:1])),
