@@ -34,6 +34,7 @@ from torch.fx import GraphModule, Node
 from lopro_fx.kernels.scratch import is_plain, plain_place, variable
 
 _PROGRAMS, _WEIGHTS = "data/aotinductor/", "data/weights/"
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def rebuild(
@@ -162,23 +163,23 @@ def aot_compile(
 def plain_paths(folder: Path) -> Iterator[None]:
     """Inductor's command lines without paths that need quotes, which it doesn't put around all of them.
 
-    Its cache moves if it lies in such a path, and torch itself is reached through a link in `folder`.
+    Temporary files and its cache move if they lie in such a path, and torch is reached through a link in `folder`.
     """
     from torch.utils import cpp_extension
 
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
-    names = ("_TORCH_PATH", "TORCH_LIB_PATH")
-    before = {name: getattr(cpp_extension, name) for name in names}
+    moved: list[tuple[Any, str, str]] = []
+    if not is_plain(tempfile.gettempdir()):
+        moved.append((tempfile, "tempdir", str(plain_place())))
+    if not is_plain(cpp_extension._TORCH_PATH):
+        (link := folder / "torch").symlink_to(cpp_extension._TORCH_PATH)
+        moved += [(cpp_extension, "_TORCH_PATH", str(link)), (cpp_extension, "TORCH_LIB_PATH", str(link / "lib"))]
     with ExitStack() as stack:
-        if not is_plain(cache):
+        if not is_plain(os.environ.get(_CACHE, "plain")):
             # One that stays: Inductor remembers for the process's life what it has put there.
-            stays = plain_place() / f"torchinductor_{os.getuid()}"
-            stack.enter_context(variable("TORCHINDUCTOR_CACHE_DIR", str(stays)))
-        if not is_plain(before["_TORCH_PATH"]):
-            (link := folder / "torch").symlink_to(before["_TORCH_PATH"])
-            for name, path in zip(names, (link, link / "lib"), strict=True):
-                setattr(cpp_extension, name, str(path))
-                stack.callback(setattr, cpp_extension, name, before[name])
+            stack.enter_context(variable(_CACHE, str(plain_place() / f"torchinductor_{os.getuid()}")))
+        for module, name, value in moved:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         yield
 
 

@@ -119,9 +119,7 @@ def _original(model: str, against: str | None, dtype: str) -> Source | None:
         made = json.loads(report.read_text(encoding="utf-8"))
         # A folder may have been named relative to where quantize ran; its origin holds the whole path.
         before, prefix, path = made["source"].partition("folder ")
-        # What was measured beside it had the type that the folder keeps.
-        kept = made.get("dtype", dtype) if dtype == "auto" else dtype
-        return open_either(path if prefix and not before else made["model"], kept)
+        return open_either(path if prefix and not before else made["model"], dtype)
     except (OSError, ValueError, KeyError, LoProError) as error:
         advice = "--against names the original, --alone leaves it out"
         warnings.warn(f"{model} is not compared with its original: {first_line(error)} ({advice})", stacklevel=2)

@@ -12,21 +12,32 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx.commands import data, output, target
-from lopro_fx.commands.source import DTYPES, Source, add_model, export
+from lopro_fx.commands.source import DTYPES, Source, add_name, export
 from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.files import same_place
+from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
+from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.progress import reporting
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
+from lopro_fx.state import state_of
 from lopro_fx.tokens import require_known
+
+_STORED = "auto"
 
 
 def add(parser: ArgumentParser) -> None:
-    add_model(parser, nargs="?", default=SMOLLM2)
+    add_name(parser, nargs="?", default=SMOLLM2)
+    parser.add_argument(
+        "--dtype",
+        choices=(_STORED, *DTYPES),
+        default=_STORED,
+        help="of what is not quantised; auto works in float32 and keeps the stored type (default: auto)",
+    )
     parser.add_argument("--method", choices=list(METHODS)[::-1], default="lopro", help="(default: lopro)")
     parser.add_argument("--bits", type=int, default=3, help="of a weight's code: 2, 3, 4 or 8 (default: 3)")
     sizes = ", ".join(map(str, GROUP_SIZES))
@@ -66,12 +77,14 @@ def run(args: Namespace) -> None:
         raise ConfigError(f"--json {args.json}: that is the folder of --out; name a file")
     out = None if args.out is None else target.Target(Path(args.out))
     texts = data.calibration_text(args.calib), data.evaluation_text(args.eval)
+    computed = DTYPES.get(args.dtype, torch.float32)
     with reporting("load the model"):
-        loaded = load_model(args.model, DTYPES[args.dtype])
+        loaded = load_model(args.model, computed)
     samples = texts[0].windows(loaded.tokenizer, args.seq_len, args.calib_samples)
     windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
     data.warn_of_overlap(samples, windows)
-    source, bytes_before = export(loaded), loaded.file_bytes
+    kept, bytes_before = loaded.stored if args.dtype == _STORED else computed, loaded.file_bytes
+    source = export(loaded)
     del loaded
     # The other windows are checked where they are evaluated, before anything else.
     require_known(source.program, samples, "the text to calibrate on")
@@ -80,17 +93,17 @@ def run(args: Namespace) -> None:
         out.require_space(source.program, selection, config)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows)
     quantized, seconds = _quantize(source, samples, config, out)
-    tokenizer, name, origin, settings, dtype = (
-        source.tokenizer, source.name, source.origin, source.settings, source.dtype
-    )  # fmt: skip
+    tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
     # The original weights go before the second evaluation.
     del source
     after = data.measure("perplexity after", quantized, tokenizer, windows)
+    if kept != computed:
+        quantized = _stored_as(kept, quantized, settings[0])
     figures = _figures(quantized, before, after, seconds)
     result = {
         "model": name,
         "source": origin,
-        "dtype": dtype,
+        "dtype": str(kept).removeprefix("torch."),
         **figures,
         "config": config.to_dict(),
         "calibration": {"text": texts[0].name, "windows": len(samples), "seq_len": args.seq_len},
@@ -134,6 +147,14 @@ def _quantize(
             progress=progress,
         )
     return quantized, time.monotonic() - started
+
+
+def _stored_as(dtype: torch.dtype, quantized: ExportedProgram, config: Any) -> ExportedProgram:
+    """The same packed tensors in the program of a model of `dtype`, and a configuration that says so."""
+    with reporting("export"), quiet():
+        program = export_causal_lm(rebuild_model(quantized, config, dtype))
+    config.dtype = dtype
+    return lopro_fx.apply(program, state_of(quantized))
 
 
 def _figures(

@@ -17,16 +17,14 @@ from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.progress import reporting
 
-# None is the type that the weights are stored in.
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
     """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from.
 
-    `settings` are the model's own configurations, each with `save_pretrained`, where there was a model; `dtype` is the
-    type of its weights.
+    `settings` are the model's own configurations, each with `save_pretrained`, where there was a model.
     """
 
     program: ExportedProgram
@@ -34,14 +32,18 @@ class Source:
     name: str
     origin: str
     settings: tuple[Any, ...] = ()
-    dtype: str = ""
 
 
 def add_model(parser: ArgumentParser, **options: Any) -> None:
     """The arguments that `open_model` reads."""
-    options.setdefault("help", "smollm2-135m, a Hugging Face folder or a hub name")
+    add_name(parser, **options)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def add_name(parser: ArgumentParser, **options: Any) -> None:
+    """The argument that `load_model` reads."""
+    options.setdefault("help", "smollm2-135m, a Hugging Face folder, a GGUF file or a hub name")
     parser.add_argument("model", metavar="MODEL", **options)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of what is not quantised (default: as stored)")
 
 
 def open_model(name: str, dtype: str) -> Source:
@@ -65,8 +67,7 @@ def export(loaded: LoadedModel) -> Source:
     settings = (model.config, model.generation_config)
     with reporting("export"):
         program = export_causal_lm(model)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Source(program, loaded.tokenizer, loaded.name, loaded.source, settings, dtype)
+    return Source(program, loaded.tokenizer, loaded.name, loaded.source, settings)
 
 
 def is_checkpoint(name: str) -> bool:

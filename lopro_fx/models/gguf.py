@@ -38,21 +38,23 @@ def parts_of(file: Path) -> list[Path]:
     return parts
 
 
-def own_type(parts: Sequence[Path]) -> torch.dtype:
+def own_type(file: Path) -> torch.dtype:
     """The floating-point type that matrices are stored in; bfloat16, which any value fits, where all are quantised.
 
     Vectors say nothing: llama.cpp writes those of every model in fp32.
     """
     from gguf import GGMLQuantizationType, GGUFReader
 
-    kinds = {tensor.tensor_type for part in parts for tensor in GGUFReader(part).tensors if len(tensor.shape) > 1}
+    kinds = {
+        tensor.tensor_type for part in parts_of(file) for tensor in GGUFReader(part).tensors if len(tensor.shape) > 1
+    }
     if GGMLQuantizationType.F16 in kinds:
         return torch.float16
     return torch.float32 if kinds == {GGMLQuantizationType.F32} else torch.bfloat16
 
 
-def read_gguf(file: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any, dict[str, Any]]:
-    """(model with dequantised weights of `dtype`, or of `own_type`, tokenizer, transformers' loading info).
+def read_gguf(file: str | Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
+    """(model with dequantised weights of `dtype`, tokenizer, transformers' loading info).
 
     Raises:
         ImportError: transformers or gguf is not installed.
@@ -71,7 +73,6 @@ def read_gguf(file: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any, di
         source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": whole.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = GgufConfig(dequantize=True)
-        dtype = own_type(parts) if dtype is None else dtype
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, quantization_config=config, output_loading_info=True
         )

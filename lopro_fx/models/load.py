@@ -11,7 +11,7 @@ from torch import nn
 
 from lopro_fx.errors import ModelError, first_line
 from lopro_fx.models import smollm2
-from lopro_fx.models.gguf import is_gguf, parts_of, read_gguf
+from lopro_fx.models.gguf import is_gguf, own_type, parts_of, read_gguf
 from lopro_fx.models.quiet import quiet
 
 SMOLLM2 = "smollm2-135m"
@@ -21,25 +21,26 @@ SMOLLM2 = "smollm2-135m"
 class LoadedModel:
     """A causal language model in eval mode, its Hugging Face tokenizer, the name asked for and where it came from.
 
-    `file_bytes` is the size of the files that it was read from, None where they aren't known.
+    `stored` is the type of the weights in its files, float32 where that is none of float32, bfloat16 and float16;
+    `file_bytes` is the size of those files, None where they aren't known.
     """
 
     model: nn.Module
     tokenizer: Any
     name: str
     source: str
+    stored: torch.dtype = torch.float32
     file_bytes: int | None = None
 
 
-def load_model(name: str, dtype: torch.dtype | None) -> LoadedModel:
+def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
     """Loads `smollm2-135m`, a folder in the Hugging Face layout, a GGUF file, or a model of the Hugging Face hub.
 
     Weights are mapped from the file where `dtype` is the stored one, so they cost no memory until they are read.
 
     Args:
         name: `smollm2-135m`, the path of a folder with `config.json` or of a GGUF file, or `owner/name` on the hub.
-        dtype: floating-point type of the weights; None takes the one that they are stored in, or float32 where that is
-            none of float32, bfloat16 and float16.
+        dtype: floating-point type of the weights.
 
     Raises: ModelError if the name is unknown, the model can't be fetched or read, weights are missing from its files,
         or a package that it needs is not installed.
@@ -54,20 +55,15 @@ def load_model(name: str, dtype: torch.dtype | None) -> LoadedModel:
     path = Path(location)
     try:
         with quiet():
-            if path.is_file():
-                model, tokenizer, info = read_gguf(path, dtype)
-            else:
-                stored = smollm2.DTYPE if name == SMOLLM2 else None
-                model, tokenizer, info = _read(location, dtype or stored)
-        if dtype is None and model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            model = model.float()
+            model, tokenizer, info = (read_gguf if path.is_file() else _read)(location, dtype)
+            stored = smollm2.DTYPE if name == SMOLLM2 else own_type(path) if path.is_file() else _stored(location)
     except ModelError:
         raise
     except Exception as error:  # the libraries below raise anything from KeyError to SafetensorError here
         raise ModelError(f"{name}: model or tokenizer can't be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name}: its files lack {len(missing)} weights, first {missing[0]}: save the model again")
-    return LoadedModel(model.eval(), tokenizer, name, source, _file_bytes(name, path))
+    return LoadedModel(model.eval(), tokenizer, name, source, stored, _file_bytes(name, path))
 
 
 def _locate(name: str) -> tuple[str, str]:
@@ -93,13 +89,22 @@ def _locate(name: str) -> tuple[str, str]:
     return f"Hugging Face hub, {name}", name
 
 
-def _read(location: str, dtype: torch.dtype | None) -> tuple[Any, Any, dict[str, Any]]:
+def _read(location: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(location)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype or "auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True)
     model, info = loaded
     return model, tokenizer, info
+
+
+def _stored(location: str) -> torch.dtype:
+    """The type that the configuration names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(location)
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return named if named in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def _file_bytes(name: str, path: Path) -> int | None:

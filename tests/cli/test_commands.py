@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -10,6 +11,7 @@ import lopro_fx
 from lopro_fx.evaluation import builtin_text, token_windows
 from lopro_fx.models import export_causal_lm, load_model
 from tests.cli.conftest import SMALL
+from tests.helpers import assert_close
 
 KEYS = {
     "model", "source", "dtype", "method", "ppl_before", "ppl_after", "bits_per_weight", "weights", "packed_bytes",
@@ -118,6 +120,30 @@ def test_bfloat16_model(run, model_folder, tmp_path):
     code, _, err = run("quantize", model_folder, *SMALL, "--dtype", "bfloat16", "--method", "rtn", "--out", folder)
     assert (code, err) == (0, "")
     assert lopro_fx.load(folder).state_dict["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_default_keeps_the_stored_type_and_works_in_float32(run, model_folder, tmp_path, stored):
+    """The packed tensors are those of a run in float32, and what is kept has the values of the files, bit by bit."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    model = load_model(str(model_folder), torch.float32).model.to(stored)
+    model.save_pretrained(folder)
+    for name, options in (("own", ()), ("wide", ("--dtype", "float32"))):
+        files = ("--out", tmp_path / name, "--json", tmp_path / f"{name}.json")
+        assert run("quantize", folder, *SMALL, "--method", "gptq", *options, *files)[::2] == (0, "")
+    own, wide = (lopro_fx.load(tmp_path / name) for name in ("own", "wide"))
+    figures = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "wide")]
+    assert figures[0]["dtype"] == str(stored).removeprefix("torch.")
+    assert figures[0]["ppl_after"] == figures[1]["ppl_after"]
+    for name, tensor in wide.state_dict.items():
+        assert torch.equal(own.state_dict[name].to(tensor.dtype), tensor), name
+    kept = [tensor.dtype for name, tensor in own.state_dict.items() if name.endswith("norm.weight")]
+    assert set(kept) == {stored}
+    assert figures[0]["kept_bytes"] < figures[1]["kept_bytes"]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert_close("logits", wide.module()(ids), own.module()(ids).float(), 5e-2)
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["dtype"] == figures[0]["dtype"]
 
 
 def test_program_of_the_folder_computes_what_was_measured(model_folder, quantized_folder):

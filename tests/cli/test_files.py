@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lopro_fx.commands import quantize, target
 from lopro_fx.deploy.manifest import MANIFEST
@@ -126,7 +127,7 @@ def test_figures_are_printed_where_files_fail_at_the_end(run, model_folder, monk
 def test_texts_that_are_short_or_the_same_are_named(run, model_folder, tmp_path):
     words = [f"word{index} is number {index * 7919 % 1000}." for index in range(300)]
     (tmp_path / "text").write_text(" ".join(words))
-    tokenizer, short = load_model(str(model_folder), None).tokenizer, "Another text"
+    tokenizer, short = load_model(str(model_folder), torch.float32).tokenizer, "Another text"
     while len(tokenizer(short)["input_ids"]) < 70:
         short += " of few words"
     (tmp_path / "short").write_text(short)

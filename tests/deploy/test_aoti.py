@@ -119,7 +119,8 @@ def test_no_path_has_to_please_a_command_line(tmp_path):
     temporary.mkdir()
     built = build.archive().parent
     shutil.copytree(built, cache / built.name)
-    site.symlink_to(Path(torch.__file__).parents[1])
+    site.mkdir()
+    (site / "torch").symlink_to(Path(torch.__file__).parent)
     places = {"TMPDIR": temporary, "LOPRO_FX_CACHE": cache, "PYTHONPATH": site}
     environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
