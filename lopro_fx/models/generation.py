@@ -192,7 +192,9 @@ def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheS
         experts = switched(model.config, "_experts_implementation", "batched_mm")
         with torch.no_grad(), compat.fake_tensors(), experts:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-        layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
+        # Decoders of encoder-decoder models keep a cache for each of their attentions.
+        cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
+        layers = [layer for layer in cache.layers if layer.keys is not None]
         keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
         values = [(layer.values.shape[1], layer.values.shape[3]) for layer in layers]
         dtype = str(layers[0].keys.dtype).removeprefix("torch.")
