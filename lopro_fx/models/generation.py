@@ -42,10 +42,10 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
     limit = table_limit(model) or configured_limit(model)
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
-    windows = _windows(model.config.get_text_config(decoder=True))
+    windows, attempts = _windows(model.config.get_text_config(decoder=True)), _attempts(model)
     spec = _cache_spec(model, batch_size, max_cache_len)
     reasons: list[Misuse | ModelError] = []
-    for dtype, in_tables in _attempts(model):
+    for dtype, in_tables in attempts:
         forward = _forward(type(model).forward, windows, dtype, in_tables)
         try:
             return _programs(model, spec, forward)
