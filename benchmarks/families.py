@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="`kind:type` as in the table; all by default")
     parser.add_argument("--limit", type=int, default=120, help="seconds of CPU time for one architecture")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="where the rows of `names` go, as JSON")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -116,6 +117,8 @@ def main() -> None:
     rows = _run(names, args.limit, args.processes)
     counts = {column: dict(Counter(kind_of(row.get(column)) for row in rows)) for column in COLUMNS}
     print(json.dumps(counts, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps({"counts": counts, "rows": rows}, indent=1) + "\n")
     if not args.names:
         save_result("families", rows, counts=counts, limit=args.limit)
         print(Path(RESULTS) / "families.json")

@@ -92,7 +92,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
 # Settings that choose another path through the model: `architecture+name`.
 _VARIANTS: dict[str, dict[str, Any]] = {
     "causal:falcon+alibi": {"alibi": True},
-    "causal:falcon+heads": {"multi_query": False},
+    "causal:falcon+heads": {"multi_query": False, "num_kv_heads": 4},
     "causal:falcon+new": {"new_decoder_architecture": True},
     "causal:gpt_bigcode+heads": {"multi_query": False},
     "causal:mpt+clip": {"attn_config": {"clip_qkv": 1.0}},
@@ -186,6 +186,8 @@ def _randomise(model: nn.Module) -> None:
     }
     for name, tensor in model.named_parameters():
         noise = torch.randn(tensor.shape)
+        if not tensor.requires_grad:  # sines of positions
+            continue
         if id(tensor) in matrices:
             tensor.copy_(noise * (1.5 / max(1, tensor.shape[1:].numel()) ** 0.5))
         elif tensor.ndim >= 3:

@@ -42,12 +42,13 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
     limit = table_limit(model) or configured_limit(model)
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
-    windows = _windows(model.config.get_text_config(decoder=True))
+    windows, attempts = _windows(model.config.get_text_config(decoder=True)), _attempts(model)
     spec = _cache_spec(model, batch_size, max_cache_len)
     reasons: list[Misuse | ModelError] = []
-    for dtype in _mask_dtypes(model):
+    for dtype, in_tables in attempts:
+        forward = _forward(type(model).forward, windows, dtype, in_tables)
         try:
-            return _programs(model, spec, windows, dtype)
+            return _programs(model, spec, forward)
         except (Misuse, ModelError) as error:
             reasons.append(error)
     if isinstance(reasons[0], ModelError):
@@ -58,11 +59,8 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
     ) from reasons[0]
 
 
-def _programs(
-    model: nn.Module, spec: CacheSpec, windows: dict[str, int | None], mask_dtype: torch.dtype
-) -> GenerationPrograms:
-    """Both programs with masks of a type. Raises: Misuse if the model takes them for something else; ModelError."""
-    forward = _forward(type(model).forward, windows, mask_dtype)
+def _programs(model: nn.Module, spec: CacheSpec, forward: Any) -> GenerationPrograms:
+    """Both programs. Raises: Misuse if the model takes masks for something else than they are; ModelError."""
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
@@ -92,7 +90,7 @@ def _programs(
     return GenerationPrograms(prefill, decode, spec)
 
 
-def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype) -> Any:
+def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype, in_tables: bool) -> Any:
     takes = inspect.signature(plain_forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -100,7 +98,8 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
         self: Any, input_ids: Tensor, position: Tensor, padding: Tensor, slots: Tensor, keys: Any, values: Any
     ) -> Tensor:
         written = position + torch.arange(input_ids.shape[1], dtype=torch.int64, device=position.device)
-        with positions_given(self, takes, (written - padding[:, None]).clamp(min=0)) as positions:
+        places = (written - padding[:, None]).clamp(min=0)
+        with positions_given(self, takes, places, in_tables) as positions:
             output = plain_forward(
                 self,
                 input_ids=input_ids,
@@ -169,12 +168,14 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
     return Cache(layers=[Slots(key, value) for key, value in zip(keys, values, strict=True)])
 
 
-def _mask_dtypes(model: Any) -> tuple[torch.dtype, ...]:
-    """Types of masks to try, first that which the model's attention should take."""
+def _attempts(model: Any) -> list[tuple[torch.dtype, bool]]:
+    """Types of masks to try, first that which the model's attention should take, and whether tables of positions are
+    to look up those that they are given; last without."""
     kind = model.config.get_text_config(decoder=True)._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ModelError(f"attn_implementation='{kind}' takes no masks; load the model with 'sdpa' or 'eager'")
-    return (torch.bool, model.dtype, torch.int64) if kind == "sdpa" else (model.dtype, torch.bool, torch.int64)
+    dtypes = (torch.bool, model.dtype) if kind == "sdpa" else (model.dtype, torch.bool)
+    return [*((dtype, True) for dtype in (*dtypes, torch.int64)), (dtypes[0], False)]
 
 
 def _windows(config: Any) -> dict[str, int | None]:
@@ -197,7 +198,9 @@ def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheS
         experts = switched(model.config, "_experts_implementation", "batched_mm")
         with torch.no_grad(), compat.fake_tensors(), experts:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-        layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
+        # Decoders of encoder-decoder models keep a cache for each of their attentions.
+        cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
+        layers = [layer for layer in cache.layers if layer.keys is not None]
         keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
         values = [(layer.values.shape[1], layer.values.shape[3]) for layer in layers]
         dtype = str(layers[0].keys.dtype).removeprefix("torch.")

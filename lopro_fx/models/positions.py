@@ -16,6 +16,7 @@ _LIMITS = (
     "max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len",
 )  # fmt: skip
 _LOOK_UPS = (torch.ops.aten.embedding.default, torch.ops.aten.index_select.default)
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.linear.default)
 _VIEWS = (torch.ops.aten.unsqueeze.default, torch.ops.aten.slice.Tensor, torch.ops.aten.expand.default)
 _SPARE = 8  # rows that a table may have beyond the positions of the configuration
 
@@ -53,11 +54,13 @@ def first_position(model: nn.Module) -> int:
 
 
 @contextmanager
-def positions_given(model: Any, parameters: Collection[str], positions: Tensor) -> Iterator[dict[str, Tensor]]:
+def positions_given(
+    model: Any, parameters: Collection[str], positions: Tensor, in_tables: bool = True
+) -> Iterator[dict[str, Tensor]]:
     """Keyword arguments that tell a forward of these parameters its tokens' positions, int64 (B, S).
 
     Where it takes none, as decoders of encoder-decoder models don't, which count from the length of the cache, the
-    model's tables are made to look these positions up meanwhile.
+    model's tables are made to look these positions up meanwhile, with `in_tables`.
     """
     if "position_ids" in parameters:
         yield {"position_ids": positions + first_position(model)}
@@ -71,7 +74,7 @@ def positions_given(model: Any, parameters: Collection[str], positions: Tensor) 
         return output.reshape(*positions.shape, -1)
 
     with ExitStack() as stack:
-        for module in _tables(model):
+        for module in _tables(model) if in_tables else ():
             if "position_ids" in inspect.signature(module.forward).parameters:
                 stack.callback(module.register_forward_pre_hook(replace, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(reshape).remove)
@@ -80,6 +83,8 @@ def positions_given(model: Any, parameters: Collection[str], positions: Tensor) 
 
 def table_of_slots(program: ExportedProgram) -> str | None:
     """Name of the look-up in a table by a token's slot in the cache, padding included, or None if there is none.
+
+    Rows that are factors don't count: those of a rotation tell distances only.
 
     Args:
         program: with inputs `position` and `padding`, as in `GenerationPrograms`.
@@ -92,10 +97,18 @@ def table_of_slots(program: ExportedProgram) -> str | None:
         elif not operands or any(operand.name == "padding" for operand in _origins(node)):
             continue
         elif node.target in _LOOK_UPS and node.args[0] not in slots:
-            return node.name
+            if not _only_factors(node):
+                return node.name
         elif _counts(node.meta.get("val")):
             slots.add(node)
     return None
+
+
+def _only_factors(node: Node) -> bool:
+    return all(
+        user.target is torch.ops.aten.mul.Tensor or (user.target not in _SUMS and _only_factors(user))
+        for user in node.users
+    )
 
 
 def _origins(node: Node) -> Iterator[Node]:
