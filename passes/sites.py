@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.routers import find_routers
@@ -188,7 +189,7 @@ def find_sites(
         sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed, owners)
     left += [
         Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
-        for parent, name, target in _nested_linears(program.graph_module)
+        for parent, name, target in _nested_linears(program.graph_module, weights)
     ]
     grouped = _grouped(site for fqn, site in sites.items() if fqn not in outputs)
     return Selection(grouped, left, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
@@ -310,11 +311,30 @@ def _embeddings(program: ExportedProgram, fqns: Mapping[str, str]) -> dict[Node,
             if isinstance(node.args[0], Node) and node.args[0].name in fqns}  # fmt: skip
 
 
-def _nested_linears(root: GraphModule) -> Iterator[tuple[str, str, str]]:
-    for parent, module in root.named_modules():
-        if parent and isinstance(module, GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=_LINEAR):
-                yield parent, node.name, str(_LINEAR)
+def _nested_linears(root: GraphModule, weights: Weights) -> Iterator[tuple[str, str, str]]:
+    """(nested graph, weight or node, operator) of every Linear that isn't in the top-level graph."""
+    for call in root.graph.nodes:
+        nodes = [operand for operand in pytree.tree_leaves(call.args) if isinstance(operand, Node)]
+        bodies = [node for node in nodes if node.op == "get_attr" and isinstance(_attribute(root, node), GraphModule)]
+        # Operands stand behind the graphs that take them.
+        operands = nodes[nodes.index(bodies[-1]) + 1 :] if bodies else []
+        for body in bodies:
+            nested = _attribute(root, body)
+            inner = weights.inside(nested.graph, operands)
+            for node in nested.graph.nodes:
+                if node.target is _LINEAR or _packet(node) in _PRODUCTS:
+                    found = _weight_of(node, inner)
+                    if found or node.target is _LINEAR:
+                        name = inner.fqn(found).removesuffix(".weight") if found else node.name
+                        yield str(body.target), name, str(node.target)
+            yield from _nested_linears(nested, inner)
+
+
+def _attribute(root: GraphModule, node: Node) -> Any:
+    value: Any = root
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _grouped(sites: Iterable[Site]) -> list[Group]:

@@ -53,6 +53,7 @@ class Weights:
 
     def __init__(self, graph: Graph, fqns: Mapping[str, str], signature: ExportGraphSignature) -> None:
         self._written = {base_of(operand) for node in graph.nodes for operand in written_operands(node)}
+        self._signature = signature
         mutated = set(signature.buffers_to_mutate.values())
         self.fqns = {name: fqn for name, fqn in fqns.items() if fqn not in mutated}
         self._parameters = set(signature.parameters)
@@ -61,6 +62,12 @@ class Weights:
     def of(cls, program: ExportedProgram) -> Weights:
         """Those of a program."""
         return cls(program.graph, parameter_fqns(program), program.graph_signature)
+
+    def inside(self, graph: Graph, operands: Sequence[Node]) -> Weights:
+        """Those of a nested graph, which is given `operands`."""
+        placeholders = graph.find_nodes(op="placeholder")
+        given = zip(placeholders, map(self.seen, operands), strict=False)
+        return Weights(graph, {node.name: self.fqn(seen) for node, seen in given if seen}, self._signature)
 
     def fqn(self, seen: Seen) -> str:
         """Its FQN."""

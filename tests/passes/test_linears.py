@@ -265,3 +265,24 @@ def test_tables_and_caches_are_no_weights() -> None:
     explanation = lopro_fx.explain(program)
     assert [line.name for line in explanation.taken] == ["body"]
     assert not [line for line in explanation.left if line.name == "inverse"]
+
+
+@pytest.mark.parametrize("kind", ["autocast", "cond"])
+def test_linears_of_nested_graphs_are_listed_in_every_spelling(kind: str) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.one, self.two = (nn.Linear(IN, IN) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if kind == "cond":
+                return torch.cond(x.sum() > 0, lambda x: x @ self.one.weight.T, self.two, (x,))
+            with torch.autocast("cpu", torch.bfloat16):
+                return x @ self.one.weight.T + self.two(x)
+
+    explanation = lopro_fx.explain(torch.export.export(seeded(Nested()), (_x(3),), strict=False))
+    assert [line.name for line in explanation.taken] == ["first"]
+    reasons = {line.name: line.reason for line in explanation.left}
+    assert set(reasons) == {"one", "two"}
+    assert all("nested graph" in reason for reason in reasons.values())
