@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from lopro_fx.evaluation import PerplexityResult, builtin_text, perplexity, predicted_bytes, read_text, token_windows
 from lopro_fx.progress import reporting
 
-_PASSAGE = 32  # tokens, more than two texts have in common by chance
+_PASSAGE = 64  # tokens: manuals of one language repeat shorter ones
 BUILT_IN = "built-in text (Python's pydoc topics)"
 
 
