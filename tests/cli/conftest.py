@@ -10,7 +10,7 @@ from lopro_fx.cli import main
 from lopro_fx.evaluation import builtin_text
 
 # Windows that a small model and a slow machine get through in seconds.
-SMALL = ("--seq-len", "32", "--calib-samples", "4", "--eval-windows", "3")
+SMALL = ("--seq-len", "32", "--calib-samples", "8", "--eval-windows", "3")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 import lopro_fx
 from lopro_fx.evaluation import builtin_text, token_windows
 from lopro_fx.models import export_causal_lm, load_model
+from lopro_fx.models.quiet import quiet
 from tests.cli.conftest import SMALL
 from tests.helpers import assert_close
 
@@ -31,7 +32,7 @@ def test_quantize_prints_a_table_and_writes_json(run, model_folder, tmp_path):
     assert result.keys() == KEYS
     assert (result["method"], result["config"]["bits"], result["config"]["group_size"]) == ("gptq", 4, 32)
     assert result["config"]["exclude"] == ["*.k_proj"]
-    assert result["calibration"] == {"text": "built-in text (Python's pydoc topics)", "windows": 4, "seq_len": 32}
+    assert result["calibration"] == {"text": "built-in text (Python's pydoc topics)", "windows": 8, "seq_len": 32}
     assert 1 < result["ppl_before"] < 1000
     assert 1 < result["ppl_after"] < 1000
     assert result["bits_per_weight"] == 8 * result["packed_bytes"] / result["weights"]
@@ -127,7 +128,8 @@ def test_default_keeps_the_stored_type_and_works_in_float32(run, model_folder, t
     """The packed tensors are those of a run in float32, and what is kept has the values of the files, bit by bit."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     model = load_model(str(model_folder), torch.float32).model.to(stored)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     for name, options in (("own", ()), ("wide", ("--dtype", "float32"))):
         files = ("--out", tmp_path / name, "--json", tmp_path / f"{name}.json")
         assert run("quantize", folder, *SMALL, "--method", "gptq", *options, *files)[::2] == (0, "")
@@ -150,7 +152,7 @@ def test_program_of_the_folder_computes_what_was_measured(model_folder, quantize
     """Same weights, same settings, through the library: the command adds nothing of its own."""
     loaded = load_model(str(model_folder), torch.float32)
     program = export_causal_lm(loaded.model)
-    samples = token_windows(loaded.tokenizer, builtin_text()[0], 32, 4)
+    samples = token_windows(loaded.tokenizer, builtin_text()[0], 32, 8)
     quantized = lopro_fx.quantize(
         program, list(samples.split(1)), lopro_fx.LoPRo(bits=3, rank=4, importance="gradient", head_bits=8)
     )

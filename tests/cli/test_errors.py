@@ -74,7 +74,7 @@ def test_journal_of_another_run(run, model_folder, tmp_path):
     journal = tmp_path / "out.partial"
     journal.mkdir()
     (journal / "run.json").write_text('{"fingerprint": "of another"}')
-    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "out"), "out.partial", "other weights")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "out"), "out.partial", "another model")
 
 
 def test_nothing_to_quantize(run, model_folder):
