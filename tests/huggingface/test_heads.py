@@ -85,7 +85,7 @@ def _state(name: str, head_bits: int) -> lopro_fx.QuantState:
 
 
 def _saved(name: str, folder: Any, head_bits: int = 8) -> Any:
-    lopro_fx.save_pretrained(_model(name), _state(name, head_bits), folder)
+    lopro_fx.save_pretrained(_model(name), _state(name, head_bits), folder, activations="float")
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_folder_computes_what_the_program_does(name: str, head_bits: int, tmp_
     with torch.no_grad():
         expected = lopro_fx.apply(_program(name), state).module()(_ids())
     assert any(site.embedding for site in state.sites.values()) == bool(head_bits)
-    assert_close("packed", expected, _logits(lopro_fx.pack_model(_model(name), state)), TOLERANCE)
+    assert_close("packed", expected, _logits(lopro_fx.pack_model(_model(name), state, activations="float")), TOLERANCE)
     loaded = type(_model(name)).from_pretrained(_saved(name, tmp_path / "model", head_bits))
     assert_close("loaded", expected, _logits(loaded), TOLERANCE)
     loaded.save_pretrained(tmp_path / "again")
@@ -113,7 +113,10 @@ def test_a_folder_computes_what_the_program_does(name: str, head_bits: int, tmp_
 
 def test_two_names_of_a_bias_are_one_parameter(tmp_path) -> None:
     loaded = transformers.BertForMaskedLM.from_pretrained(_saved("BertForMaskedLM", tmp_path / "model"))
-    for model in (loaded, lopro_fx.pack_model(_model("BertForMaskedLM"), _state("BertForMaskedLM", 8))):
+    for model in (
+        loaded,
+        lopro_fx.pack_model(_model("BertForMaskedLM"), _state("BertForMaskedLM", 8), activations="float"),
+    ):
         assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
         model.tie_weights()
         assert_close("tied once more", _logits(loaded), _logits(model), TOLERANCE)
@@ -143,7 +146,9 @@ def test_a_folder_that_says_nothing_is_tied_still_loads(tmp_path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     loaded = transformers.BertForMaskedLM.from_pretrained(folder)
-    expected = _logits(lopro_fx.pack_model(_model("BertForMaskedLM"), _state("BertForMaskedLM", 8)))
+    expected = _logits(
+        lopro_fx.pack_model(_model("BertForMaskedLM"), _state("BertForMaskedLM", 8), activations="float")
+    )
     assert_close("loaded", expected, _logits(loaded), TOLERANCE)
 
 
@@ -153,7 +158,7 @@ def test_a_head_solved_on_its_own_keeps_the_tie_of_its_bias(tmp_path) -> None:
     assert not state.sites[head].embedding
     with torch.no_grad():
         expected = lopro_fx.apply(_program(name), state).module()(_ids())
-    lopro_fx.save_pretrained(_model(name), state, tmp_path / "model")
+    lopro_fx.save_pretrained(_model(name), state, tmp_path / "model", activations="float")
     loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.bert.embeddings.word_embeddings, nn.Embedding)
     assert_close("loaded", expected, _logits(loaded), TOLERANCE)

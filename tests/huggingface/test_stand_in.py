@@ -30,7 +30,7 @@ def _state() -> lopro_fx.QuantState:
 
 
 def _packed(dtype: torch.dtype = torch.float32) -> Any:
-    return lopro_fx.pack_model(copy.deepcopy(case("tied").model), _state()).to(dtype)
+    return lopro_fx.pack_model(copy.deepcopy(case("tied").model), _state(), activations="float").to(dtype)
 
 
 def _dense(name: str) -> Tensor:
@@ -80,9 +80,9 @@ def test_models_that_ask_a_linear_for_its_dtype(name: str, head_bits: int, tmp_p
     program = export_view(model, forward, (IDS, IDS), {"input_ids": None, "decoder_input_ids": None})
     state = lopro_fx.calibrate(program, None, lopro_fx.RTN(bits=8, group_size=32, head_bits=head_bits))
     expected = lopro_fx.apply(program, state).module()(IDS, IDS)
-    lopro_fx.save_pretrained(model, state, tmp_path / "model")
+    lopro_fx.save_pretrained(model, state, tmp_path / "model", activations="float")
     loaded = type(model).from_pretrained(tmp_path / "model")
-    for packed in (lopro_fx.pack_model(model, state), loaded):
+    for packed in (lopro_fx.pack_model(model, state, activations="float"), loaded):
         got = packed(input_ids=IDS, decoder_input_ids=IDS).logits
         assert_close("logits", expected, got, 1e-5)
     narrow = loaded.to(torch.bfloat16)(input_ids=IDS, decoder_input_ids=IDS).logits
@@ -115,7 +115,7 @@ def test_an_embedding_that_changes_its_table_is_refused() -> None:
     model = copy.deepcopy(case("tied").model)
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(ModelError, match=r"'model\.embed_tokens' has a max_norm.*head_bits=0"):
-        lopro_fx.pack_model(model, _state())
+        lopro_fx.pack_model(model, _state(), activations="float")
 
 
 def test_figures_of_a_packed_model() -> None:
@@ -130,9 +130,9 @@ def test_figures_of_a_packed_model() -> None:
 def test_resizing_a_packed_head_is_refused_before_anything_is_changed(tied: bool, tmp_path) -> None:
     chosen = case("tied" if tied else "biased")
     state = lopro_fx.calibrate(chosen.program, None, lopro_fx.RTN(bits=8, group_size=32, head_bits=8))
-    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model")
+    lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    for model in (lopro_fx.pack_model(copy.deepcopy(chosen.model), state), loaded):
+    for model in (lopro_fx.pack_model(copy.deepcopy(chosen.model), state, activations="float"), loaded):
         with pytest.raises(ModelError, match=r"'(lm_head|model\.embed_tokens)'.*before quantising"):
             model.resize_token_embeddings(120)
         assert model.get_input_embeddings().num_embeddings == 97
@@ -143,7 +143,7 @@ def test_resizing_a_packed_head_is_refused_before_anything_is_changed(tied: bool
 
 
 def test_resizing_works_where_the_head_is_not_packed() -> None:
-    model = lopro_fx.pack_model(copy.deepcopy(case("tied").model), case("tied").state)
+    model = lopro_fx.pack_model(copy.deepcopy(case("tied").model), case("tied").state, activations="float")
     expected = model(IDS).logits
     model.resize_token_embeddings(120)
     assert torch.equal(model(IDS).logits[..., :97], expected)
@@ -152,7 +152,7 @@ def test_resizing_works_where_the_head_is_not_packed() -> None:
 def _pair() -> tuple[Any, Any]:
     """A packed model and the same weights unpacked."""
     chosen = case("biased")
-    return lopro_fx.pack_model(copy.deepcopy(chosen.model), chosen.state), fake_quantised(chosen)
+    return lopro_fx.pack_model(copy.deepcopy(chosen.model), chosen.state, activations="float"), fake_quantised(chosen)
 
 
 def test_biases_train_alone() -> None:
