@@ -165,11 +165,16 @@ def plain_paths(folder: Path) -> Iterator[None]:
 
     Temporary files and its cache move if they lie in such a path, and torch is reached through a link in `folder`.
     """
+    from torch._inductor import codecache
     from torch.utils import cpp_extension
 
     moved: list[tuple[Any, str, str]] = []
     if not is_plain(tempfile.gettempdir()):
         moved.append((tempfile, "tempdir", str(plain_place())))
+    # Of precompiled headers; it is made of the folder of temporary files on import.
+    if not is_plain(getattr(codecache, "_HEADER_DIR", "plain")):
+        headers = plain_place() / f"torchinductor_{os.getuid()}" / "precompiled_headers"
+        moved.append((codecache, "_HEADER_DIR", str(headers)))
     if not is_plain(cpp_extension._TORCH_PATH):
         (link := folder / "torch").symlink_to(cpp_extension._TORCH_PATH)
         moved += [(cpp_extension, "_TORCH_PATH", str(link)), (cpp_extension, "TORCH_LIB_PATH", str(link / "lib"))]
