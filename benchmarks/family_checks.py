@@ -15,6 +15,7 @@ import lopro_fx
 from benchmarks.family_models import VOCAB, tiny_model
 from lopro_fx.models.export import export_view
 from lopro_fx.passes.packed import dense_weight
+from lopro_fx.passes.linears import as_linears
 from lopro_fx.quantize import select
 
 STEPS = ("quantises", "program", "generates", "folder")
@@ -81,7 +82,7 @@ def _quantised(model: Any, export: dict[str, Any], causal: bool, bits: int, send
         batches = [(_ids(*sizes[0], seed=seed),) for seed in range(1, 4)]
         made["state"] = lopro_fx.calibrate(program, batches, config, progress=lambda *_: None)
 
-    if not _step(send, f"quantises/{bits}", lambda: select(program, config)):
+    if not _step(send, f"quantises/{bits}", lambda: select(as_linears(program), config)):
         return
     if not _step(send, f"quantises/{bits}", quantises, late=True):
         return
@@ -174,11 +175,14 @@ def _compare(name: str, got: Callable[[Tensor], Tensor], twin: Any, sizes: list[
 def _twin(model: Any, state: Any) -> Any:
     """The model with the weights that the packed ones stand for."""
     twin = copy.deepcopy(model)
+    weights = dict(twin.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, site in state.sites.items():
             dense = dense_weight(state.groups[site.group], site)
-            weight = twin.get_submodule(name).weight
-            weight.copy_(dense if weight.shape == dense.shape else dense.T)
+            weight = weights[f"{name}.weight" if f"{name}.weight" in weights else name]
+            # Some are stored transposed, and of a square one the shape doesn't tell.
+            forms = [form for form in (dense, dense.T) if form.shape == weight.shape]
+            weight.copy_(min(forms, key=lambda form: (form - weight).norm()))
     return twin
 
 
