@@ -14,8 +14,8 @@ from torch.export import Dim
 import lopro_fx
 from benchmarks.family_models import VOCAB, tiny_model
 from lopro_fx.models.export import export_view
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.passes.linears import as_linears
+from lopro_fx.passes.packed import dense_weight
 from lopro_fx.quantize import select
 
 STEPS = ("quantises", "program", "generates", "folder")
