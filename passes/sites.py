@@ -175,8 +175,7 @@ def find_sites(
         elif reason is None and not _matches(name, include):
             reason = "not in the include patterns"
         elif reason is None and not named:
-            bare = weights.is_parameter(found) and not fqn.endswith(".weight")
-            reason = output or _reason_to_keep(node, routers, bare)
+            reason = output or _reason_to_keep(node, routers)
         if reason:
             rejected.add(fqn)
             left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
@@ -256,12 +255,9 @@ def _reason_to_leave(node: Node, found: Seen, tensor: torch.Tensor) -> str | Non
     return None
 
 
-def _reason_to_keep(node: Node, routers: set[Node], bare: bool) -> str | None:
+def _reason_to_keep(node: Node, routers: set[Node]) -> str | None:
     if node in routers:
         return "it chooses experts, kept by default (name it in include to take it)"
-    if bare:
-        # A transformers folder has no module to put a packed one in the place of.
-        return "a parameter of a module that computes more, kept by default (name it in include to take it)"
     if node.meta["val"].shape[-1] == 1:
         return "a single output feature saves nothing, kept by default (name it in include to take it)"
     return None
