@@ -18,9 +18,8 @@ from lopro_fx import streams
 Progress = Callable[[int, int, str], None]
 
 SECONDS = 10.0  # between two lines
-_last = (
-    time.monotonic()
-)  # when the process wrote a line: short steps one after the other are silent no longer than that
+# When the process wrote a line: short steps one after the other are silent no longer than that.
+_last = time.monotonic()
 
 
 def silent(done: int, total: int, label: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
+from lopro_fx.huggingface.unpacked import put_weights, without_others
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.kernels.cpu_site.activations import DEFAULT
 from lopro_fx.models.quiet import quiet
@@ -25,7 +27,8 @@ _CONFIG = "config.json"
 def pack_model(model: Any, state: QuantState, *, activations: str = DEFAULT) -> Any:
     """A copy of a transformers model with packed Linears; it shares every tensor that stays with `model`.
 
-    With `head_bits`, an embedding that is tied to the output projection is packed too.
+    With `head_bits`, an embedding that is tied to the output projection is packed too. Quantised weights that are no
+    Linear's in transformers, as a parameter that a router multiplies with, are there rounded but dense, with a warning.
 
     Args:
         model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export. Its
@@ -39,21 +42,9 @@ def pack_model(model: Any, state: QuantState, *, activations: str = DEFAULT) -> 
 
     Raises:
         ConfigError: `activations` is none of the two.
-        ModelError: transformers is missing or too old, or `state` names what is no Linear of the model.
+        ModelError: transformers is missing or too old, or `state` names a weight that the model lacks.
     """
-    require_transformers("a packed transformers model")
-    from lopro_fx.huggingface.quantizer import LoProConfig, attach
-
-    embeddings = tied_embeddings(model, state.sites)
-    groups, sites = layout.describe(state, embeddings)
-    config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
-    # Tensors that the copy finds in its memo are not copied: only modules are.
-    kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    packed = copy.deepcopy(model, kept)
-    untie(packed, {*state.sites, *chain(*embeddings.values())})
-    replace_modules(packed, state.groups.values(), state.sites, embeddings, activations)
-    attach(packed, config)
-    return packed.eval()
+    return _pack(model, state, activations)[0]
 
 
 def save_pretrained(
@@ -85,12 +76,37 @@ def save_pretrained(
     folder = Path(folder)
     size = shard_bytes(max_shard_size)
     require_replaceable(folder)
-    packed = pack_model(model, state, activations=activations)
+    packed, state = _pack(model, state, activations)
     with replacing(folder) as temporary, quiet():
         packed.save_pretrained(temporary, max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / REPORT, _report(state))
+
+
+def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantState]:
+    """The model of `pack_model`, and the part of the state that it holds packed."""
+    require_transformers("a packed transformers model")
+    from lopro_fx.huggingface.quantizer import LoProConfig, attach
+
+    state, dense = without_others(model, state)
+    if dense:
+        warnings.warn(
+            f"{len(dense)} quantised weights are stored dense, since transformers has no Linear there to pack, first "
+            f"'{next(iter(dense))}'; exclude them to keep them as they were",
+            stacklevel=3,
+        )
+    embeddings = tied_embeddings(model, state.sites)
+    groups, sites = layout.describe(state, embeddings)
+    config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
+    # Tensors that the copy finds in its memo are not copied: only modules are.
+    kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    packed = copy.deepcopy(model, kept)
+    put_weights(packed, dense)
+    untie(packed, {*state.sites, *chain(*embeddings.values())})
+    replace_modules(packed, state.groups.values(), state.sites, embeddings, activations)
+    attach(packed, config)
+    return packed.eval(), state
 
 
 def _report(state: QuantState) -> dict[str, Any]:

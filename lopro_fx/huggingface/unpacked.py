@@ -1,0 +1,78 @@
+"""Quantised weights that a transformers model holds dense, because the module that has them is no Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from lopro_fx.errors import ModelError
+from lopro_fx.huggingface.linears import as_linear
+from lopro_fx.huggingface.replace import has_module
+from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.state import QuantState
+
+
+def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dict[str, Tensor]]:
+    """Leave out of a state what no packed module can stand for.
+
+    Returns:
+        The state with Linears alone, and the dense weights of the others, as the model stores them, by FQN.
+
+    Raises:
+        ModelError: the model has no such weight, or it isn't there to be replaced because it is offloaded.
+    """
+    others = [name for name in state.sites if not _is_linear(model, name)]
+    if not others:
+        return state, {}
+    groups: dict[str, PackedGroup] = {}
+    sites: dict[str, PackedSite] = {}
+    for group in state.groups.values():
+        members = tuple(name for name in group.members if name not in others)
+        if members:
+            groups[members[0]] = replace(group, name=members[0], members=members)
+            sites |= {name: replace(state.sites[name], group=members[0]) for name in members}
+    reason = "quantised and stored dense: transformers has no Linear of that name to pack"
+    left = [*state.left, *((name, reason) for name in others)]
+    return replace(state, groups=groups, sites=sites, left=left), dict(_dense(model, state, name) for name in others)
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Replace, in place, weights by their FQN, under every name that they have."""
+    tensors = _tensors(model)
+    for fqn, weight in weights.items():
+        old = tensors[fqn]
+        new = nn.Parameter(weight, requires_grad=False) if isinstance(old, nn.Parameter) else weight
+        for name in (name for name, tensor in tensors.items() if tensor is old):
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, new)
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    return has_module(model, name) and as_linear(model.get_submodule(name)) is not None
+
+
+def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]:
+    tensors, site = _tensors(model), state.sites[name]
+    fqn = next((fqn for fqn in (f"{name}.weight", name) if fqn in tensors), None)
+    if fqn is None:
+        raise ModelError(f"{type(model).__name__} has no weight of '{name}', which was quantised")
+    old = tensors[fqn]
+    if old.is_meta:
+        raise ModelError(
+            f"'{fqn}' is offloaded, and stored dense, since it is no Linear's: load the model on one device, or "
+            f"quantise with exclude='{name}'"
+        )
+    dense = dense_weight(state.groups[site.group], site).to(old.device, old.dtype)
+    # Of a square one the shape doesn't tell whether it is stored transposed.
+    forms = [form for form in (dense, dense.T) if form.shape == old.shape]
+    if not forms:
+        raise ModelError(f"the weight of '{name}' is {tuple(old.shape)}, but was quantised as {tuple(dense.shape)}")
+    return fqn, min(forms, key=lambda form: (form - old).norm().item()).contiguous()
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    return dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
