@@ -21,6 +21,7 @@ from lopro_fx.calibration.importance import measure_importance
 from lopro_fx.calibration.schedule import run_calibrated, run_data_free
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import GraphError
 from lopro_fx.methods.rtn import solve_data_free
 from lopro_fx.methods.solution import GroupSolution
@@ -42,6 +43,7 @@ def quantize(
     *,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> ExportedProgram:
     """Quantise every Linear of an exported program: `apply(program, calibrate(program, ...))`.
 
@@ -52,17 +54,21 @@ def quantize(
         config: `LoPRo` (default), `GPTQ` or `RTN`.
         resume: folder that keeps each finished group, so that a run that was stopped continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
+        device: where to measure and solve; by default where the program's tensors lie. They stay where they are: each
+            weight is brought over for the layer that reads it, and what replaces it is put where it was.
 
     Returns:
         A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes, and
         with `head_bits` a tied embedding `lopro::packed_embedding`.
 
     Raises:
+        ConfigError: torch can't compute on `device`.
         GraphError: no Linear to quantise, or a weight holds NaN or infinity in fp32.
         CalibrationError: a batch doesn't fit the program, or an activation is not finite.
         CheckpointError: `resume` holds another run, or can't be written.
     """
-    return apply(program, calibrate(program, calibration, config, resume=resume, progress=progress))
+    state = calibrate(program, calibration, config, resume=resume, progress=progress, device=device)
+    return apply(program, state)
 
 
 # Tensors of inference mode can't take part in a gradient, neither here nor where the state is used.
@@ -74,13 +80,15 @@ def calibrate(
     *,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> QuantState:
     """Find the quantised form of every Linear; arguments and errors as in `quantize`."""
     config = config or LoPRo()
+    place = home_of(program) if device is None else available(device)
     program = as_linears(program)
     selection = select(program, config)
     _require_finite(program, selection)
-    batches = None if calibration is None else flatten_batches(program, calibration)
+    batches = None if calibration is None else flatten_batches(program, calibration, place)
     if batches is None and isinstance(config, (GPTQ, LoPRo)):
         warnings.warn(
             f"{type(config).__name__} without calibration is data-free: every input direction counts the same, which "
@@ -90,16 +98,17 @@ def calibrate(
     started = time.monotonic()
     journal = Journal(resume, program, config, batches) if resume else None
     with ExitStack() as stack:
-        run = _Run(selection, config, journal, progress or stack.enter_context(bar("quantise")))
+        stack.enter_context(full_precision())
+        run = _Run(selection, config, journal, progress or stack.enter_context(bar("quantise")), home_of(program))
         if batches is None or not selection.groups:
-            run_data_free(program, selection.groups, run.solve)
+            run_data_free(program, selection.groups, run.solve, place)
         else:
             importance = None
             if config.importance == "gradient":
-                importance = measure_importance(program, selection.groups, batches, config.seed, run.weighing)
-            run_calibrated(program, selection.groups, batches, run.solve, config, importance)
+                importance = measure_importance(program, selection.groups, batches, config.seed, run.weighing, place)
+            run_calibrated(program, selection.groups, batches, run.solve, config, importance, place)
         for head in selection.heads:
-            run.round_head(head, weight_of(program, head.sites[0]))
+            run.round_head(head, weight_of(program, head.sites[0]).to(place))
     run.warn_of_few_tokens()
     info = {
         "lopro_fx": __about__.__version__,
@@ -161,13 +170,15 @@ def _rows(state: QuantState) -> dict[str, Any]:
 class _Run:
     """Solves groups as the schedule reaches them, records what they become, and reports how far it is."""
 
-    def __init__(self, selection: Selection, config: Method, journal: Journal | None, progress: Progress) -> None:
+    def __init__(
+        self, selection: Selection, config: Method, journal: Journal | None, progress: Progress, home: torch.device
+    ) -> None:
         self.groups: dict[str, PackedGroup] = {}
         self.sites: dict[str, PackedSite] = {}
         self.tokens = 0
         # Distinct tokens and inputs of the groups with fewer tokens than inputs, by name.
         self.few: dict[str, tuple[int, int]] = {}
-        self._config, self._journal, self._progress = config, journal, progress
+        self._config, self._journal, self._progress, self._home = config, journal, progress, home
         self._total = sum(site.out_features * site.in_features for site in selection.sites)
         self._done = 0
         progress(0, self._total, "")
@@ -190,7 +201,8 @@ class _Run:
             self.few[group.name] = stats.distinct, group.in_features
         self._record(packed, sites)
         # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
-        return [dense_weight(packed, site) for site in sites]
+        place = weights[0].device
+        return [dense_weight(packed.to(place), site.to(place)) for site in sites]
 
     def round_head(self, head: Group, weight: Tensor) -> None:
         """Round an output projection to nearest; the embeddings that share its weight will read it too."""
@@ -234,6 +246,7 @@ class _Run:
         started = time.monotonic()
         solution, name, bits = method()
         packed, sites = pack_solution(group, solution, name, bits)
+        packed, sites = packed.to(self._home), [site.to(self._home) for site in sites]
         damp = getattr(self._config, "damp", None)
         raised = ""
         for site in sites:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class PackedGroup:
     def rotates(self) -> bool:
         return self.block > 1 or "perm" in self.tensors
 
+    def to(self, device: torch.device) -> PackedGroup:
+        """The same with its tensors on `device`."""
+        return replace(self, tensors={key: tensor.to(device) for key, tensor in self.tensors.items()})
+
 
 @dataclass(frozen=True)
 class PackedSite:
@@ -50,6 +54,10 @@ class PackedSite:
     tensors: dict[str, Tensor]
     row: dict[str, Any] = field(default_factory=dict)
     embedding: bool = False
+
+    def to(self, device: torch.device) -> PackedSite:
+        """The same with its tensors on `device`."""
+        return replace(self, tensors={key: tensor.to(device) for key, tensor in self.tensors.items()})
 
     @property
     def facts(self) -> dict[str, Any]:

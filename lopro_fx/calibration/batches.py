@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from lopro_fx.errors import CalibrationError
 
 
-def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[list[Any]]:
-    """Flatten each batch to the program's user inputs, in placeholder order.
+def flatten_batches(
+    program: ExportedProgram, batches: Iterable[Any], device: torch.device | None = None
+) -> list[list[Any]]:
+    """Flatten each batch to the program's user inputs, in placeholder order, on `device` if one is named.
 
     Args:
         program: the program to calibrate.
@@ -39,7 +41,7 @@ def flatten_batches(program: ExportedProgram, batches: Iterable[Any]) -> list[li
             )
         for node, value in zip(placeholders, values, strict=True):
             _check(node, value, index)
-        flat.append(values)
+        flat.append([value.to(device) if device and isinstance(value, torch.Tensor) else value for value in values])
     if not flat:
         raise CalibrationError("calibration holds no batch; pass at least one, or calibration=None for a data-free run")
     return flat

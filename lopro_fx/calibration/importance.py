@@ -47,15 +47,17 @@ def measure_importance(
     batches: Sequence[Sequence[Any]],
     seed: int,
     progress: Progress = silent,
+    device: torch.device | None = None,
 ) -> dict[str, Importance]:
     """Weights of every token and output of every group, from one forward and one backward run of each batch.
 
     Args:
         program: unquantised; its first floating-point output is taken as logits over its last dimension.
         groups: what to weigh; a group's sites count the same.
-        batches: flattened user inputs.
+        batches: flattened user inputs, on `device`.
         seed: of the predictions that are drawn where there are no labels.
         progress: called as (batches done, batches, label).
+        device: where to run; by default where the program's tensors lie.
 
     Returns:
         `Importance` by the group's name.
@@ -66,7 +68,7 @@ def measure_importance(
     generator = torch.Generator().manual_seed(seed)
     squared: dict[Node, list[Tensor]] = {site.nodes[0]: [] for group in groups for site in group.sites}
     for index, batch in enumerate(batches):
-        for node, gradient in _squared_gradients(program, set(squared), batch, generator).items():
+        for node, gradient in _squared_gradients(program, set(squared), batch, generator, device).items():
             squared[node].append(gradient)
         progress(index + 1, len(batches), "importance of tokens")
     return {group.name: _weights(group, [squared[site.nodes[0]] for site in group.sites]) for group in groups}
@@ -78,8 +80,10 @@ class _Recorder(LockstepRunner):
     `found` holds, for each, fp32 (tokens + features,): sums over features, then sums over tokens.
     """
 
-    def __init__(self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node]) -> None:
-        super().__init__(program, [batch])
+    def __init__(
+        self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node], device: torch.device | None
+    ) -> None:
+        super().__init__(program, [batch], device)
         for values in (self._shared, *self._values):
             values.update((node, value.clone()) for node, value in values.items()
                           if isinstance(value, Tensor) and value.is_inference())  # fmt: skip
@@ -87,7 +91,7 @@ class _Recorder(LockstepRunner):
         self.leads: dict[Node, torch.Size] = {}
         self._watched = watched
         # Added to an output, it starts the graph there and leaves the output free for writes in place.
-        self._start = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
+        self._start = torch.zeros((), requires_grad=True, dtype=torch.float32, device=self.device)
 
     def _run(self, node: Node) -> None:
         super()._run(node)
@@ -108,9 +112,13 @@ def _add_squared(total: Tensor, gradient: Tensor) -> None:
 
 @torch.enable_grad()
 def _squared_gradients(
-    program: ExportedProgram, watched: set[Node], batch: Sequence[Any], generator: torch.Generator
+    program: ExportedProgram,
+    watched: set[Node],
+    batch: Sequence[Any],
+    generator: torch.Generator,
+    device: torch.device | None,
 ) -> dict[Node, Tensor]:
-    recorder = _Recorder(program, batch, watched)
+    recorder = _Recorder(program, batch, watched, device)
     (outputs,) = recorder.outputs()
     floating = [
         value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()
@@ -127,7 +135,8 @@ def _squared_gradients(
     visible = padding.visible(floating[0].shape[:-1])
     labels = _next_tokens(batch, floating[0], visible)
     if labels is None:
-        labels = torch.multinomial(gradient, 1, generator=generator)
+        # Drawn on the CPU, so that every device draws the same.
+        labels = torch.multinomial(gradient.cpu(), 1, generator=generator).to(gradient.device)
     if visible is not None:
         labels = torch.where(visible.unsqueeze(1), labels, -1)
     gradient.scatter_add_(
@@ -166,7 +175,7 @@ def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
     """`squared` holds, for each site, what `_Recorder` found in each batch."""
     widths = [site.out_features for site in group.sites]
     sizes = [len(batch) - widths[0] for batch in squared[0]]
-    tokens, rows = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu"), []
+    tokens, rows = squared[0][0].new_zeros(sum(sizes)), []
     for site, width in zip(squared, widths, strict=True):
         every = torch.cat([batch[:-width] for batch in site])
         if not torch.isfinite(every).all():

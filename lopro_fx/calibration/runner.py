@@ -1,7 +1,8 @@
 """Run an exported graph node by node on all batches in lockstep.
 
 Every value is dropped after its last use, so memory holds the live activations of all batches and no more. The runner
-stops at chosen nodes and hands out what they read; weights can be replaced there, so what follows sees them.
+stops at chosen nodes and hands out what they read; weights can be replaced there, so what follows sees them. It may run
+on another device than the one that holds the weights, which are then brought over for the node that reads them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
+from lopro_fx.devices import home_of
 from lopro_fx.errors import CalibrationError
 from lopro_fx.passes.compat import is_mutable
 
@@ -22,13 +25,17 @@ _EMBEDDING = torch.ops.aten.embedding.default
 
 
 class LockstepRunner:
-    """One pass of `program` over `batches` (flattened user inputs).
+    """One pass of `program` over `batches` (flattened user inputs) on `device`.
 
     `weights` maps a placeholder's name to the tensor to use in its place; the caller may change it at every stop.
     """
 
-    def __init__(self, program: ExportedProgram, batches: Sequence[Sequence[Any]]) -> None:
+    def __init__(
+        self, program: ExportedProgram, batches: Sequence[Sequence[Any]], device: torch.device | None = None
+    ) -> None:
         self.weights: dict[str, Tensor] = {}
+        self.device = device or home_of(program)
+        self._moves = self.device != home_of(program)
         self._program = program
         self._nodes = list(program.graph.nodes)
         self._mutates = any(is_mutable(node.target) for node in self._nodes)
@@ -44,7 +51,7 @@ class LockstepRunner:
             if node in at:
                 source = node.args[0]
                 assert isinstance(source, Node)
-                yield node, [values.get(source, self._shared.get(source)) for values in self._values]
+                yield node, [self._near(values.get(source, self._shared.get(source))) for values in self._values]
                 remaining -= 1
                 if not remaining:
                     return
@@ -56,7 +63,8 @@ class LockstepRunner:
         last_use = _last_uses(self._nodes)
         for node in self._nodes:
             if node.op == "output":
-                return [self._resolve(node.args[0], values) for values in self._values]
+                brought = self._brought(node)
+                return [self._resolve(node.args[0], values, brought) for values in self._values]
             self._run(node)
             self._free(last_use.get(node, ()))
         raise AssertionError("a graph without an output")
@@ -68,7 +76,7 @@ class LockstepRunner:
         for node, spec in zip(program.graph.find_nodes(op="placeholder"), specs, strict=True):
             if spec.kind == InputKind.USER_INPUT:
                 for values, batch in zip(self._values, batches, strict=True):
-                    values[node] = batch[user]
+                    values[node] = self._near(batch[user])
                 user += 1
                 continue
             assert spec.target is not None
@@ -81,7 +89,7 @@ class LockstepRunner:
             if self._mutates and spec.kind == InputKind.BUFFER:
                 # A cache that the graph writes is private to each batch, and the program's own copy stays clean.
                 for values in self._values:
-                    values[node] = tensor.clone()
+                    values[node] = self._near(tensor.clone())
             else:
                 self._shared[node] = tensor
 
@@ -94,12 +102,13 @@ class LockstepRunner:
         assert node.op == "call_function", node.format_node()
         if not self._mutates and all(operand in self._shared for operand in node.all_input_nodes):
             # What no input reaches is the same for every batch.
-            self._shared[node] = self._call(node, {})
+            self._shared[node] = self._call(node, {}, self._brought(node))
             return
+        brought = self._brought(node)
         for index, values in enumerate(self._values):
             if node.target is _EMBEDDING:
                 self._check_indices(node, values, index)
-            values[node] = self._call(node, values)
+            values[node] = self._call(node, values, brought)
 
     def _free(self, dead: Sequence[Node]) -> None:
         for node in dead:
@@ -108,16 +117,30 @@ class LockstepRunner:
             for values in self._values:
                 values.pop(node, None)
 
-    def _resolve(self, operands: Any, values: dict[Node, Any]) -> Any:
-        def load(operand: Node) -> Any:
+    def _near(self, value: Any) -> Any:
+        return value.to(self.device) if self._moves and isinstance(value, Tensor) else value
+
+    def _brought(self, node: Node) -> dict[Node, Any]:
+        """Operands that are the same for every batch, where the node runs."""
+        found = {}
+        for operand in node.all_input_nodes:
             if operand.name in self.weights:
-                return self.weights[operand.name]
-            return values[operand] if operand in values else self._shared[operand]
+                found[operand] = self._near(self.weights[operand.name])
+            elif operand in self._shared:
+                found[operand] = self._near(self._shared[operand])
+        return found
 
-        return torch.fx.map_arg(operands, load)
+    def _resolve(self, operands: Any, values: dict[Node, Any], brought: dict[Node, Any]) -> Any:
+        def load(operand: Any) -> Any:
+            if isinstance(operand, Node):
+                return brought[operand] if operand in brought else values[operand]
+            # Where the graph was traced, what it makes would lie.
+            return self.device if self._moves and isinstance(operand, torch.device) else operand
 
-    def _call(self, node: Node, values: dict[Node, Any]) -> Any:
-        args, kwargs = self._resolve(node.args, values), self._resolve(node.kwargs, values)
+        return map_aggregate(operands, load)
+
+    def _call(self, node: Node, values: dict[Node, Any], brought: dict[Node, Any]) -> Any:
+        args, kwargs = self._resolve(node.args, values, brought), self._resolve(node.kwargs, values, brought)
         target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
         try:
             return target(*args, **kwargs)

@@ -30,11 +30,11 @@ class Statistics:
     rows: Tensor | None = None
 
 
-def data_free(in_features: int) -> Statistics:
+def data_free(in_features: int, device: torch.device | str = "cpu") -> Statistics:
     """Identity Gram: every input direction counts the same."""
     return Statistics(
-        torch.eye(in_features, dtype=torch.float32, device="cpu"),
-        torch.ones(in_features, dtype=torch.float32, device="cpu"),
+        torch.eye(in_features, dtype=torch.float32, device=device),
+        torch.ones(in_features, dtype=torch.float32, device=device),
         0,
     )
 
@@ -123,7 +123,8 @@ class _Directions:
         some = norm > 0
         direction = rows[some] @ self._projection.to(rows.device) / norm[some].sqrt().unsqueeze(1)
         # Sums of products wrap around, which makes them a hash of the cell.
-        self._seen.append(((direction / self._CELL).round().cpu().to(torch.int64) * self._hash).sum(1))
+        cell = (direction / self._CELL).round().to(torch.int64)
+        self._seen.append((cell * self._hash.to(rows.device)).sum(1))
 
     @property
     def count(self) -> int:

@@ -8,10 +8,12 @@ from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx.evaluation import PerplexityResult, builtin_text, perplexity, predicted_bytes, read_text, token_windows
+from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
 
 _PASSAGE = 64  # tokens: manuals of one language repeat shorter ones
@@ -99,8 +101,12 @@ def above_zero(value: str) -> float:
     return number
 
 
-def measure(title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor) -> PerplexityResult:
-    """Perplexity and bits per byte with a progress bar."""
-    module = program.module()
+def measure(
+    title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor, device: torch.device
+) -> PerplexityResult:
+    """Perplexity and bits per byte, on `device`, with a progress bar."""
+    module = to_device(program, device).module()
     with reporting(title) as progress:
-        return perplexity(module, windows, n_bytes=predicted_bytes(tokenizer, windows), progress=progress)
+        return perplexity(
+            module, windows, n_bytes=predicted_bytes(tokenizer, windows), progress=progress, device=device
+        )

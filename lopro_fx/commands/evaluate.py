@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lopro_fx.commands import data, output, scores
-from lopro_fx.commands.source import Source, add_model, is_checkpoint, open_either
+from lopro_fx.commands.source import Source, add_device, add_model, device_of, is_checkpoint, open_either
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
+from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
 
 _REPORT = "report.json"
@@ -26,6 +27,7 @@ _Models = dict[str, Callable[[Tensor], Tensor]]
 
 def add(parser: ArgumentParser) -> None:
     add_model(parser)
+    add_device(parser)
     parser.add_argument("--text", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
     data.positive(parser, "--windows", 24, "evaluation windows")
     data.positive(parser, "--seq-len", 512, "tokens in a window")
@@ -45,6 +47,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     output.check_json_path(args.json)
+    device = device_of(args)
     tasks = _tasks(args.tasks, args.limit)
     names = [name for name in (args.lm_eval or "").split(",") if name]
     harness = _harness(names) if names else None
@@ -54,14 +57,14 @@ def run(args: Namespace) -> None:
     tokenizer = source.tokenizer
     windows = text.windows(tokenizer, args.seq_len, args.windows)
     result = {"model": source.name, "text": text.name, "windows": len(windows), "seq_len": args.seq_len}
-    models: _Models = {"model": source.program.module()}
+    models: _Models = {"model": to_device(source.program, device).module()}
     if original is None:
-        result |= asdict(data.measure("perplexity", source.program, tokenizer, windows))
+        result |= asdict(data.measure("perplexity", source.program, tokenizer, windows, device))
     else:
         if not torch.equal(windows, text.windows(original.tokenizer, args.seq_len, args.windows)):
             raise ConfigError(f"{args.model} and {original.name} split text into other tokens: they can't be compared")
-        models["original"] = original.program.module()
-        difference = asdict(_compare(models, tokenizer, windows))
+        models["original"] = to_device(original.program, device).module()
+        difference = asdict(_compare(models, tokenizer, windows, device))
         result |= {
             **difference.pop("program"),
             "against": original.name,
@@ -69,14 +72,15 @@ def run(args: Namespace) -> None:
             "divergence": difference,
         }
     if tasks:
-        result["tasks"] = {name: _score(name, task, models, tokenizer) for name, task in tasks.items()}
+        result["tasks"] = {name: _score(name, task, models, tokenizer, device) for name, task in tasks.items()}
     if harness is not None:
         result["lm_eval"] = {}
         for which, program in models.items():
             with reporting(f"lm-eval, {which}") as progress:
                 result["lm_eval"][which] = harness(
-                    program, tokenizer, names, include_path=args.lm_eval_path, limit=args.limit, progress=progress
-                )
+                    program, tokenizer, names, include_path=args.lm_eval_path, limit=args.limit, progress=progress,
+                    device=device,
+                )  # fmt: skip
     output.deliver(args.json, result, scores.tables(result))
 
 
@@ -133,7 +137,7 @@ def _open(model: str, dtype: str, original: Source | None) -> Source:
     return Source(load(model), original.tokenizer, model, f"folder {Path(model).resolve()}")
 
 
-def _compare(models: _Models, tokenizer: Any, windows: Tensor) -> DivergenceResult:
+def _compare(models: _Models, tokenizer: Any, windows: Tensor, device: torch.device) -> DivergenceResult:
     with reporting("divergence") as progress:
         return divergence(
             models["model"],
@@ -141,14 +145,19 @@ def _compare(models: _Models, tokenizer: Any, windows: Tensor) -> DivergenceResu
             windows,
             n_bytes=predicted_bytes(tokenizer, windows),
             progress=progress,
+            device=device,
         )
 
 
-def _score(name: str, task: tuple[str, list[Item]], models: _Models, tokenizer: Any) -> dict[str, Any]:
+def _score(
+    name: str, task: tuple[str, list[Item]], models: _Models, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
     """File and figures of a task, by model."""
     file, items = task
     figures: dict[str, Any] = {"file": file}
     for which, program in models.items():
         with reporting(f"{name}, {which}") as progress:
-            figures[which] = asdict(zero_shot(program, tokenizer, items, branched=False, progress=progress))
+            figures[which] = asdict(
+                zero_shot(program, tokenizer, items, branched=False, progress=progress, device=device)
+            )
     return figures

@@ -8,15 +8,17 @@ from typing import Any
 
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
-from lopro_fx.commands.source import add_model, open_either
+from lopro_fx.commands.source import add_device, add_model, device_of, open_either
 from lopro_fx.deploy.generate import generate
 from lopro_fx.deploy.package import load_package
 from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import CheckpointError, ConfigError
+from lopro_fx.passes.to_device import to_device
 
 
 def add(parser: ArgumentParser) -> None:
     add_model(parser, help="smollm2-135m, a Hugging Face folder or hub name, DIR of quantize --out, or a package .pt2")
+    add_device(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
     positive(parser, "--max-new-tokens", 64, "most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -57,7 +59,7 @@ def _open(args: Namespace) -> tuple[Any, Any]:
     """What generates, and its tokenizer."""
     if Path(args.model).suffix != ".pt2":
         source = open_either(args.model, args.dtype)
-        return source.program, source.tokenizer
+        return to_device(source.program, device_of(args)), source.tokenizer
     generator = load_package(args.model)
     if generator.tokenizer is None:
         raise CheckpointError(f"{args.model} has no tokenizer, or transformers is missing to read it")

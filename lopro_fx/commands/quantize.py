@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx.commands import data, output, target
-from lopro_fx.commands.source import DTYPES, Source, add_name, export
+from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
 from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
@@ -38,6 +38,7 @@ def add(parser: ArgumentParser) -> None:
         default=_STORED,
         help="of what is not quantised; auto works in float32 and keeps the stored type (default: auto)",
     )
+    add_device(parser)
     parser.add_argument("--method", choices=list(METHODS)[::-1], default="lopro", help="(default: lopro)")
     parser.add_argument("--bits", type=int, default=3, help="of a weight's code: 2, 3, 4 or 8 (default: 3)")
     sizes = ", ".join(map(str, GROUP_SIZES))
@@ -71,7 +72,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     started = time.monotonic()
-    config = _config(args)
+    config, device = _config(args), device_of(args)
     output.check_json_path(args.json)
     if args.out and args.json and same_place(Path(args.out), Path(args.json)):
         raise ConfigError(f"--json {args.json}: that is the folder of --out; name a file")
@@ -91,12 +92,12 @@ def run(args: Namespace) -> None:
     selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)
-    before = data.measure("perplexity before", source.program, source.tokenizer, windows)
-    quantized, seconds = _quantize(source, samples, config, out)
+    before = data.measure("perplexity before", source.program, source.tokenizer, windows, device)
+    quantized, seconds = _quantize(source, samples, config, out, device)
     tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
     # The original weights go before the second evaluation.
     del source
-    after = data.measure("perplexity after", quantized, tokenizer, windows)
+    after = data.measure("perplexity after", quantized, tokenizer, windows, device)
     if kept != computed:
         quantized = _stored_as(kept, quantized, settings[0])
     figures = _figures(quantized, before, after, seconds)
@@ -104,6 +105,7 @@ def run(args: Namespace) -> None:
         "model": name,
         "source": origin,
         "dtype": str(kept).removeprefix("torch."),
+        "device": device_name(device),
         **figures,
         "config": config.to_dict(),
         "calibration": {"text": texts[0].name, "windows": len(samples), "seq_len": args.seq_len},
@@ -141,7 +143,7 @@ def _config(args: Namespace) -> Method:
 
 
 def _quantize(
-    source: Source, samples: torch.Tensor, config: Method, out: target.Target | None
+    source: Source, samples: torch.Tensor, config: Method, out: target.Target | None, device: torch.device
 ) -> tuple[ExportedProgram, float]:
     started = time.monotonic()
     with reporting("quantise") as progress:
@@ -151,6 +153,7 @@ def _quantize(
             config,
             resume=None if out is None else out.journal,
             progress=progress,
+            device=device,
         )
     return quantized, time.monotonic() - started
 
@@ -198,6 +201,7 @@ def _table(result: dict[str, Any], out: str | None) -> str:
             "evaluated on",
             f"{evaluation['text']}, {evaluation['windows']} x {evaluation['seq_len']} tokens, in {evaluation['dtype']}",
         ),
+        ("device", result["device"]),
         ("perplexity before", f"{result['ppl_before']:.3f}"),
         ("perplexity after", f"{result['ppl_after']:.3f}"),
         ("bits per weight", f"{result['bits_per_weight']:.3f} (scales, zeros, permutations and factors counted)"),

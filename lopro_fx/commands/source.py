@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 
 from lopro_fx.deploy.checkpoint import load
 from lopro_fx.deploy.manifest import MANIFEST
-from lopro_fx.errors import CheckpointError, ModelError, first_line
+from lopro_fx.devices import available
+from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.progress import reporting
@@ -44,6 +45,36 @@ def add_name(parser: ArgumentParser, **options: Any) -> None:
     """The argument that `load_model` reads."""
     options.setdefault("help", "smollm2-135m, a Hugging Face folder, a GGUF file or a hub name")
     parser.add_argument("model", metavar="MODEL", **options)
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """The argument that `device_of` reads."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|cuda:N",
+        help="where to compute; auto takes a CUDA device where there is one (default: auto)",
+    )
+
+
+def device_of(args: Namespace) -> torch.device:
+    """The device that was asked for.
+
+    Raises:
+        ConfigError: torch can't compute there.
+    """
+    wanted = args.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return available(wanted)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """The device and, of a GPU, its model."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def open_model(name: str, dtype: str) -> Source:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
+from lopro_fx.devices import home_of
 from lopro_fx.errors import ConfigError
 from lopro_fx.passes.lookups import table_rows
 
@@ -152,12 +153,14 @@ class Recompute:
     """A program without a cache as a `TokenModel` of one row: the whole prefix runs again for every token.
 
     Args:
-        program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic.
+        program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic. An exported one is given them where its
+            tensors lie, anything else on the CPU.
     """
 
     batch_size = 1
 
     def __init__(self, program: ExportedProgram | Callable[[Tensor], Tensor]) -> None:
+        self._device = home_of(program) if isinstance(program, ExportedProgram) else torch.device("cpu")
         self._run = _module(program) if isinstance(program, ExportedProgram) else program
         self.rows = table_rows(self._run) if isinstance(self._run, GraphModule) else None
         self.reset()
@@ -171,7 +174,7 @@ class Recompute:
         assert padding is None or not padding.any()
         self._ids = torch.cat([self._ids, input_ids], 1)
         with torch.no_grad():
-            return self._run(self._ids)[:, -1]
+            return self._run(self._ids.to(self._device))[:, -1]
 
     def decode(self, tokens: Tensor) -> Tensor:
         """As `TokenModel.decode`."""

@@ -52,6 +52,7 @@ def divergence(
     *,
     n_bytes: int | None = None,
     progress: Progress = silent,
+    device: torch.device | str = "cpu",
 ) -> DivergenceResult:
     """Compares two programs on `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
 
@@ -63,6 +64,7 @@ def divergence(
         windows: as `token_windows` makes them; S >= 2.
         n_bytes: UTF-8 bytes of the predicted tokens' text (`predicted_bytes`), for bits per byte.
         progress: called after each window with (windows done, W, the mean divergence so far).
+        device: where both programs run.
 
     Raises: ConfigError if there is nothing to predict or the vocabularies differ; ModelError if logits are not finite.
     """
@@ -79,7 +81,7 @@ def divergence(
             logits = []
             for which, run in enumerate((program, original)):
                 started = time.perf_counter()
-                logits.append(run(window[None])[0, :-1])
+                logits.append(run(window[None].to(device))[0, :-1])
                 seconds[which] += time.perf_counter() - started
             measured = token_divergence(logits[0], logits[1], window[1:])
             if not measured.isfinite().all():

@@ -34,6 +34,7 @@ def run_tasks(
     include_path: str | None = None,
     limit: int | None = None,
     progress: Progress = silent,
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Figures by task, under lm-eval's names ("acc,none", "acc_stderr,none", ...).
 
@@ -44,6 +45,7 @@ def run_tasks(
         include_path: folder with task definitions (YAML) beside those of the package.
         limit: only the first so many items of each task.
         progress: called after each request with (requests done, requests of this kind, "").
+        device: where the program runs.
 
     Raises: ConfigError if a task is unknown or can't be run, e.g. since its data can't be fetched.
     """
@@ -53,7 +55,7 @@ def run_tasks(
             if unknown := [task for task in tasks if not manager.match_tasks([task])]:
                 raise ConfigError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
             results = simple_evaluate(
-                ProgramLM(program, tokenizer, progress), tasks=list(tasks), limit=limit, task_manager=manager,
+                ProgramLM(program, tokenizer, progress, device), tasks=list(tasks), limit=limit, task_manager=manager,
                 log_samples=False,
             )  # fmt: skip
     except LoProError:
@@ -78,9 +80,16 @@ class ProgramLM(TemplateLM):
     """A program and its tokenizer as lm-eval's model. Requests run one by one; texts are cut from the left to what the
     tokenizer says is the longest (`max_length`), generation is greedy."""
 
-    def __init__(self, program: Callable[[Tensor], Tensor], tokenizer: Any, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        program: Callable[[Tensor], Tensor],
+        tokenizer: Any,
+        progress: Progress = silent,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
-        self.program, self.tokenizer, self.progress = program, tokenizer, progress
+        # lm-eval has a `device` of its own, which its other models set.
+        self.program, self.tokenizer, self.progress, self.place = program, tokenizer, progress, device
         longest = getattr(tokenizer, "model_max_length", None)
         self.max_length = longest if isinstance(longest, int) and longest < 1 << 30 else _MAX_LENGTH
 
@@ -126,7 +135,7 @@ class ProgramLM(TemplateLM):
                 raise ConfigError(
                     f"a continuation of {len(wanted)} tokens can't be scored: 1 to {self.max_length} are possible"
                 )
-            results.append(continuation(self.program, tokens, given))
+            results.append(continuation(self.program, tokens, given, self.place))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, results[-1])
             self.progress(done, len(requests), "")
@@ -143,7 +152,9 @@ class ProgramLM(TemplateLM):
                 context_len=1,
             )
             pairs = (make_disjoint_window(window) for window in windows)
-            totals.append(sum(continuation(self.program, [*given, *rest], len(given))[0] for given, rest in pairs))
+            totals.append(
+                sum(continuation(self.program, [*given, *rest], len(given), self.place)[0] for given, rest in pairs)
+            )
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
             self.progress(done, len(requests), "")
         return totals
@@ -173,7 +184,7 @@ class ProgramLM(TemplateLM):
         require_known(self.program, ids, "the prompt")
         start, text = len(ids), ""
         while len(ids) - start < new_tokens:
-            token = int(self.program(torch.tensor([ids], dtype=torch.int64, device="cpu"))[0, -1].argmax())
+            token = int(self.program(torch.tensor([ids], dtype=torch.int64, device=self.place))[0, -1].argmax())
             if token == self.eot_token_id:
                 break
             ids.append(token)

@@ -37,6 +37,7 @@ def perplexity(
     *,
     n_bytes: int | None = None,
     progress: Progress = silent,
+    device: torch.device | str = "cpu",
 ) -> PerplexityResult:
     """Perplexity over `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
 
@@ -45,6 +46,7 @@ def perplexity(
         windows: as `token_windows` makes them; S >= 2.
         n_bytes: UTF-8 bytes of the predicted tokens' text (`predicted_bytes`), for bits per byte.
         progress: called after each window with (windows done, W, the perplexity so far).
+        device: where the program runs.
 
     Raises: ConfigError if there is nothing to predict or a token is none of the model's; ModelError if logits are not
         finite.
@@ -55,7 +57,7 @@ def perplexity(
     total, tokens = 0.0, 0
     with torch.no_grad():
         for index, window in enumerate(windows):
-            logits = program(window[None])[0, :-1]
+            logits = program(window[None].to(device))[0, :-1]
             for rows, targets in zip(logits.split(_ROWS), window[1:].split(_ROWS), strict=True):
                 total += functional.cross_entropy(rows.float(), targets.to(rows.device), reduction="sum").item()
             if not math.isfinite(total):

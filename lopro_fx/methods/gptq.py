@@ -110,6 +110,7 @@ def round_with_feedback(
     error = weight.new_empty(n, m)
     scales = weight.new_empty(group_count(n, group_size), m)
     zeros = torch.empty_like(scales)
+    ranks = group.cpu()  # read once: each read waits for the device
     if static:
         pivots = torch.empty_like(fb.pivots).index_copy_(0, storage, fb.pivots)
         for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
@@ -117,13 +118,13 @@ def round_with_feedback(
             scales[i], zeros[i] = grid.scale, grid.zero
         starts = [*range(0, n, _BLOCK), n]
     else:
-        starts = [0, *(torch.nonzero(group[1:] != group[:-1]).flatten() + 1).tolist(), n]
+        starts = [0, *(torch.nonzero(ranks[1:] != ranks[:-1]).flatten() + 1).tolist(), n]
     for start, end in pairwise(starts):
         part = slice(start, end)
         target = columns[part] + fb.upper[:start, part].T @ error[:start]
         if not static:
             grid = fit_grid(target, bits, fb.pivots[part], clip_steps)
-            scales[group[start]], zeros[group[start]] = grid.scale, grid.zero
+            scales[int(ranks[start])], zeros[int(ranks[start])] = grid.scale, grid.zero
         grid = Grid(scales[group[part]], zeros[group[part]], 1 << bits)
         _round_block(columns[part], target, fb.upper[part, part], grid, codes[part], error[part])
     codes = torch.empty_like(codes).index_copy_(0, storage, codes)

@@ -133,7 +133,7 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
         return Transform()
     if name == "act_order":
         return Transform(perm=rotation.as_index(rotation.energy_order(gram)))
-    signs = rotation.random_signs(n, generator)
+    signs = rotation.random_signs(n, generator, residual.device)
     if name == "full":
         return Transform(signs=signs, block=rotation.largest_block(n, config.block_size))
     skip = min(config.salient, n)

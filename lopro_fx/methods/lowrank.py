@@ -64,7 +64,7 @@ def randomized_svd(
     """
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
-    basis = matrix @ torch.randn(n, width, generator=generator, dtype=matrix.dtype, device="cpu")
+    basis = matrix @ _normal((n, width), matrix, generator)
     for _ in range(iterations):
         basis = torch.linalg.qr(basis).Q
         basis = matrix @ torch.linalg.qr(matrix.T @ basis).Q
@@ -90,7 +90,7 @@ def r1_sketch(
     m, n = matrix.shape
     left, right = matrix.new_zeros(m, rank), matrix.new_zeros(rank, n)
     for i in range(min(rank, m, n)):
-        u = remainder @ torch.randn(n, generator=generator, dtype=matrix.dtype, device="cpu")
+        u = remainder @ _normal((n,), matrix, generator)
         for _ in range(iterations):
             u = remainder @ (remainder.T @ (u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)))
         u = rounding(u / u.norm().clamp_min(torch.finfo(u.dtype).tiny))
@@ -139,3 +139,8 @@ def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
     normal = projected @ down.T
     normal.diagonal().add_((1e-6 * normal.diagonal().mean()).clamp_min(torch.finfo(normal.dtype).tiny))
     return torch.linalg.solve(normal, projected @ error.T).T
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers for `like`, drawn on the CPU, so that every device draws the same."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

@@ -69,7 +69,8 @@ def group_order(hessian: Tensor, group_size: int) -> Tensor:
     diagonal = hessian.diagonal()
     size = diagonal.numel() if group_size == -1 else group_size
     parts = diagonal.split(size)
-    ranked = sorted(range(len(parts)), key=lambda i: -parts[i].mean().item())
+    energy = torch.stack([part.mean() for part in parts]).cpu().tolist()
+    ranked = sorted(range(len(parts)), key=lambda i: -energy[i])
     return torch.cat([i * size + torch.argsort(parts[i], descending=True, stable=True) for i in ranked])
 
 
@@ -78,6 +79,7 @@ def as_index(order: Tensor) -> Tensor:
     return order.to(torch.int16 if order.numel() <= 2**15 else torch.int32)
 
 
-def random_signs(width: int, generator: torch.Generator) -> Tensor:
-    """Packed random signs for `width` columns."""
-    return pack_signs(torch.randint(0, 2, (width,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1)
+def random_signs(width: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Packed random signs for `width` columns; drawn on the CPU, so that every device gets the same."""
+    drawn = torch.randint(0, 2, (width,), generator=generator, dtype=torch.int64, device="cpu")
+    return pack_signs(drawn.to(device) * 2 - 1)

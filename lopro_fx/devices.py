@@ -1,0 +1,52 @@
+"""Where a program's tensors lie, and where work on them is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.errors import ConfigError, first_line
+
+
+def home_of(program: ExportedProgram) -> torch.device:
+    """Device of the program's first tensor; the CPU for a program without tensors."""
+    tables = (program.state_dict, program.constants)
+    tensors = (value for table in tables for value in table.values() if isinstance(value, torch.Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def available(device: torch.device | str) -> torch.device:
+    """The device with its index, if torch can compute there.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    try:
+        found = torch.empty(0, dtype=torch.float32, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device '{device}': torch can't compute there ({first_line(error)})") from error
+    if found.type == "meta":
+        raise ConfigError("device 'meta' holds no data: name one that computes, such as cpu or cuda")
+    return found
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute fp32 products in fp32, whatever the process allows elsewhere.
+
+    A Cholesky factor of a Gram with 10 bits of TF32 or 8 of bf16 fails or is another matrix's.
+    """
+    # pyright knows nothing of the second.
+    backends: list[Any] = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]  # pyright: ignore[reportAttributeAccessIssue]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
