@@ -66,7 +66,11 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    # Sequences that fit one block of its attention are all that can be exported.
+    "minimax": {"block_size": 16},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    # Beyond its window, transformers' own logits with and without a cache differ.
+    "moshi": {"sliding_window": 64},
     "nemotron": {"num_key_value_heads": 2},
     "neomme": {"head_dim": 16},
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 2},

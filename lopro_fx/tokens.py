@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lopro_fx.errors import ConfigError
-from lopro_fx.passes.lookups import table_rows
+from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 
 
 def require_known(program: ExportedProgram | Callable[..., Any], ids: Tensor | Iterable[int], what: str) -> None:
@@ -26,6 +26,18 @@ def require_known(program: ExportedProgram | Callable[..., Any], ids: Tensor | I
     """
     if isinstance(program, (ExportedProgram, GraphModule)):
         require_below(table_rows(program), ids, what)
+
+
+def require_length(program: ExportedProgram, length: int, what: str) -> None:
+    """Check that `program`, whose first input is token ids (..., S), was exported for sequences of this length.
+
+    Raises:
+        ConfigError: names the lengths that it was exported for.
+    """
+    ids = user_placeholders(program)[0]
+    low, high = size_ranges(program, ids)[-1]
+    if not low <= length <= high:
+        raise ConfigError(f"{what} {length}: the model was exported for {max(low, 1):g} to {high:g} tokens a window")
 
 
 def require_below(rows: int | None, ids: Tensor | Iterable[int], what: str) -> None:

@@ -1,9 +1,13 @@
-"""The table that a program looks its token ids up in."""
+"""What a program takes: the table that it looks its token ids up in, and the ranges of its inputs' sizes."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from lopro_fx.passes.compat import viewed_operand
@@ -26,6 +30,34 @@ def table_rows(program: ExportedProgram | GraphModule) -> int | None:
         if isinstance(table, Node) and isinstance(ids, Node) and _source(ids) is first:
             rows.append(table.meta["val"].shape[0])
     return min(rows, default=None)
+
+
+def user_placeholders(program: ExportedProgram) -> list[Node]:
+    """Placeholders of the inputs that the caller gives, in order."""
+    nodes = program.graph.find_nodes(op="placeholder")
+    kinds = [spec.kind for spec in program.graph_signature.input_specs]
+    return [node for node, kind in zip(nodes, kinds, strict=True) if kind == InputKind.USER_INPUT]
+
+
+def size_ranges(program: ExportedProgram, placeholder: Node) -> list[tuple[float, float]]:
+    """(least, most) of every dimension of an input; a size that is fixed has its range at both ends."""
+    ranges = []
+    for size in placeholder.meta["val"].shape:
+        if isinstance(size, int):
+            ranges.append((size, size))
+            continue
+        known = program.range_constraints.get(size.node.expr)
+        if known is None:
+            ranges.append((0, math.inf))
+            continue
+        # torch.export writes 2 where it knows no least size, and symbolic infinities are no numbers of Python's.
+        low = int(known.lower)
+        ranges.append((low if low > 2 else 0, _number(known.upper)))
+    return ranges
+
+
+def _number(end: Any) -> float:
+    return int(end) if getattr(end, "is_finite", False) and end < 1 << 62 else math.inf
 
 
 def _source(node: Node) -> Node:

@@ -14,7 +14,8 @@ from lopro_fx import RTN, ConfigError
 from lopro_fx.evaluation import Choice, Item, divergence, perplexity, zero_shot
 from lopro_fx.evaluation.likelihood import continuation
 from lopro_fx.models import export_causal_lm
-from lopro_fx.passes.lookups import table_rows
+from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
+from lopro_fx.tokens import require_length
 from tests.families import VOCAB, causal_lm, family
 
 MESSAGE = rf"the token id {VOCAB + 3}, and the model's embedding has {VOCAB} rows"
@@ -93,3 +94,14 @@ def test_a_prompt_is_checked(packed, programs) -> None:
         with pytest.raises(ConfigError, match=f"the prompt holds {MESSAGE}"):
             lopro_fx.generate(model, Spaced(), f"5 {VOCAB + 3} 6", 2)
         assert lopro_fx.generate(model, Spaced(), "5 6", 2)
+
+
+def test_windows_longer_than_the_export_are_refused_by_their_length() -> None:
+    program = export_causal_lm(causal_lm("opt"))
+    longest = int(size_ranges(program, user_placeholders(program)[0])[1][1])
+    require_length(program, longest, "--seq-len")
+    with pytest.raises(
+        ConfigError, match=rf"--seq-len {longest + 1}: the model was exported for 1 to {longest} tokens"
+    ):
+        require_length(program, longest + 1, "--seq-len")
+    require_length(export_causal_lm(causal_lm("llama")), 1 << 20, "--seq-len")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from lopro_fx.errors import CalibrationError
+from lopro_fx.passes.lookups import size_ranges, user_placeholders
 
 
 def flatten_batches(
@@ -40,18 +40,11 @@ def flatten_batches(
                 f"calibration batch {index} has the structure {_line(actual)}; the program takes {_line(spec)}"
             )
         for node, value in zip(placeholders, values, strict=True):
-            _check(node, value, index)
+            _check(program, node, value, index)
         flat.append([value.to(device) if device and isinstance(value, torch.Tensor) else value for value in values])
     if not flat:
         raise CalibrationError("calibration holds no batch; pass at least one, or calibration=None for a data-free run")
     return flat
-
-
-def user_placeholders(program: ExportedProgram) -> list[Node]:
-    """Placeholders of the inputs that the caller gives, in order."""
-    nodes = program.graph.find_nodes(op="placeholder")
-    kinds = [spec.kind for spec in program.graph_signature.input_specs]
-    return [node for node, kind in zip(nodes, kinds, strict=True) if kind == InputKind.USER_INPUT]
 
 
 def _normalise(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,7 +72,7 @@ def _reordered(spec: pytree.TreeSpec, kwargs: dict[str, Any], index: int) -> dic
     return {name: kwargs[name] for name in names}
 
 
-def _check(node: Node, value: Any, index: int) -> None:
+def _check(program: ExportedProgram, node: Node, value: Any, index: int) -> None:
     expected = node.meta.get("val")
     where = f"calibration batch {index}, input '{node.name}'"
     if not isinstance(expected, torch.Tensor):
@@ -93,3 +86,9 @@ def _check(node: Node, value: Any, index: int) -> None:
     )
     if not fits:
         raise CalibrationError(f"{where}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+    # Node by node, the graph would run on sizes that it was not traced for, and compute something else.
+    for dim, (size, (low, high)) in enumerate(zip(value.shape, size_ranges(program, node), strict=True)):
+        if not low <= size <= high:
+            raise CalibrationError(
+                f"{where}: its dimension {dim} is {size}; the program was exported for {low:g} to {high:g}"
+            )

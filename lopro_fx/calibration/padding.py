@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lopro_fx.calibration.batches import user_placeholders
+from lopro_fx.passes.lookups import user_placeholders
 
 _NAME = "attention_mask"
 

@@ -20,6 +20,7 @@ from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
 from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
+from lopro_fx.tokens import require_length
 
 _REPORT = "report.json"
 _Models = dict[str, Callable[[Tensor], Tensor]]
@@ -57,6 +58,7 @@ def run(args: Namespace) -> None:
     tokenizer = source.tokenizer
     windows = text.windows(tokenizer, args.seq_len, args.windows)
     result = {"model": source.name, "text": text.name, "windows": len(windows), "seq_len": args.seq_len}
+    require_length(source.program, args.seq_len, "--seq-len")
     models: _Models = {"model": to_device(source.program, device).module()}
     if original is None:
         result |= asdict(data.measure("perplexity", source.program, tokenizer, windows, device))

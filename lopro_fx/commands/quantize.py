@@ -25,7 +25,7 @@ from lopro_fx.progress import reporting
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
 from lopro_fx.state import state_of
-from lopro_fx.tokens import require_known
+from lopro_fx.tokens import require_known, require_length
 
 _STORED = "auto"
 
@@ -89,6 +89,7 @@ def run(args: Namespace) -> None:
     del loaded
     # The other windows are checked where they are evaluated, before anything else.
     require_known(source.program, samples, "the text to calibrate on")
+    require_length(source.program, args.seq_len, "--seq-len")
     selection = select(as_linears(source.program), config)
     if out is not None:
         out.require_space(source.program, selection, config)

@@ -18,7 +18,7 @@ from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.modules import Packed, PackedWeight
-from lopro_fx.huggingface.renaming import HELD, STORED, CodesRenaming, codes_renaming, rename_on_saving
+from lopro_fx.huggingface.renaming import HELD, STORED, PackedNames, rename_on_saving
 from lopro_fx.huggingface.replace import (
     embedding_of,
     has_module,
@@ -86,7 +86,7 @@ class LoProHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LoProConfig
-    _renaming: CodesRenaming
+    _names: PackedNames
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         require_transformers("loading a model that lopro_fx quantised")
@@ -120,10 +120,10 @@ class LoProHfQuantizer(HfQuantizer):
         untie(model, {*made, *chain(*embeddings.values())})
         replace_modules(model, packed, made, embeddings, config.activations)
         _refuse_resizing(model)
-        self._renaming = codes_renaming(model)
+        self._names = PackedNames.of(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        return [*super().update_weight_conversions(weight_conversions, *model), self._renaming]
+        return self._names.conversions(super().update_weight_conversions(weight_conversions, *model))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
 
-from lopro_fx.huggingface.modules import PackedWeight
+from lopro_fx.huggingface.modules import Packed, PackedWeight
 
 # A reader that doesn't know the format stops at the shape of a `weight`, instead of taking the layer for one without
 # weights and filling it with random ones.
@@ -35,15 +37,48 @@ class CodesRenaming(WeightRenaming):
         return CodesRenaming(self._owners, (self._ends[1], self._ends[0]))
 
 
-def codes_renaming(model: Any) -> CodesRenaming:
-    """For a model with packed modules; files may hold names with or without the prefix of the base model."""
-    owners = [
-        name for name, module in model.named_modules() if isinstance(module, PackedWeight) and HELD in module.dtypes
-    ]
+@dataclass(frozen=True)
+class PackedNames:
+    """Names of packed modules that hold codes, and of all packed tensors, with and without the base model's prefix."""
+
+    owners: frozenset[str]
+    tensors: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any) -> PackedNames:
+        """Those of a model whose modules were replaced."""
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+        owners = [name for name, module in packed.items() if isinstance(module, PackedWeight) and HELD in module.dtypes]
+        tensors = [f"{name}.{key}" for name, module in packed.items() for key in module.dtypes]
+        tensors += [f"{name}.{STORED}" for name in owners]
+        return cls(_in_files(model, owners), _in_files(model, tensors))
+
+    def conversions(self, known: Iterable[Any]) -> list[Any]:
+        """transformers' conversions between files and a model, for one with packed modules.
+
+        What renames weights, or joins and splits those of several Linears, leaves packed tensors alone: they have the
+        names of the model's modules in files too.
+        """
+        return [*(_sparing(entry, self.tensors) for entry in known), CodesRenaming(self.owners)]
+
+
+def _in_files(model: Any, names: Iterable[str]) -> frozenset[str]:
+    """Names with and without the prefix of the base model, since files may hold either."""
     prefix = f"{model.base_model_prefix}."
-    return CodesRenaming(
-        {*owners, *(prefix + name for name in owners), *(name.removeprefix(prefix) for name in owners)}
-    )
+    return frozenset(form for name in names for form in (name, prefix + name, name.removeprefix(prefix)))
+
+
+def _sparing(entry: WeightTransform, keys: Collection[str]) -> WeightTransform:
+    """The conversion, and whatever transformers makes of it, for all but these keys."""
+    kind: Any = type(entry)
+
+    def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if source_key in keys else kind.rename_source_key(self, source_key)
+
+    spared: Any = copy.copy(entry)
+    # transformers copies by way of the class, and the class has no room for attributes of ours.
+    spared.__class__ = type(kind.__name__, (kind,), {"__slots__": (), "rename_source_key": rename_source_key})
+    return spared
 
 
 def rename_on_saving(model: Any) -> None:
@@ -53,4 +88,4 @@ def rename_on_saving(model: Any) -> None:
         # As transformers does for a model that it didn't load.
         known = [entry for entry in get_model_conversion_mapping(model, add_legacy=False)
                  if not isinstance(entry, PrefixChange)]  # fmt: skip
-    model._weight_conversions = [*known, codes_renaming(model)]
+    model._weight_conversions = PackedNames.of(model).conversions(known)

@@ -14,7 +14,7 @@ from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
-from lopro_fx.huggingface.unpacked import put_weights, without_others
+from lopro_fx.huggingface.unpacked import beside_packed, put_weights, without_others
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.kernels.cpu_site.activations import DEFAULT
 from lopro_fx.models.quiet import quiet
@@ -90,13 +90,14 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
     from lopro_fx.huggingface.quantizer import LoProConfig, attach
 
     state, dense = without_others(model, state)
+    embeddings = tied_embeddings(model, state.sites)
+    dense |= beside_packed(model, state, embeddings)
     if dense:
         warnings.warn(
             f"{len(dense)} quantised weights are stored dense, since transformers has no Linear there to pack, first "
             f"'{next(iter(dense))}'; exclude them to keep them as they were",
             stacklevel=3,
         )
-    embeddings = tied_embeddings(model, state.sites)
     groups, sites = layout.describe(state, embeddings)
     config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
     # Tensors that the copy finds in its memo are not copied: only modules are.

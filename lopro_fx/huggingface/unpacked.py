@@ -1,8 +1,8 @@
-"""Quantised weights that a transformers model holds dense, because the module that has them is no Linear."""
+"""Quantised weights that a transformers model holds dense, because a module that has them is no Linear."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -40,6 +40,25 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
     return replace(state, groups=groups, sites=sites, left=left), dict(_dense(model, state, name) for name in others)
 
 
+def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Dense weights, by FQN, that are tied to a packed one and belong to modules which can't read that.
+
+    Args:
+        model: whose tensors are tied.
+        state: of Linears alone.
+        embeddings: names of the embeddings that read a site's weight packed, by the site's name.
+    """
+    tensors, found = _tensors(model), {}
+    for name, site in state.sites.items():
+        readers = {f"{reader}.weight" for reader in (name, *embeddings.get(name, ()))}
+        weight = tensors[f"{name}.weight"]
+        others = [fqn for fqn, tensor in tensors.items() if tensor is weight and fqn not in readers]
+        others = [fqn for fqn in others if fqn.removesuffix(".weight") not in state.sites]
+        if others:
+            found |= dict.fromkeys(others, _as_stored(dense_weight(state.groups[site.group], site), weight))
+    return found
+
+
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Replace, in place, weights by their FQN, under every name that they have."""
     tensors = _tensors(model)
@@ -66,12 +85,17 @@ def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]
             f"'{fqn}' is offloaded, and stored dense, since it is no Linear's: load the model on one device, or "
             f"quantise with exclude='{name}'"
         )
-    dense = dense_weight(state.groups[site.group], site).to(old.device, old.dtype)
-    # Of a square one the shape doesn't tell whether it is stored transposed.
-    forms = [form for form in (dense, dense.T) if form.shape == old.shape]
-    if not forms:
+    dense = dense_weight(state.groups[site.group], site)
+    if old.shape not in (dense.shape, dense.T.shape):
         raise ModelError(f"the weight of '{name}' is {tuple(old.shape)}, but was quantised as {tuple(dense.shape)}")
-    return fqn, min(forms, key=lambda form: (form - old).norm().item()).contiguous()
+    return fqn, _as_stored(dense, old)
+
+
+def _as_stored(dense: Tensor, old: Tensor) -> Tensor:
+    """The weight, or its transpose, in the place of `old`; of a square one the shape doesn't tell which."""
+    dense = dense.to(old.device, old.dtype)
+    forms = [form for form in (dense, dense.T) if form.shape == old.shape]
+    return min(forms, key=lambda form: (form - old).norm().item()).contiguous()
 
 
 def _tensors(model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
 
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.errors import CalibrationError
@@ -105,3 +107,26 @@ def test_a_nested_or_keyword_input_is_named(keyword, batch, message) -> None:
 def test_no_batch_is_an_error(program, empty) -> None:
     with pytest.raises(CalibrationError, match="holds no batch; pass at least one, or calibration=None"):
         flatten_batches(program, empty)
+
+
+def test_sizes_beyond_the_range_of_the_export_are_refused() -> None:
+    """Node by node, the graph runs on them, and does what was traced for others."""
+
+    class Blocks(nn.Module):
+        """Doubles the first eight rows, which for fewer is every row."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([2 * x[:8], x[8:]])
+
+    sizes = ({0: Dim("rows", min=3, max=7)},)
+    program = torch.export.export(Blocks(), (rows(4),), dynamic_shapes=sizes, strict=False)
+    assert flatten_batches(program, [rows(3), rows(7)])
+    for count in (2, 8):
+        with pytest.raises(CalibrationError, match=f"dimension 0 is {count}; the program was exported for 3 to 7"):
+            flatten_batches(program, [rows(4), rows(count)])
+
+
+@pytest.mark.parametrize("dim", [Dim.AUTO, Dim("rows", min=1)])
+def test_sizes_without_a_range_are_free(dim: Any) -> None:
+    program = torch.export.export(nn.Linear(32, 4), (rows(4),), dynamic_shapes=({0: dim},), strict=False)
+    assert flatten_batches(program, [rows(1), rows(4000)])

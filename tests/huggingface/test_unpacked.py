@@ -106,3 +106,40 @@ def test_a_weight_that_is_offloaded_is_refused_by_name() -> None:
     mlp.fn = nn.Parameter(mlp.fn.to("meta"))
     with pytest.raises(lopro_fx.ModelError, match=r"mlp\.fn' is offloaded"):
         lopro_fx.pack_model(model, state)
+
+
+class _Tied(LlamaForCausalLM):
+    """Two Linears share a weight, and its head shares one with an embedding that is no nn.Embedding."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        attention = self.model.layers[0].self_attn
+        attention.o_proj.weight = attention.q_proj.weight
+        self.model.embed_tokens = _Table(config.vocab_size, config.hidden_size)
+        self.lm_head.weight = self.model.embed_tokens.weight
+        self.post_init()
+
+
+class _Table(nn.Module):
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width).normal_(std=0.3, generator=generator(2)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
+
+
+@torch.no_grad()
+def test_what_shares_a_packed_weight_and_cannot_read_it_holds_the_same_numbers(tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.3}
+    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=1, bos_token_id=1, eos_token_id=None, **sizes)
+    model = _Tied(config).eval()
+    program = export_causal_lm(model)
+    state = lopro_fx.calibrate(program, None, lopro_fx.RTN(bits=3, group_size=32, head_bits=4))
+    ids = token_ids(2, 9)
+    expected = lopro_fx.apply(program, state).module()(ids)
+    with pytest.warns(UserWarning, match="2 quantised weights are stored dense"):
+        lopro_fx.save_pretrained(model, state, tmp_path / "packed", activations="float")
+    loaded = _Tied.from_pretrained(tmp_path / "packed")
+    assert_close("loaded", expected, loaded(ids).logits, 2e-5)
