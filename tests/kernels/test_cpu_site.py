@@ -167,7 +167,9 @@ def test_a_scale_that_is_not_finite_shows_in_its_row_alone(path: str, tokens: in
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_long_rows(path: str, bits: int) -> None:
     """Several rows are longer than what memory is asked for in advance at least."""
-    compare(heavy_tailed(1, 20000), operands(9, 20000, bits, 128, rank=4, block=32), 8)
+    x = torch.randn(1, 20000, generator=generator())
+    x[:, ::40] *= 20
+    compare(x, operands(9, 20000, bits, 128, rank=4, block=32), 8)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1e20])
@@ -208,14 +210,14 @@ def test_it_stays_one_node() -> None:
 
 def test_wrong_operands_are_refused() -> None:
     x, site = torch.randn(2, 96), list(operands(20, 96, 3, 32))
-    with pytest.raises(ValueError, match=r"float64.*float32"):
+    with pytest.raises(ValueError, match="float32"):
         cpu_site(x.double(), *site, 8)
-    with pytest.raises(ValueError, match="act_bits is 4"):
+    with pytest.raises(ValueError, match="act_bits"):
         cpu_site(x, *site, 4)
-    with pytest.raises(ValueError, match="group_size is 48"):
+    with pytest.raises(ValueError, match="group_size"):
         cpu_site(x, *site[:-1], 48, 8)
     if native.load():
-        with pytest.raises(RuntimeError, match="codes"):
+        with pytest.raises(ValueError, match="codes"):
             cpu_site(torch.randn(2, 64), *site, 8)
 
 
