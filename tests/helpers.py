@@ -45,3 +45,8 @@ def heavy_tailed(tokens: int, width: int, seed: int = 0) -> Tensor:
 def gram_of(rows: Tensor) -> Tensor:
     """fp32 (n, n) E[x xᵀ]."""
     return rows.T @ rows / rows.shape[0]
+
+
+def damped(gram: Tensor, part: float) -> Tensor:
+    """The Gram with a part of its mean diagonal added to its diagonal."""
+    return gram + part * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)

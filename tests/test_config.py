@@ -45,26 +45,27 @@ def test_json_gives_the_same_settings_back(config: Method) -> None:
 
 @pytest.mark.parametrize("config", [RTN(), GPTQ(), LoPRo(), LoPRo.paper()])
 def test_defaults_are_allowed(config: Method) -> None:
-    assert from_dict(config.to_dict()) == config
-    assert isinstance(hash(config), int)
+    again = from_dict(config.to_dict())
+    assert again == config
+    assert hash(again) == hash(config)
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (RTN, {"bits": 5}, r"RTN\(bits=5\): allowed are 2, 3, 4, 8"),
-        (GPTQ, {"group_size": 48}, r"GPTQ\(group_size=48\): allowed are 32, 64, 128, -1"),
-        (LoPRo, {"rank": -1}, r"LoPRo\(rank=-1\): must be a number in \[0, 4096\]"),
+        (RTN, {"bits": 5}, r"RTN\(bits=5\).*2, 3, 4, 8"),
+        (GPTQ, {"group_size": 48}, r"GPTQ\(group_size=48\).*32, 64, 128, -1"),
+        (LoPRo, {"rank": -1}, r"LoPRo\(rank=-1\).*0, 4096"),
         (LoPRo, {"rank": True}, r"LoPRo\(rank=True\)"),
-        (RTN, {"head_bits": 2}, r"RTN\(head_bits=2\): allowed are 0, 4, 8"),
-        (LoPRo, {"factor_bits": 4}, r"LoPRo\(factor_bits=4\): allowed are 8, 16"),
-        (LoPRo, {"transforms": ("full", "half")}, r"'half' is not one of identity, act_order, partial, full"),
-        (LoPRo, {"transforms": ()}, "name at least one of identity"),
-        (LoPRo, {"block_size": 96}, r"LoPRo\(block_size=96\): allowed are 1, 2, 4"),
-        (LoPRo, {"low_rank": "svd"}, r"allowed are block_svd, r1_sketch"),
+        (RTN, {"head_bits": 2}, r"RTN\(head_bits=2\).*0, 4, 8"),
+        (LoPRo, {"factor_bits": 4}, r"LoPRo\(factor_bits=4\).*8, 16"),
+        (LoPRo, {"transforms": ("full", "half")}, r"transforms.*'half'.*identity, act_order, partial, full"),
+        (LoPRo, {"transforms": ()}, "transforms.*identity, act_order, partial, full"),
+        (LoPRo, {"block_size": 96}, r"LoPRo\(block_size=96\).*1, 2, 4"),
+        (LoPRo, {"low_rank": "svd"}, r"low_rank='svd'.*block_svd, r1_sketch"),
         (GPTQ, {"damp": float("nan")}, r"GPTQ\(damp=nan\)"),
         (GPTQ, {"damp": "much"}, r"GPTQ\(damp='much'\)"),
-        (GPTQ, {"act_order": "row"}, "allowed are none, group, static, column"),
+        (GPTQ, {"act_order": "row"}, "act_order='row'.*none, group, static, column"),
         (RTN, {"clip_steps": -1}, r"RTN\(clip_steps=-1\)"),
         (RTN, {"seed": -1}, r"RTN\(seed=-1\)"),
     ],
@@ -87,7 +88,7 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "magic"}, "method 'magic': known are rtn"),
+        ({"method": "magic"}, "method 'magic'.*rtn, gptq, lopro"),
         ({}, "method None"),
         ({"method": "rtn", "rank": 3}, "RTN: .*rank"),
     ],

@@ -20,8 +20,9 @@ from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState
 from lopro_fx.evaluation.perplexity import perplexity
 from lopro_fx.models import export_causal_lm, load_model
 from lopro_fx.passes.packed import dense_weight
-from tests.families import QUANTISED, as_stored, batches, family
-from tests.helpers import SHARED, assert_close, relative_rms
+from lopro_fx.state import state_of
+from tests.families import QUANTISED, as_stored, batches, causal_lm, family
+from tests.helpers import SHARED, TOLERANCE, assert_close
 
 CONFIG = LoPRo(bits=4, group_size=32, rank=2, clip_steps=8)
 COARSE = LoPRo(bits=2, group_size=32, rank=0, clip_steps=8)
@@ -46,28 +47,31 @@ def _stored(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in program.state_dict.items()}
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-def test_logits_stay_close(name: str) -> None:
-    chosen = family(name)
-    inputs = chosen.inputs(13, 99)
-    reference, got = _run(chosen.program, inputs), _run(_quantised(name), inputs)
-    assert got.dtype == reference.dtype
-    assert torch.isfinite(got).all()
-    assert relative_rms(reference, got) < 0.25
-
-
-@pytest.mark.parametrize("name", QUANTISED)
-def test_packed_and_fake_quantised_programs_are_one(name: str) -> None:
-    chosen, state = family(name), _state(name)
-    module = copy.deepcopy(chosen.program.module())
+def _twin(name: str, state: QuantState) -> torch.nn.Module:
+    """The family's program in fp32 with every packed weight as a dense one, each near the one that it stands for."""
+    module = copy.deepcopy(family(name).program.module())
     for site in state.sites.values():
-        dense = dense_weight(state.groups[site.group], site)
-        module.get_parameter(f"{site.name}.weight").data = as_stored(name, site.name, dense)
+        dense, weight = dense_weight(state.groups[site.group], site), module.get_parameter(f"{site.name}.weight")
+        assert_close(site.name, weight, as_stored(name, site.name, dense), 0.2)
+        weight.data = as_stored(name, site.name, dense)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, CONFIG) for name in QUANTISED), ("llama", RTN(bits=4, group_size=32)),
+     ("llama", GPTQ(bits=4, group_size=32, act_order="column"))],
+)  # fmt: skip
+def test_packed_and_fake_quantised_programs_are_one(name: str, config: Method) -> None:
+    chosen, state = family(name), _state(name, config)
+    module = _twin(name, state)
     for size in (2, 13):
         inputs = chosen.inputs(size, 7)
         with torch.no_grad():
             expected = module(*inputs)
-        assert_close(f"{name}, size {size}", expected, _run(_quantised(name), inputs), 2e-5)
+        got = _run(_quantised(name, config), inputs)
+        assert got.dtype == expected.dtype
+        assert_close(f"{name}, size {size}", expected, got, 2e-5)
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -78,7 +82,7 @@ def test_every_linear_is_taken_or_listed(name: str) -> None:
     assert all(line.reason for line in explained.left)
     assert [(line.name, line.reason) for line in explained.left] == list(reported.left)
     linears = list(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
-    assert len(linears) == len([line for line in explained.left if "is not aten.linear" not in line.reason])
+    assert len(linears) == len([line for line in explained.left if "aten.linear" not in line.reason])
     assert all(row["relative_loss"] < 0.1 for row in reported.rows)
     assert set(program.range_constraints.items()) == set(family(name).program.range_constraints.items())
 
@@ -106,28 +110,30 @@ def test_inductor_gives_the_eager_logits() -> None:
     _compiled(_quantised("llama"), family("llama"), "inductor", 1e-5)
 
 
-@pytest.mark.parametrize("config", [RTN(bits=4, group_size=32), GPTQ(bits=4, group_size=32, act_order="column")])
-def test_other_methods_run_the_same_way(config: Method) -> None:
-    inputs = family("llama").inputs(13, 99)
-    reference = _run(family("llama").program, inputs)
-    assert relative_rms(reference, _run(_quantised("llama", config), inputs)) < 0.25
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models_stay_narrow(dtype: torch.dtype) -> None:
     inputs = family("llama").inputs(13, 99)
     got = _run(_quantised("llama", CONFIG, dtype), inputs)
     assert got.dtype == dtype
-    assert torch.isfinite(got).all()
-    assert relative_rms(_run(family("llama").program, inputs), got) < 0.25
+    with torch.no_grad():
+        expected = _twin("llama", _state("llama", CONFIG, dtype))(*inputs)
+    assert_close(str(dtype), expected, got, 4 * TOLERANCE[dtype])
 
 
 def test_naming_a_tied_head_alone_takes_it_alone() -> None:
     chosen = family("gpt2")
-    taken = lopro_fx.quantize(chosen.program, batches(chosen), LoPRo(bits=8, rank=0, group_size=32, include="lm_head"))
-    assert [row["name"] for row in lopro_fx.report(taken).rows] == ["lm_head"]
+    config = LoPRo(bits=8, rank=0, group_size=32, include="lm_head")
+    state = lopro_fx.calibrate(chosen.program, batches(chosen), config)
+    taken = lopro_fx.apply(chosen.program, state)
+    assert [row["name"] for row in lopro_fx.report(taken).rows] == list(state.sites) == ["lm_head"]
     inputs = chosen.inputs(9, 3)
-    assert_close("logits", _run(chosen.program, inputs), _run(taken, inputs), 0.02)
+    with torch.no_grad():
+        hidden: list[Tensor] = []
+        twin = causal_lm("gpt2")
+        twin.lm_head.register_forward_pre_hook(lambda _, seen: hidden.append(seen[0]))
+        twin(*inputs, use_cache=False)
+        expected = hidden[0] @ dense_weight(state.groups[state.sites["lm_head"].group], state.sites["lm_head"]).T
+    assert_close("logits", expected, _run(taken, inputs), 2e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
@@ -149,10 +155,12 @@ def test_the_input_program_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("method", [LoPRo, GPTQ])
 def test_a_data_free_run_warns(method: type[Method]) -> None:
     chosen = family("llama")
-    with pytest.warns(UserWarning, match=f"{method.__name__} without calibration is data-free"):
+    with pytest.warns(UserWarning, match=f"{method.__name__}.*data-free"):
         program = lopro_fx.quantize(chosen.program, None, method(bits=8, group_size=32, clip_steps=0))
     inputs = chosen.inputs(13, 99)
-    assert_close("logits", _run(chosen.program, inputs), _run(program, inputs), 0.02)
+    with torch.no_grad():
+        expected = _twin("llama", state_of(program))(*inputs)
+    assert_close("logits", expected, _run(program, inputs), 2e-5)
 
 
 def test_rounding_to_nearest_needs_no_data_and_does_not_warn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -157,7 +158,10 @@ def test_any_name(tmp_path: Path, name: str) -> None:
 
 def test_a_failure_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
     _fill(tmp_path / "folder", "old")
-    with pytest.raises(CheckpointError, match="could not write"), replacing(tmp_path / "folder") as temporary:
+    with (
+        pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "folder"))),
+        replacing(tmp_path / "folder") as temporary,
+    ):
         (temporary / "not made" / "file").touch()
     assert (tmp_path / "folder" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -167,10 +171,10 @@ def test_a_loop_of_links_and_a_file_as_a_folder_are_refused(tmp_path: Path) -> N
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "loop", tmp_path / "file" / "inside", tmp_path / ("a" * 300)):
-        with pytest.raises(CheckpointError, match="can't be written"):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
             require_writable(path)
     if Path("/proc/self").is_dir():
-        with pytest.raises(CheckpointError, match="can't be written"):
+        with pytest.raises(CheckpointError, match=r"/proc/result\.json"):
             require_writable(Path("/proc/result.json"))
 
 

@@ -114,7 +114,9 @@ def test_an_untied_embedding_stays_as_it_is() -> None:
 def test_other_layers_are_as_without_it() -> None:
     (_, state), (_, plain) = _case(tied=True), _case(tied=True, head_bits=0)
     assert set(state.sites) - set(plain.sites) == {HEAD}
-    assert plain.left == [(HEAD, "its weight is tied to an embedding")]
+    ((name, reason),) = plain.left
+    assert name == HEAD
+    assert "tied" in reason
     assert state.left == []
     for name, site in plain.sites.items():
         assert all(torch.equal(state.sites[name].tensors[key], tensor) for key, tensor in site.tensors.items())
@@ -200,7 +202,7 @@ def test_passes_keep_it() -> None:
     assert len(_calls(optimised, LOOKUP)) == 1
     notes = {note["what"][0]: note.get("reason") for note in optimised.graph_module.meta[META]["optimized"]
              if note["pass"] == "fuse_site"}  # fmt: skip
-    assert notes[HEAD] == "it has neither a rotation nor a low-rank branch"
+    assert all(word in notes[HEAD] for word in ("rotation", "low-rank"))
     decomposed = result.run_decompositions()
     assert not [node for node in decomposed.graph.nodes if "lopro" in str(node.target) and node.op == "call_function"]
     assert_close("decomposed", _run(result, _tokens(2, 7)), _run(decomposed, _tokens(2, 7)), 1e-6)
@@ -259,7 +261,7 @@ def test_exclude_wins() -> None:
     program, _ = _case(tied=True)
     result = lopro_fx.quantize(program, None, RTN(exclude=(HEAD,), head_bits=8))
     assert not _calls(result, LOOKUP)
-    assert dict(lopro_fx.report(result).left)[HEAD] == "excluded by name"
+    assert "excluded" in dict(lopro_fx.report(result).left)[HEAD]
     assert f"{HEAD}.weight" in result.state_dict
 
 
@@ -284,12 +286,14 @@ def test_a_table_that_a_third_node_reads_is_left() -> None:
     program = export(seeded(Normed()), ids())
     result = lopro_fx.quantize(program, None, RTN(bits=4, head_bits=8))
     (reason,) = (reason for name, reason in lopro_fx.report(result).left if name == HEAD)
-    assert reason.startswith("its weight is also read by 'linalg_vector_norm'")
+    assert "'linalg_vector_norm'" in reason
     assert not _calls(result, LOOKUP)
     assert torch.isfinite(_run(result, ids())).all()
     # A state from a program without that reader still fits: the reader keeps the dense table.
     state = lopro_fx.calibrate(program, None, RTN(bits=4))
-    assert state.left == [(HEAD, "its weight is tied to an embedding")]
+    ((name, reason),) = state.left
+    assert name == HEAD
+    assert "tied" in reason
 
 
 def test_a_table_of_which_the_projection_is_a_part_is_left() -> None:
@@ -309,7 +313,7 @@ def test_a_table_of_which_the_projection_is_a_part_is_left() -> None:
 
     result = lopro_fx.quantize(export(Padded(), ids()), None, RTN(bits=4, head_bits=8))
     (reason,) = (reason for _, reason in lopro_fx.report(result).left)
-    assert reason == "its weight shares memory with 'table', which is another part or view of it"
+    assert "'table'" in reason
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (1, 1)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lopro_fx
 from lopro_fx import GPTQ, RTN, CalibrationError, GraphError, LoPRo
 from lopro_fx.passes.packed import dense_weight
-from tests.helpers import assert_close, generator, relative_rms
+from tests.helpers import assert_close, generator
 from tests.programs import WIDTH, Cached, Nested, Scaled, Twice, decoder, export, ids, rows, seeded
 
 CONFIG = LoPRo(bits=4, group_size=32, rank=2, clip_steps=4)
@@ -56,19 +56,19 @@ def _run(program: Any, batch: tuple[tuple, dict]) -> Tensor:
 def test_packed_and_fake_quantised_programs_are_one(name: str, transform: str) -> None:
     original, batches = CASES[name]
     # A program writes the buffers of the module that it was exported from, so each has its own.
-    module, reference, twin = (copy.deepcopy(original) for _ in range(3))
+    module, twin = (copy.deepcopy(original) for _ in range(2))
     program = export(module, *batches[0][0], **batches[0][1])
     config = LoPRo(bits=4, group_size=32, rank=2, clip_steps=4, salient=16, transforms=transform)
     state = lopro_fx.calibrate(program, batches, config)
     assert all(site.row["transform"] == transform for site in state.sites.values())
     for site in state.sites.values():
-        twin.get_submodule(site.name).weight = nn.Parameter(dense_weight(state.groups[site.group], site))
+        dense = dense_weight(state.groups[site.group], site)
+        assert_close(site.name, twin.get_submodule(site.name).weight, dense, 0.2)
+        twin.get_submodule(site.name).weight = nn.Parameter(dense)
     with torch.no_grad():
-        whole = reference(*batches[0][0], **batches[0][1])
         expected = twin(*batches[0][0], **batches[0][1])
     got = _run(lopro_fx.apply(program, state), batches[0])
     assert_close(name, expected, got, 2e-2 if name == "autocast on" else 1e-5)
-    assert relative_rms(whole, got) < 0.3
 
 
 def test_caches_are_delivered_clean() -> None:
@@ -122,7 +122,9 @@ def test_the_run_is_on_record() -> None:
     state = lopro_fx.calibrate(decoder()[1], [ids(2, 9), ids(3, 5)], CONFIG)
     assert state.info["calibration_tokens"] == 33
     assert state.config == CONFIG.to_dict()
-    assert state.left == [("lm_head", "its weight is tied to an embedding")]
+    ((name, reason),) = state.left
+    assert name == "lm_head"
+    assert "tied" in reason
     for site in state.sites.values():
         assert {"bits", "group_size", "rank", "transform", "bits_per_weight", "relative_loss", "damp"} <= set(site.row)
 
@@ -131,35 +133,35 @@ def test_a_singular_gram_warns_and_is_on_record() -> None:
     # Of many tokens in eight dimensions: what few tokens leave open is assumed, so no Gram of theirs is singular.
     tokens = torch.randn(1 << 17, 8, generator=generator()) @ torch.randn(8, WIDTH, generator=generator(1))
     program = export(seeded(nn.Sequential(nn.Linear(WIDTH, 4))), tokens)
-    with pytest.warns(UserWarning, match=r"'0': damping raised from 0 to .* \(its Gram is close to singular\)"):
+    with pytest.warns(UserWarning, match=r"'0'.*damping.*singular"):
         result = lopro_fx.quantize(program, [tokens], GPTQ(bits=4, group_size=32, damp=0))
     (row,) = lopro_fx.report(result).rows
     assert row["damp"] > 0
-    assert row["warning"].startswith("damping raised from 0 to")
+    assert "damping" in row["warning"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_damaged_weight_is_named(value: float) -> None:
     program = export(seeded(Twice()), rows(4))
     program.state_dict["other.weight"].data[0, 0] = value
-    with pytest.raises(GraphError, match="the weight of 'other' holds NaN"):
+    with pytest.raises(GraphError, match=r"'other'.*NaN"):
         lopro_fx.quantize(program, None, RTN(bits=4))
 
 
 def test_a_quantised_program_has_nothing_left_to_quantise() -> None:
     result = lopro_fx.quantize(decoder()[1], None, RTN(bits=4))
-    with pytest.raises(GraphError, match="nothing to quantise in this program"):
+    with pytest.raises(GraphError, match="nothing to quantise"):
         lopro_fx.quantize(result, None, RTN(bits=4))
 
 
 def test_patterns_that_match_nothing_are_an_error() -> None:
-    with pytest.raises(GraphError, match=r"blocks.0.q: not in the include patterns"):
+    with pytest.raises(GraphError, match=r"blocks\.0\.q\b.*include"):
         lopro_fx.quantize(decoder()[1], None, RTN(bits=4, include="model.*"))
 
 
 def test_a_batch_that_does_not_fit_is_reported_before_any_work() -> None:
     calls: list[tuple[int, int, str]] = []
-    with pytest.raises(CalibrationError, match="calibration batch 1"):
+    with pytest.raises(CalibrationError, match=r"batch 1\b"):
         lopro_fx.quantize(decoder()[1], [ids(), ids().float()], CONFIG, progress=lambda *call: calls.append(call))
     assert not calls
 

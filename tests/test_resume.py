@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,7 +134,7 @@ def test_another_run_is_refused(change: str, tmp_path: Path, monkeypatch: pytest
         other.state_dict["second.weight"].data[0, 0] += 1
     if change == "version":
         monkeypatch.setattr("lopro_fx.resume.__version__", "0.0.1")
-    with pytest.raises(CheckpointError, match=r"another model, calibration, setting or version.*delete it or name"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}.*delete"):
         lopro_fx.calibrate(other, changed.get(change, batches), config, resume=tmp_path)
     monkeypatch.undo()
     lopro_fx.calibrate(program(), batches, CONFIG, resume=tmp_path)
@@ -166,11 +167,11 @@ def test_a_process_that_was_killed_is_continued_by_another(whole: QuantState, tm
 def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
     _calibrate(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"run.json can't be read"):
+    with pytest.raises(CheckpointError, match=r"run\.json"):
         _calibrate(tmp_path)
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"could not write .*file"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "file"))):
         _calibrate(tmp_path / "file")

@@ -18,7 +18,7 @@ from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 from lopro_fx.tokens import require_length
 from tests.families import VOCAB, causal_lm, family
 
-MESSAGE = rf"the token id {VOCAB + 3}, and the model's embedding has {VOCAB} rows"
+MESSAGE = rf"token id {VOCAB + 3}\b.*\b{VOCAB} rows"
 
 
 class Spaced:
@@ -70,7 +70,7 @@ def test_evaluation_names_the_id(packed, wrong: int) -> None:
         lambda: continuation(dense, [5, wrong, 6], 1),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match=f"the token id {wrong}, and the model's embedding has {VOCAB} rows"):
+        with pytest.raises(ConfigError, match=rf"token id {wrong}\b.*\b{VOCAB} rows"):
             call()
     assert not ran
     assert perplexity(small, _windows(9, VOCAB - 1)).tokens == 6
@@ -83,7 +83,7 @@ def test_tasks_are_checked_before_the_first_item() -> None:
     done: list[int] = []
     items = [item("good", " 8"), item("bad", f" {VOCAB + 3}")]
     program = export_causal_lm(causal_lm("llama")).module()
-    with pytest.raises(ConfigError, match=f"item bad holds {MESSAGE}"):
+    with pytest.raises(ConfigError, match=rf"item bad\b.*{MESSAGE}"):
         zero_shot(program, Spaced(), items, branched=False, progress=lambda *_: done.append(1))
     assert not done
     assert zero_shot(program, Spaced(), items[:1], branched=False).items == 1
@@ -91,7 +91,7 @@ def test_tasks_are_checked_before_the_first_item() -> None:
 
 def test_a_prompt_is_checked(packed, programs) -> None:
     for model in (packed, programs, lopro_fx.Generator.from_programs(programs)):
-        with pytest.raises(ConfigError, match=f"the prompt holds {MESSAGE}"):
+        with pytest.raises(ConfigError, match=f"prompt.*{MESSAGE}"):
             lopro_fx.generate(model, Spaced(), f"5 {VOCAB + 3} 6", 2)
         assert lopro_fx.generate(model, Spaced(), "5 6", 2)
 

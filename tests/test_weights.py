@@ -16,7 +16,7 @@ from lopro_fx.commands.target import Target
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.packed import dense_weight
 from lopro_fx.quantize import select
-from tests.helpers import assert_close
+from tests.helpers import TOLERANCE, assert_close
 from tests.programs import WIDTH, export, rows, seeded
 
 CONFIG = LoPRo(bits=4, group_size=32, rank=2, clip_steps=4, refits=0, sweeps=0)
@@ -123,8 +123,14 @@ def test_every_type_in_every_spelling(dtype: torch.dtype) -> None:
         assert not explanation.taken
         assert {line.name: "float64" in line.reason for line in explanation.left} == {"first": True, "last": True}
         return
-    result = lopro_fx.quantize(program, None, RTN(bits=8, group_size=32))
+    state = lopro_fx.calibrate(program, None, RTN(bits=8, group_size=32))
+    assert set(state.sites) == {"first", "last"}
+    result = lopro_fx.apply(program, state)
+    first, last = (dense_weight(state.groups[state.sites[name].group], state.sites[name]).double()
+                   for name in ("first", "last"))  # fmt: skip
     with torch.no_grad():
         got = result.module()(rows(4).to(dtype))
+        hidden = rows(4).to(dtype).double() @ first.T + module.first.bias.double()
+        # The second weight is that of `addmm`, stored transposed.
+        assert_close(str(dtype), hidden @ last.T + module.last.bias.double(), got, 2 * TOLERANCE[dtype])
         assert got.dtype == dtype
-        assert_close(str(dtype), module(rows(4).to(dtype)), got, 3e-2)

@@ -63,18 +63,18 @@ def test_a_generator_is_read_once(program) -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (ids().to(torch.int32), "batch 1, input 'input_ids': dtype torch.int32, expected torch.int64"),
-        (ids()[0], r"batch 1, input 'input_ids': shape \(9,\), expected"),
-        (ids()[None], r"batch 1, input 'input_ids': shape \(1, 2, 9\), expected"),
-        ((ids(), ids()), "batch 1 has the structure"),
-        ((), "batch 1 has the structure"),
-        ([[1, 2, 3]], "batch 1 has the structure"),
-        (((5,), {}), "batch 1, input 'input_ids': got int, expected a tensor"),
-        (5, "batch 1, input 'input_ids': got int, expected a tensor"),
-        ("text", "batch 1, input 'input_ids': got str, expected a tensor"),
+        (ids().to(torch.int32), r"batch 1.*'input_ids'.*torch\.int32.*torch\.int64"),
+        (ids()[0], r"batch 1.*'input_ids'.*\(9,\)"),
+        (ids()[None], r"batch 1.*'input_ids'.*\(1, 2, 9\)"),
+        ((ids(), ids()), "batch 1.*structure"),
+        ((), "batch 1.*structure"),
+        ([[1, 2, 3]], "batch 1.*structure"),
+        (((5,), {}), "batch 1.*'input_ids'.*int"),
+        (5, "batch 1.*'input_ids'.*int"),
+        ("text", "batch 1.*'input_ids'.*str"),
         (None, "batch 1"),
-        ({"input_ids": ids()}, r"batch 1 has the keyword inputs \['input_ids'\]; the program takes \[\]"),
-        (((ids(),), {"mask": ids()}), r"batch 1 has the keyword inputs \['mask'\]; the program takes \[\]"),
+        ({"input_ids": ids()}, r"batch 1.*\['input_ids'\].*\[\]"),
+        (((ids(),), {"mask": ids()}), r"batch 1.*\['mask'\].*\[\]"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_named(program, batch, message) -> None:
@@ -88,14 +88,14 @@ def test_a_batch_that_does_not_fit_is_named(program, batch, message) -> None:
     [
         (
             (((rows(4), rows(4)),), {"mask": rows(4)}),
-            r"keyword inputs \['mask'\]; the program takes \['bias', 'mask'\]",
+            r"\['mask'\].*\['bias', 'mask'\]",
         ),
         (((rows(4), rows(4)), {"mask": rows(4), "bias": rows(1)}), "structure"),
         (
             (((rows(4), rows(5)),), {"mask": rows(4), "bias": rows(1)}),
-            r"input 'pair_1': shape \(5, 32\), expected \(4, 32\)",
+            r"'pair_1'.*\(5, 32\).*\(4, 32\)",
         ),
-        ((((rows(4), rows(4)),), {"mask": rows(4).half(), "bias": rows(1)}), "input 'mask': dtype torch.float16"),
+        ((((rows(4), rows(4)),), {"mask": rows(4).half(), "bias": rows(1)}), r"'mask'.*torch\.float16.*torch\.float32"),
     ],
 )
 def test_a_nested_or_keyword_input_is_named(keyword, batch, message) -> None:
@@ -105,7 +105,7 @@ def test_a_nested_or_keyword_input_is_named(keyword, batch, message) -> None:
 
 @pytest.mark.parametrize("empty", [[], (), iter(())])
 def test_no_batch_is_an_error(program, empty) -> None:
-    with pytest.raises(CalibrationError, match="holds no batch; pass at least one, or calibration=None"):
+    with pytest.raises(CalibrationError, match="calibration=None"):
         flatten_batches(program, empty)
 
 

@@ -149,9 +149,7 @@ def test_ids_of_another_tokenizer_are_reported() -> None:
     _, program = decoder()
     bad = ids()
     bad[1, 2] = VOCAB + 7
-    with pytest.raises(
-        CalibrationError, match=rf"batch 1: node 'embedding' looks up ids \d+..{VOCAB + 7} in a table of {VOCAB} rows"
-    ):
+    with pytest.raises(CalibrationError, match=rf"batch 1.*'embedding'.*\b{VOCAB + 7}\b.*\b{VOCAB} rows"):
         _stops(program, [((ids(),), {}), ((bad,), {})])
 
 
@@ -167,8 +165,6 @@ class _Indexed(nn.Module):
 
 def test_a_node_that_fails_is_named() -> None:
     program = export(seeded(_Indexed()), torch.tensor([0, 4]))
-    with pytest.raises(
-        CalibrationError, match=r"node 'index' \(aten.index.Tensor\) failed during calibration"
-    ) as caught:
+    with pytest.raises(CalibrationError, match=r"'index'.*aten\.index\.Tensor") as caught:
         _stops(program, [((torch.tensor([0, 9]),), {})])
     assert "\n" not in str(caught.value)

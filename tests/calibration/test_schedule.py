@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.schedule import run_calibrated, run_data_free
-from lopro_fx.calibration.statistics import Statistics, measure
+from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import RTN
 from lopro_fx.errors import CalibrationError
 from lopro_fx.passes.sites import Group, find_sites
-from tests.helpers import assert_close
+from tests.helpers import assert_close, gram_of
 from tests.programs import decoder, export, ids
 
 
@@ -63,7 +63,7 @@ def test_sequential_feeds_results_forward_and_the_other_does_not(case, sequentia
     assert_close("magnitude", x.abs().mean(0), recorder.stats["blocks.1.down"].magnitude, 1e-5)
 
 
-@pytest.mark.parametrize("clip", [0, 2.0])
+@pytest.mark.parametrize("clip", [0, 1.0])
 def test_the_config_decides_how_far_large_tokens_count(case, clip: float) -> None:
     _, program = case
     stats, seen = {}, {}
@@ -76,9 +76,15 @@ def test_the_config_decides_how_far_large_tokens_count(case, clip: float) -> Non
     run_calibrated(program, groups, [[batch]], keep, RTN(token_clip=clip))
     for node, (x,) in LockstepRunner(program, [[batch]]).stops({group.sites[0].nodes[0] for group in groups}):
         seen[node] = x
+    clipped = 0
     for group in groups:
-        expected = measure([seen[group.sites[0].nodes[0]]], "layer", "node", clip)
-        assert_close(group.name, expected.gram, stats[group.name].gram, 1e-6)
+        rows = seen[group.sites[0].nodes[0]].flatten(0, -2)
+        norm = rows.square().sum(1)
+        limit = clip * norm.median() if clip else norm.max()
+        clipped += int((norm > limit).sum())
+        rows = rows * (limit / norm).clamp_max(1).sqrt().unsqueeze(1)
+        assert_close(group.name, gram_of(rows), stats[group.name].gram, 1e-5)
+    assert (clipped > 0) == (clip > 0)
 
 
 def test_the_program_is_not_changed(case) -> None:
@@ -104,7 +110,5 @@ def test_an_activation_that_is_not_finite_names_node_and_layer() -> None:
     module, _ = decoder(bias=True)
     module.blocks[1].norm.weight.data[3] = torch.inf
     program = export(module, ids(), dynamic=True)
-    with pytest.raises(
-        CalibrationError, match=r"node 'layer_norm_2', read by 'blocks.1.q', is not finite in calibration batch 0"
-    ):
+    with pytest.raises(CalibrationError, match=r"'layer_norm_2'.*'blocks\.1\.q'.*batch 0"):
         _run(program, True, [[ids()]])

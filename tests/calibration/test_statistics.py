@@ -42,9 +42,7 @@ def test_any_shape_and_dtype_is_tokens_by_features(dtype: torch.dtype) -> None:
 def test_a_value_that_is_not_finite_is_found(value: float) -> None:
     good, bad = heavy_tailed(6, 8), heavy_tailed(6, 8)
     bad[4, 3] = value
-    with pytest.raises(
-        CalibrationError, match=r"node 'mul_7', read by 'blocks.0.q', is not finite in calibration batch 1, row 4"
-    ):
+    with pytest.raises(CalibrationError, match=r"'mul_7'.*'blocks\.0\.q'.*batch 1, row 4"):
         measure([good, bad], "blocks.0.q", "mul_7")
 
 

@@ -39,11 +39,11 @@ def _refused(result, *words):
         (("quantize", "--method", "gptq", "--rank", "8"), ["--rank 8", "gptq"]),
         (("quantize", "--calib-samples", "0"), ["--calib-samples", "at least 1"]),
         (("quantize", "--seq-len", "many"), ["--seq-len", "many"]),
-        (("quantize", "--calib", "/nonexistent/text"), ["/nonexistent/text", "can't be read"]),
+        (("quantize", "--calib", "/nonexistent/text"), ["/nonexistent/text"]),
         (("quantize", "--json", "/nonexistent/result.json"), ["--json", "/nonexistent/result.json"]),
         (("quantize", "/nonexistent/model"), ["/nonexistent/model"]),
-        (("generate", "/nonexistent/model", ""), ["prompt is empty"]),
-        (("report", "/nonexistent"), ["no such folder"]),
+        (("generate", "/nonexistent/model", ""), ["prompt"]),
+        (("report", "/nonexistent"), ["/nonexistent"]),
         (("export", "/nonexistent", "--aoti", "x.so"), ["x.so", ".pt2"]),
         (("export", "/nonexistent"), ["--aoti"]),
     ],
@@ -55,26 +55,26 @@ def test_one_line(run, arguments, words):
 def test_folder_of_someone_else(run, model_folder, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
-    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "thesis"), "was not written by lopro_fx")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "thesis"), str(tmp_path / "thesis"))
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
 def test_parent_that_can_not_be_written(run, model_folder, tmp_path):
     (tmp_path / "file").write_text("x")
-    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "file" / "out"), "can't be written")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "file" / "out"), str(tmp_path / "file"))
 
 
 def test_text_that_is_too_short(run, model_folder, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
-    _refused(run("quantize", model_folder, *SMALL, "--eval", tmp_path / "short.txt"), "32", "more text")
+    _refused(run("quantize", model_folder, *SMALL, "--eval", tmp_path / "short.txt"), "32", "window")
 
 
 def test_journal_of_another_run(run, model_folder, tmp_path):
     journal = tmp_path / "out.partial"
     journal.mkdir()
     (journal / "run.json").write_text('{"fingerprint": "of another"}')
-    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "out"), "out.partial", "another model")
+    _refused(run("quantize", model_folder, *SMALL, "--out", tmp_path / "out"), "out.partial", "delete")
 
 
 def test_nothing_to_quantize(run, model_folder):
@@ -86,14 +86,14 @@ def test_damaged_folder(run, quantized_folder, tmp_path):
     content = (folder / "tensors.safetensors").read_bytes()
     (folder / "tensors.safetensors").write_bytes(content[:-10])
     for command in ("report", "eval"):
-        _refused(run(command, folder), "tensors.safetensors is truncated")
+        _refused(run(command, folder), "tensors.safetensors", str(folder))
 
 
 def test_folder_without_a_tokenizer(run, quantized_folder, tmp_path):
     folder = shutil.copytree(quantized_folder, tmp_path / "copy")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    _refused(run("generate", folder, "x"), "has no tokenizer")
+    _refused(run("generate", folder, "x"), "tokenizer", str(folder))
 
 
 def test_debug_shows_the_traceback(run):
@@ -112,7 +112,7 @@ def test_our_warnings_are_one_line_and_those_of_libraries_are_not_shown(capsys):
         logging.getLogger("library").warning("of a library")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert re.fullmatch(r"lopro-fx: warning: GPTQ without calibration is data-free[^\n]+\n", captured.err)
+    assert re.fullmatch(r"lopro-fx: warning: [^\n]*GPTQ[^\n]*data-free[^\n]*\n", captured.err)
 
 
 def test_help_does_not_load_the_heavy_libraries():
@@ -139,6 +139,4 @@ def small_table(model_folder, tmp_path_factory):
 def test_a_tokenizer_of_another_model_is_named_before_the_work(command, small_table, run):
     more = {"quantize": SMALL, "eval": ("--seq-len", "32", "--windows", "2"), "generate": ("the language",)}[command]
     code, out, err = run(command, small_table, *more)
-    _refused(
-        (code, out.removeprefix("the language"), err), "token id", "the model's embedding has 100 rows", "tokenizer"
-    )
+    _refused((code, out.removeprefix("the language"), err), "token id", "100 rows", "tokenizer")

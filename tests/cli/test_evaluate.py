@@ -127,7 +127,7 @@ def _refused(result, *words):
 def test_errors(run, model_folder, quantized_folder, task, tmp_path, monkeypatch):
     _refused(run("eval", model_folder, "--against", model_folder, "--alone"), "not allowed with")
     _refused(run("eval", model_folder, "--tasks", "/nonexistent.jsonl"), "/nonexistent.jsonl")
-    _refused(run("eval", model_folder, "--tasks", task, task), "sense is there twice", "NAME=FILE")
+    _refused(run("eval", model_folder, "--tasks", task, task), "sense", "NAME=FILE")
     _refused(run("eval", model_folder, "--limit", "0"), "--limit", "at least 1")
     _refused(run("eval", quantized_folder, "--against", "/nonexistent/model"), "/nonexistent/model")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -142,4 +142,4 @@ def test_other_tokens(run, model_folder, quantized_folder, tmp_path):
     words = list(tokenizer["model"]["vocab"])
     tokenizer["model"]["vocab"] = {word: index for index, word in enumerate([words[0], *words[:0:-1]])}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    _refused(run("eval", quantized_folder, *_SHORT, "--against", other), "other tokens", "can't be compared")
+    _refused(run("eval", quantized_folder, *_SHORT, "--against", other), "tokens", str(other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -82,9 +83,9 @@ def test_packages_and_folders_for_transformers_are_refused_before_the_work(run, 
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.pt2").mkdir()
     for option in ("--package", "--aoti"):
-        _refused(run("export", "/nonexistent", option, tmp_path / "folder.pt2"), "is a folder")
-        _refused(run("export", "/nonexistent", option, tmp_path / "file" / "x.pt2"), "can't be written")
-    _refused(run("export", "/nonexistent", "--hf", tmp_path / "file"), "was not written by lopro_fx")
+        _refused(run("export", "/nonexistent", option, tmp_path / "folder.pt2"), str(tmp_path / "folder.pt2"))
+        _refused(run("export", "/nonexistent", option, tmp_path / "file" / "x.pt2"), str(tmp_path / "file"))
+    _refused(run("export", "/nonexistent", "--hf", tmp_path / "file"), str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("size", ["banana", "", "5XB", "nan", "infGB", "0", "-5GB", "0.1"])
@@ -121,7 +122,7 @@ def test_figures_are_printed_where_files_fail_at_the_end(run, model_folder, monk
     assert code == 2
     assert "perplexity after" in out
     assert err.count("\n") == 1
-    assert "could not write" in err
+    assert str(tmp_path / "gone") in err
 
 
 def test_texts_that_are_short_or_the_same_are_named(run, model_folder, tmp_path):
@@ -135,11 +136,11 @@ def test_texts_that_are_short_or_the_same_are_named(run, model_folder, tmp_path)
             "--eval-windows", "3")  # fmt: skip
     code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "text")
     assert code == 0
-    assert "3 of 3 evaluation windows share passages" in err
+    assert "3 of 3 evaluation windows" in err
     code, _, err = run(*base, "--calib", tmp_path / "text", "--eval", tmp_path / "short")
     assert code == 0
-    assert "short fills 2 windows of 32 tokens, 3 were asked for" in err
-    assert "share" not in err
+    assert re.search(r"short\b.* 2 windows of 32 tokens\b.*\b3\b", err)
+    assert " of 2 evaluation windows" not in err
 
 
 def test_sizes_are_in_the_last_lines(run, model_folder, tmp_path):

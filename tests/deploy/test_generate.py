@@ -84,9 +84,9 @@ def test_several_prompts_together_give_the_texts_of_each(model, tokenizer):
     ended = lopro_fx.generate(run, tokenizer, prompts, 20, stop=stop)
     assert len(ended[0]) < len(texts[0])
     assert all(whole.startswith(part) for whole, part in zip(texts, ended, strict=True))
-    with pytest.raises(ConfigError, match="5 prompts for a batch size of 4"):
+    with pytest.raises(ConfigError, match=r"\b5 prompts\b.*\b4\b"):
         lopro_fx.generate(run, tokenizer, [PROMPT] * 5)
-    with pytest.raises(ConfigError, match="can't be streamed together"):
+    with pytest.raises(ConfigError, match="stream"):
         lopro_fx.generate(run, tokenizer, prompts, stream=print)
 
 
@@ -102,11 +102,11 @@ def test_a_text_that_fills_the_cache_is_returned(model, tokenizer, program):
         assert lopro_fx.generate(run, tokenizer, PROMPT, 10) == expected
     pieces = []
     for given, options in ((PROMPT, {}), (PROMPT, {"stream": pieces.append}), ([PROMPT, PROMPT], {})):
-        with pytest.warns(UserWarning, match=f"the cache of {prompt + 9} tokens.* after 10 of 40 tokens"):
+        with pytest.warns(UserWarning, match=rf"cache of {prompt + 9}\b.*\b10 of 40\b"):
             got = lopro_fx.generate(run, tokenizer, given, 40, **options)
         assert got == (expected if given is PROMPT else [expected, expected])
     assert "".join(pieces) == expected
-    with pytest.raises(ConfigError, match="don't fit the cache"):
+    with pytest.raises(ConfigError, match=rf"\b{prompt + 9}\b"):
         lopro_fx.generate(run, tokenizer, PROMPT * 9, 4)
 
 
@@ -137,7 +137,7 @@ def test_a_character_that_stays_cut_is_shown_at_the_end():
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ("", {}, "the prompt is empty"),
+        ("", {}, "prompt"),
         ("p", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("p", {"temperature": -0.5}, "temperature=-0.5"),
         ("p", {"temperature": float("nan")}, "temperature=nan"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import lopro_fx
 from lopro_fx.deploy import processor
 from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.models import export_causal_lm
-from lopro_fx.passes.packed import stored_bytes
 from tests.deploy.models import full_disk, names
 from tests.helpers import assert_close, generator
 from tests.models.test_generation import greedy
@@ -81,10 +81,16 @@ def packaged(programs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(programs):
-    """What the optimised programs give in eager mode."""
+def eager(programs):
+    """The optimised programs in eager mode."""
     fast = programs.map(lambda program: lopro_fx.optimize(program, target="cpu", activations="int8"))
-    return greedy(lopro_fx.Generator.from_programs(fast), torch.tensor([PROMPT]), None, NEW)[0].tolist()
+    return lopro_fx.Generator.from_programs(fast)
+
+
+@pytest.fixture(scope="module")
+def expected(eager):
+    """What the optimised programs give in eager mode."""
+    return greedy(eager, torch.tensor([PROMPT]), None, NEW)[0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +143,13 @@ def test_transformers(model, state, expected, tmp_path):
     assert out[0, len(PROMPT) :].tolist() == expected
 
 
-def test_logits_are_those_of_the_rewritten_program(model, state, packaged):
+def test_logits_are_those_of_the_optimised_programs(eager, packaged):
     ids = torch.randint(3, VOCAB, (1, 20), generator=generator(2))
-    whole = lopro_fx.apply(export_causal_lm(model), state).module()(ids)[0]
     run = lopro_fx.load_package(packaged.path)
-    # Rounding activations to 8 bits costs some hundredths in so random a model; a wrong weight would cost everything.
-    assert_close("prefill", whole[:18][-1:], run.prefill(ids[:, :18]), 6e-2)
-    assert_close("decode", whole[18][None], run.decode(ids[:, 18:19]), 6e-2)
+    eager.reset()
+    # An activation half-way between two integers may go either way, which so random a model turns into a hundredth.
+    assert_close("prefill", eager.prefill(ids[:, :18]), run.prefill(ids[:, :18]), 2e-2)
+    assert_close("decode", eager.decode(ids[:, 18:19]), run.decode(ids[:, 18:19]), 2e-2)
 
 
 def test_weights_are_stored_once(programs, packaged):
@@ -152,7 +158,8 @@ def test_weights_are_stored_once(programs, packaged):
     tensors = {tensor.data_ptr(): tensor for tensor in (*programs.decode.state_dict.values(),
                                                         *programs.decode.constants.values())}  # fmt: skip
     # Each is a torch.save file of its own, of some 1.2 kB beside the tensor.
-    assert sum(weights) < stored_bytes(tensors.values()) + 1600 * len(weights)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert stored <= sum(weights) < stored + 1600 * len(weights)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.99])
@@ -160,7 +167,7 @@ def test_truncated_package(packaged, binary, tmp_path, part):
     data = packaged.path.read_bytes()
     path = tmp_path / "cut.pt2"
     path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(CheckpointError, match="is truncated, or no package"):
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
         lopro_fx.load_package(path)
     done = subprocess.run([binary, path, "3"], input="5 6", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -171,7 +178,7 @@ def test_changed_byte(packaged, tmp_path):
     data = bytearray(packaged.path.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "changed.pt2").write_bytes(data)
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=r"changed\.pt2"):
         lopro_fx.load_package(tmp_path / "changed.pt2")
 
 
@@ -180,30 +187,30 @@ def test_package_for_another_processor(packaged, monkeypatch):
     if not present:
         pytest.skip("this system lists no instruction sets")
     monkeypatch.setattr(processor, "instruction_sets", lambda: present[1:])
-    with pytest.raises(CheckpointError, match=f"another processor: this processor lacks {present[0]}"):
+    with pytest.raises(CheckpointError, match=rf"processor.*\b{re.escape(present[0])}\b"):
         lopro_fx.load_package(packaged.path)
     monkeypatch.setattr(processor, "machine", lambda: "s390x linux")
-    with pytest.raises(CheckpointError, match="this is s390x linux"):
+    with pytest.raises(CheckpointError, match="s390x linux"):
         lopro_fx.load_package(packaged.path)
 
 
 def test_prompt_longer_than_the_cache(packaged, binary):
     run = lopro_fx.load_package(packaged.path)
-    with pytest.raises(ConfigError, match=f"{CACHE + 1} tokens, prompt included, don't fit the cache of {CACHE}"):
+    with pytest.raises(ConfigError, match=rf"\b{CACHE + 1} tokens\b.*cache of {CACHE}\b"):
         run.prefill(torch.ones(1, CACHE + 1, dtype=torch.int64))
     done = subprocess.run([binary, packaged.path, "2"], input="5 " * CACHE, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"don't fit the cache of {CACHE}" in done.stderr
+    assert f"cache of {CACHE}" in done.stderr
 
 
 def test_files_that_are_no_package(tmp_path, binary):
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=r"absent\.pt2"):
         lopro_fx.load_package(tmp_path / "absent.pt2")
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         lopro_fx.load_package(tmp_path)
     with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
         archive.writestr("other/version", "3")
-    with pytest.raises(CheckpointError, match="not written by lopro_fx"):
+    with pytest.raises(CheckpointError, match=r"other\.pt2"):
         lopro_fx.load_package(tmp_path / "other.pt2")
     done = subprocess.run([binary, tmp_path / "other.pt2", "2"], input="5", capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -115,7 +116,7 @@ def test_folder_that_carries_code_is_refused(saved, tmp_path, attack):
         "sha256": sha256(folder / "program.json"),
     }
     (folder / "lopro_fx.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"program\.json holds what lopro_fx neither saves nor loads") as caught:
+    with pytest.raises(CheckpointError, match=r"program\.json") as caught:
         lopro_fx.load(folder)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -128,6 +129,7 @@ def test_expression_would_have_been_executed_by_torch(saved, tmp_path):
     marker = tmp_path / "executed"
     graph = json.loads((saved / "program.json").read_text())
     _expression(graph, SYSTEM.replace("{marker}", str(marker)))
-    with pytest.raises(Exception):  # noqa: B017  whatever torch makes of the result
+    # Whatever torch makes of the result.
+    with contextlib.suppress(Exception):
         serde.program_from_json(graph, {}, {}, None)
     assert marker.exists(), "torch no longer evaluates shape expressions: vetting.py can be shorter"

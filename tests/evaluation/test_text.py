@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import builtin_text, read_text, token_windows
-from lopro_fx.evaluation.text import _TAIL_TOKENS
 from tests.helpers import SHARED
 
 
@@ -47,14 +47,6 @@ def _texts(draw, words: int) -> str:
     return "".join(rng.choice(vocabulary) + rng.choice(gaps) for _ in range(words))
 
 
-@given(text=_texts(300), cut=st.integers(0, 3000))
-def test_a_cut_changes_the_last_tokens_only(any_tokenizer, text, cut):
-    """What `token_windows` builds on when it tokenises the beginning of a text."""
-    part, whole = (any_tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text[:cut], text))
-    sure = max(0, len(part) - _TAIL_TOKENS // 4)
-    assert part[:sure] == whole[:sure]
-
-
 @given(text=_texts(2500), seq_len=st.integers(1, 70), max_windows=st.integers(1, 9))
 def test_part_of_the_text_gives_the_windows_of_all(any_tokenizer, text, seq_len, max_windows):
     everything = any_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -72,6 +64,19 @@ def test_part_of_real_text_gives_the_windows_of_all(any_tokenizer, name):
     text = read_text(path)[:300_000]
     everything = any_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert token_windows(any_tokenizer, text, 512, 24).flatten().tolist() == everything[: 24 * 512]
+
+
+class _Unsure:
+    """A tokenizer of numbers, of whose tokens the last 40 depend on where the text ends."""
+
+    def __call__(self, text, **_):
+        words = [int(word) for word in text.split()]
+        return {"input_ids": words[:-40] + [word + 100_000 for word in words[-40:]]}
+
+
+def test_tokens_that_a_cut_changes_are_not_used():
+    text = " ".join(f"{number:05}" for number in range(5000))
+    assert token_windows(_Unsure(), text, 64, 4).flatten().tolist() == list(range(256))
 
 
 class _Counting:
@@ -97,8 +102,8 @@ def test_text_without_a_space_is_tokenised_whole(tokenizer):
 @pytest.mark.parametrize(
     ("text", "seq_len", "max_windows", "message"),
     [
-        ("too short", 100, None, "a window needs 100"),
-        ("too short", 100, 3, "a window needs 100"),
+        ("too short", 100, None, r"\b100\b"),
+        ("too short", 100, 3, r"\b100\b"),
         ("", 1, None, "0 tokens"),
         ("text", 0, None, "seq_len=0"),
         ("text", 1, 0, "max_windows=0"),
@@ -117,7 +122,7 @@ def test_read_text(tmp_path):
     assert read_text(str(path)) == "Grüße\n"
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b" \n", "is empty"), (b"ab\xff", "byte 2")])
+@pytest.mark.parametrize(("content", "message"), [(b"", "empty"), (b" \n", "empty"), (b"ab\xff", "byte 2")])
 def test_unusable_text(tmp_path, content, message):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
@@ -128,6 +133,6 @@ def test_unusable_text(tmp_path, content, message):
 
 def test_text_that_is_absent_or_a_folder(tmp_path):
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(ConfigError, match="can't be read") as caught:
+        with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
             read_text(path)
         assert str(path) in str(caught.value)

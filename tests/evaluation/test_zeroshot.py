@@ -153,7 +153,7 @@ def test_damaged_task(tmp_path, row):
 
 
 def test_absent_or_empty_task(tmp_path):
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl"):
         read_task(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="no items"):
         read_task(_write(tmp_path / "task.jsonl", ""))

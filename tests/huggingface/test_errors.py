@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,21 +41,21 @@ def _edit_weights(folder, edit):
 def test_truncated_file(copied):
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors can.t be read \(damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 @pytest.mark.parametrize("key", ["q_proj.scales", "q_proj.input.signs", "k_proj.up"])
 def test_missing_tensor(copied, key):
     _edit_weights(copied, lambda tensors: tensors.pop(f"model.layers.1.self_attn.{key}"))
-    with pytest.raises(CheckpointError, match=rf"lack the tensor 'model\.layers\.1\.self_attn\.{key}'"):
+    with pytest.raises(CheckpointError, match=rf"'model\.layers\.1\.self_attn\.{re.escape(key)}'"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_tensor_of_another_dtype(copied):
     name = "model.layers.0.mlp.up_proj.zeros"
     _edit_weights(copied, lambda tensors: tensors.update({name: tensors[name].long()}))
-    with pytest.raises(CheckpointError, match=rf"'{name}' is torch\.int64 in the model's files, not torch\.int32"):
+    with pytest.raises(CheckpointError, match=rf"'{re.escape(name)}'.*torch\.int64.*torch\.int32"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
@@ -63,19 +64,19 @@ def test_missing_shard(tmp_path):
     lopro_fx.save_pretrained(case("tied").model, case("tied").state, copied, max_shard_size="8KB")
     shard = sorted(copied.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"{shard.name} can.t be read .*No such file"):
+    with pytest.raises(CheckpointError, match=re.escape(shard.name)):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_format_of_another_version(copied):
     _edit_config(copied, lambda config: config.update(format=2, lopro_fx="9.0"))
-    with pytest.raises(CheckpointError, match=r"format version 2, but .* reads version 1: use .* wrote it \(9\.0\)"):
+    with pytest.raises(CheckpointError, match=r"version 2\b.*version 1\b.*9\.0"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_damaged_description(copied):
     _edit_config(copied, lambda config: config["groups"].pop("model.layers.0.self_attn.q_proj"))
-    with pytest.raises(CheckpointError, match="quantization_config is damaged"):
+    with pytest.raises(CheckpointError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
@@ -84,7 +85,7 @@ def test_description_of_another_model(copied):
         config["sites"]["model.layers.7.mlp.up_proj"] = config["sites"].pop("model.layers.1.mlp.up_proj")
 
     _edit_config(copied, rename)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no module 'model\.layers\.7\.mlp\.up_proj'"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*'model\.layers\.7\.mlp\.up_proj'"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
@@ -97,17 +98,17 @@ def test_unknown_activations(tied_folder):
 
 def test_transformers_that_is_too_old(tied_folder, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.2.1")
-    with pytest.raises(ModelError, match=r"needs transformers 5\.17 or newer, found 5\.2\.1: pip install"):
+    with pytest.raises(ModelError, match=r"transformers 5\.17\b.*5\.2\.1.*pip install"):
         AutoModelForCausalLM.from_pretrained(tied_folder)
-    with pytest.raises(ModelError, match=r"LoProQuantizer needs transformers 5\.23 or newer, found 5\.2\.1"):
+    with pytest.raises(ModelError, match=r"LoProQuantizer.*transformers 5\.23\b.*5\.2\.1"):
         _ = lopro_fx.LoProQuantizer
 
 
 def test_no_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModelError, match=r"needs transformers 5\.17 or newer: pip install 'lopro_fx\[hf\]'"):
+    with pytest.raises(ModelError, match=r"transformers 5\.17\b.*pip install 'lopro_fx\[hf\]'"):
         lopro_fx.pack_model(case("tied").model, case("tied").state)
-    with pytest.raises(ModelError, match=r"LoProQuantizer needs transformers 5\.23"):
+    with pytest.raises(ModelError, match=r"LoProQuantizer.*transformers 5\.23\b"):
         _ = lopro_fx.LoProQuantizer
 
 
@@ -131,13 +132,14 @@ def test_module_that_is_no_linear_is_named():
     chosen = case("tied")
     packed = lopro_fx.pack_model(chosen.model, chosen.state).dequantize(torch.float32)
     packed.model.layers[0].mlp.up_proj = Router(packed.model.layers[0].mlp.up_proj.weight)
-    with pytest.raises(ModelError, match=r"up_proj' is a Router.*exclude='model\.layers\.0\.mlp\.up_proj'"):
-        lopro_fx.pack_model(packed, chosen.state)
+    with pytest.warns(UserWarning, match=r"dense.*model\.layers\.0\.mlp\.up_proj"):
+        again = lopro_fx.pack_model(packed, chosen.state)
+    assert isinstance(again.model.layers[0].mlp.up_proj, Router)
 
 
 def test_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="was not written by lopro_fx"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         lopro_fx.save_pretrained(case("tied").model, case("tied").state, tmp_path)
     assert (tmp_path / "note.txt").read_text() == "mine"
 

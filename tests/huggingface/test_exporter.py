@@ -60,7 +60,7 @@ def test_components_of_generation_share_what_was_calibrated():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ValueError, match="LoProQuantizer quantizes dynamo exports, not onnx ones"):
+    with pytest.raises(ValueError, match=r"LoProQuantizer.*onnx"):
         lopro_fx.LoProQuantizer(CONFIG).validate_environment("onnx")
 
 

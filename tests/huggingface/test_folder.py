@@ -43,7 +43,7 @@ def test_every_quantised_linear_is_packed_and_its_group_stored_once(chosen, load
     inputs = [module for module in loaded.modules() if isinstance(module, PackedInput)]
     assert len(inputs) == len(chosen.state.groups)
     attention = loaded.model.layers[1].self_attn
-    assert attention.q_proj._shared[0] is attention.v_proj._shared[0]
+    assert attention.v_proj.shared is attention.q_proj.input
     stored = _stored(folder)
     assert sum(name.endswith("input.signs") for name in stored) == len(chosen.state.groups)
     size = sum(stored[f"{name}.{key}"].nbytes for name in chosen.state.sites
@@ -218,7 +218,7 @@ def test_model_rebuilt_from_a_saved_program(tmp_path, head_bits):
 
 
 def test_optimised_program_can_not_be_recovered():
-    with pytest.raises(GraphError, match="take the one before"):
+    with pytest.raises(GraphError, match="optimi"):
         state_of(lopro_fx.optimize(case("tied").quantized))
     with pytest.raises(GraphError, match="not quantised"):
         state_of(case("tied").program)

@@ -53,7 +53,7 @@ def test_weight_reads_like_that_of_the_plain_module(name: str, dtype: torch.dtyp
     assert torch.equal(weight[3:5].t() * 2, expected[3:5].t() * 2)
     for write in (lambda: weight.mul_(2), lambda: weight.data.add_(1), lambda: setattr(weight, "data", expected),
                   lambda: weight.__setitem__(0, 1.0), lambda: weight.copy_(expected)):  # fmt: skip
-        with pytest.raises(ModelError, match=r"dequantize\(\) the model first"):
+        with pytest.raises(ModelError, match=r"dequantize\(\)"):
             write()
     assert not [key for key in module.state_dict() if key.endswith("weight")]
 
@@ -114,7 +114,7 @@ def test_dequantising_keeps_the_dtype_of_now() -> None:
 def test_an_embedding_that_changes_its_table_is_refused() -> None:
     model = copy.deepcopy(case("tied").model)
     model.model.embed_tokens.max_norm = 1.0
-    with pytest.raises(ModelError, match=r"'model\.embed_tokens' has a max_norm.*head_bits=0"):
+    with pytest.raises(ModelError, match=r"'model\.embed_tokens'.*max_norm.*head_bits=0"):
         lopro_fx.pack_model(model, _state(), activations="float")
 
 
@@ -133,7 +133,7 @@ def test_resizing_a_packed_head_is_refused_before_anything_is_changed(tied: bool
     lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for model in (lopro_fx.pack_model(copy.deepcopy(chosen.model), state, activations="float"), loaded):
-        with pytest.raises(ModelError, match=r"'(lm_head|model\.embed_tokens)'.*before quantising"):
+        with pytest.raises(ModelError, match=r"'(lm_head|model\.embed_tokens)'.*quantis"):
             model.resize_token_embeddings(120)
         assert model.get_input_embeddings().num_embeddings == 97
         assert model.config.vocab_size == 97
@@ -197,5 +197,5 @@ def test_low_rank_adapters() -> None:
         assert {parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" in name} == {torch.float32}
     for got, expected in zip(*results, strict=True):
         assert_close("adapter", expected, got, 2e-5)
-    with pytest.raises(ModelError, match=r"dequantize\(\) the model first"):
+    with pytest.raises(ModelError, match=r"dequantize\(\)"):
         peft.get_peft_model(_packed(), config).merge_adapter()

@@ -72,7 +72,7 @@ def test_they_are_stored_dense_with_a_warning_and_compute_what_was_solved(tmp_pa
     state = lopro_fx.calibrate(export_causal_lm(model), [token_ids(2, 16)], CONFIG)
     assert set(_ODD) < set(state.sites)
     assert state.sites["model.layers.0.mlp.plain"].group == _ODD[0]
-    with pytest.warns(UserWarning, match=r"2 quantised weights are stored dense.*mlp\.fn"):
+    with pytest.warns(UserWarning, match=r"\b2\b.*dense.*mlp\.fn"):
         lopro_fx.save_pretrained(model, state, tmp_path / "packed", activations="float")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     ids = token_ids(2, 9, seed=3)
@@ -81,7 +81,7 @@ def test_they_are_stored_dense_with_a_warning_and_compute_what_was_solved(tmp_pa
     assert_close("loaded", expected, loaded(ids).logits, 2e-5)
     assert loaded.get_submodule("model.layers.0.mlp.plain").shared.down is not None
     report = json.loads((tmp_path / "packed" / REPORT).read_text())
-    assert [name for name, reason in report["left"] if "stored dense" in reason] == list(_ODD)
+    assert [name for name, reason in report["left"] if "dense" in reason] == list(_ODD)
     assert {row["name"] for row in report["layers"]} == set(state.sites) - set(_ODD)
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(_Model.from_pretrained(tmp_path / "again")(ids).logits, loaded(ids).logits)
@@ -93,7 +93,7 @@ def test_a_state_of_nothing_else_makes_a_plain_folder(tmp_path) -> None:
     program = export_causal_lm(model)
     state = lopro_fx.calibrate(program, None, lopro_fx.RTN(bits=4, group_size=32, include=_ODD))
     assert set(state.sites) == set(_ODD)
-    with pytest.warns(UserWarning, match="stored dense"):
+    with pytest.warns(UserWarning, match=r"\b2\b.*dense"):
         lopro_fx.save_pretrained(model, state, tmp_path / "packed")
     ids = token_ids(2, 9)
     assert_close("loaded", _twin(state)(ids).logits, _Model.from_pretrained(tmp_path / "packed")(ids).logits, 2e-5)
@@ -104,7 +104,7 @@ def test_a_weight_that_is_offloaded_is_refused_by_name() -> None:
     state = lopro_fx.calibrate(export_causal_lm(model), None, lopro_fx.RTN(bits=4, group_size=32))
     mlp = model.get_submodule("model.layers.0.mlp")
     mlp.fn = nn.Parameter(mlp.fn.to("meta"))
-    with pytest.raises(lopro_fx.ModelError, match=r"mlp\.fn' is offloaded"):
+    with pytest.raises(lopro_fx.ModelError, match=r"mlp\.fn'.*offloaded"):
         lopro_fx.pack_model(model, state)
 
 

@@ -167,7 +167,9 @@ def test_a_scale_that_is_not_finite_shows_in_its_row_alone(path: str, tokens: in
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_long_rows(path: str, bits: int) -> None:
     """Several rows are longer than what memory is asked for in advance at least."""
-    compare(heavy_tailed(1, 20000), operands(9, 20000, bits, 128, rank=4, block=32), 8)
+    x = torch.randn(1, 20000, generator=generator())
+    x[:, ::40] *= 20
+    compare(x, operands(9, 20000, bits, 128, rank=4, block=32), 8)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1e20])
@@ -181,14 +183,18 @@ def test_the_definition_is_packed_site_but_for_the_rounding() -> None:
     x, site = heavy_tailed(9, 256), operands(48, 256, 3, 64, rank=4, block=64, permuted=True)
     exact = torch.ops.lopro.packed_site(x, *site)
     assert_close("float", exact, reference.cpu_site(x, *site, 0), 1e-6)
-    assert_close("int8", exact, reference.cpu_site(x, *site, 8), 1.5e-2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act_bits", [0, 8])
-def test_opcheck(dtype: torch.dtype, act_bits: int) -> None:
-    site = operands(20, 96, 3, 32, rank=4, block=32, permuted=True, biased=True)
-    torch.library.opcheck(cpu_site, (torch.randn(2, 3, 96, generator=generator()).to(dtype), *site, act_bits))
+    perm, signs, block, skip, down, down_scale, *packed = site
+    rotated = torch.ops.lopro.rotate(x, perm, signs, block, skip)
+    # Runs of 64 columns, which is the weight's group, are multiples of a 127th of their largest entry.
+    runs = rotated.view(9, 4, 64)
+    step = runs.abs().amax(-1, keepdim=True) / 127
+    rounded = (torch.round(runs / step) * step).view(9, 256)
+    latent = torch.ops.lopro.project(rotated, down, down_scale)
+    codes, scales, zeros, bias, up, up_scale, bits, group_size = packed
+    expected = torch.ops.lopro.packed_linear(
+        rounded, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size
+    )
+    assert_close("int8", expected, reference.cpu_site(x, *site, 8), ROUNDED)
 
 
 def test_it_stays_one_node() -> None:
@@ -204,14 +210,14 @@ def test_it_stays_one_node() -> None:
 
 def test_wrong_operands_are_refused() -> None:
     x, site = torch.randn(2, 96), list(operands(20, 96, 3, 32))
-    with pytest.raises(Exception, match="float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="float32"):
         cpu_site(x.double(), *site, 8)
-    with pytest.raises(Exception, match="act_bits"):
+    with pytest.raises(ValueError, match="act_bits"):
         cpu_site(x, *site, 4)
-    with pytest.raises(Exception, match="group_size"):
+    with pytest.raises(ValueError, match="group_size"):
         cpu_site(x, *site[:-1], 48, 8)
     if native.load():
-        with pytest.raises(Exception, match="codes doesn't fit"):
+        with pytest.raises(ValueError, match="codes"):
             cpu_site(torch.randn(2, 64), *site, 8)
 
 
@@ -222,7 +228,7 @@ def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch,
     native._library.cache_clear()
     try:
         assert native.active_path() == "aten"
-        assert "install g++ or clang++, or set CXX" in caplog.text
+        assert "CXX" in caplog.text
         assert len(caplog.records) == 1
         native.load()
         assert len(caplog.records) == 1, "the warning is given once"

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
+
+
+CASES = [("site", 1, 3), ("site", 16, 4), ("site", 600, 2), ("feed_forward", 1, 4), ("feed_forward", 16, 4)]
+Case = tuple[str, int, int]
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[Case, list[dict[str, Any]]]:
+    """The kernels of all programs: each is a process of its own, and most of it is Python's start and compiling."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(lambda case: _kernels(*case), CASES), strict=True))
 
 
 def _kernels(program: str, tokens: int, bits: int) -> list[dict[str, Any]]:
@@ -30,8 +42,10 @@ def _kernels(program: str, tokens: int, bits: int) -> list[dict[str, Any]]:
         (600, 2, {"dequantize_kernel": 4}),
     ],
 )
-def test_a_site_becomes_few_launches(tokens: int, bits: int, expected: dict[str, int]) -> None:
-    kernels = _kernels("site", tokens, bits)
+def test_a_site_becomes_few_launches(
+    generated: dict[Case, list[dict[str, Any]]], tokens: int, bits: int, expected: dict[str, int]
+) -> None:
+    kernels = generated["site", tokens, bits]
     warps = {kernel["name"]: kernel.get("warps") for kernel in kernels}
     assert warps.items() >= expected.items()
     # What comes before writes the site's input once, although kernels have arguments that they don't read.
@@ -48,8 +62,10 @@ def test_a_site_becomes_few_launches(tokens: int, bits: int, expected: dict[str,
 @pytest.mark.parametrize(
     ("tokens", "pair"), [(1, ["prepare_kernel", "product_kernel"]), (16, ["rotate_kernel", "matmul_kernel"])]
 )
-def test_norm_gate_and_residual_take_no_launch(tokens: int, pair: list[str]) -> None:
-    names = [kernel["name"] for kernel in _kernels("feed_forward", tokens, 4)]
+def test_norm_gate_and_residual_take_no_launch(
+    generated: dict[Case, list[dict[str, Any]]], tokens: int, pair: list[str]
+) -> None:
+    names = [kernel["name"] for kernel in generated["feed_forward", tokens, 4]]
     first, *ours, last = names
     # The sum of the parts of 28672 columns goes along with the activation behind it.
     assert ours == 2 * pair

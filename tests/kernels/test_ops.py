@@ -1,4 +1,4 @@
-"""Every `lopro::` operator: registration, fake kernel, gradients, and its value against dense fp64 arithmetic."""
+"""The `lopro::` operators of one layer: gradients, and values against dense fp64 arithmetic."""
 
 from __future__ import annotations
 
@@ -40,48 +40,6 @@ def _weight(out: int, width: int, bits: int, group_size: int) -> tuple[Tensor, T
     zeros = torch.randint(0, 1 << bits, (out * groups,), generator=rng)
     scales = (torch.rand(out, groups, generator=rng) / (1 << bits)).to(torch.float16)
     return pack(codes, bits), scales, pack(zeros, bits)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "permuted", "signed", "block", "skip"),
-    [
-        (torch.float32, True, True, 8, 8),
-        (torch.float32, True, False, 1, 0),
-        (torch.float32, False, True, 8, 0),
-        (torch.float32, False, False, 1, 0),
-        (torch.bfloat16, True, True, 8, 8),
-        (torch.float16, False, True, 8, 0),
-    ],
-)
-def test_rotate_passes_opcheck(dtype: torch.dtype, permuted: bool, signed: bool, block: int, skip: int) -> None:
-    perm, signs = _rotation(72)
-    x = _activation(72, dtype, 2, 3, requires_grad=True)
-    torch.library.opcheck(ops.rotate.default, (x, perm if permuted else None, signs if signed else None, block, skip))
-
-
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.float16, 16)])
-def test_project_passes_opcheck(dtype: torch.dtype, bits: int) -> None:
-    x = _activation(72, dtype, 2, 3, requires_grad=True)
-    torch.library.opcheck(ops.project.default, (x, *_factor((4, 72), 0, bits)))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "factor_bits", "biased"),
-    [
-        (torch.float32, None, False),
-        (torch.float32, 8, True),
-        (torch.bfloat16, 8, False),
-        (torch.float16, None, True),
-        (torch.float16, 16, True),
-    ],
-)
-def test_packed_linear_passes_opcheck(dtype: torch.dtype, factor_bits: int | None, biased: bool) -> None:
-    x = _activation(72, dtype, 2, 3, requires_grad=True)
-    bias = torch.randn(10, generator=generator()).to(dtype) if biased else None
-    branch: tuple[Tensor | None, ...] = (None, None, None)
-    if factor_bits is not None:
-        branch = (_activation(4, dtype, 2, 3), *_factor((10, 4), 1, factor_bits))
-    torch.library.opcheck(ops.packed_linear.default, (x, *_weight(10, 72, 3, 32), bias, *branch, 3, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])

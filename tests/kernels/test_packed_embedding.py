@@ -43,12 +43,6 @@ def test_rows_are_those_of_the_dense_table(
     torch.testing.assert_close(got, functional.embedding(ids, dense), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 32), (3, -1)])
-def test_opcheck(bits: int, group_size: int) -> None:
-    ids = torch.randint(0, ROWS, (2, 5), generator=generator())
-    torch.library.opcheck(lookup, (ids, *_table(bits, 72, group_size), bits, group_size, 72, torch.bfloat16))
-
-
 def test_nothing_is_read_from_memory_that_was_not_written(poisoned_memory: None) -> None:
     table, ids = _table(4, 99, 32), torch.arange(ROWS)
     assert lookup(ids, *table, 4, 32, 99, torch.float32).isfinite().all()

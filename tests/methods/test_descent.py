@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx.methods.descent import descend, fit_scales
-from lopro_fx.methods.gptq import Rounded, damped, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.gptq import Rounded, feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.rtn import round_to_nearest
-from tests.helpers import generator, gram_of, heavy_tailed
+from tests.helpers import damped, generator, gram_of, heavy_tailed
 
 widths = st.integers(1, 130)
 group_sizes = st.sampled_from((32, 64, -1))

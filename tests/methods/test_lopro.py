@@ -58,13 +58,15 @@ def test_the_seed_decides_the_signs() -> None:
     assert not same(run(ordinary(), config, 0), run(ordinary(), config, 1))
 
 
-@pytest.mark.parametrize("low_rank", ["block_svd", "r1_sketch"])
-def test_both_sketches_solve_alike(low_rank: str) -> None:
-    config = replace(CONFIG, low_rank=low_rank, refits=0, power_iterations=8)
-    solution = run(ordinary(), config)
-    check(solution, ordinary(), config)
-    other = run(ordinary(), replace(config, low_rank="block_svd"))
-    assert 0.6 < solution.loss / other.loss < 1.6
+def test_both_sketches_solve_alike() -> None:
+    solutions = {}
+    for low_rank in ("block_svd", "r1_sketch"):
+        config = replace(CONFIG, low_rank=low_rank, rank=12, transforms=("full",), refits=0, power_iterations=8)
+        solutions[low_rank] = run(ordinary(), config)
+        check(solutions[low_rank], ordinary(), config)
+    assert not same(*solutions.values())
+    # The block SVD is the best in the Gram's norm, which the sketch takes column by column.
+    assert 1 <= solutions["r1_sketch"].loss / solutions["block_svd"].loss < 1.6
 
 
 @given(st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=50))

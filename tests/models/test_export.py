@@ -119,8 +119,10 @@ def test_scorer_gives_its_positions_and_mask_to_every_family(name):
 def test_window_that_the_scorer_can_not_replace_bounds_the_sequence():
     scorer = export_scorer(make("gpt_neo")).module()
     ids, mask = torch.ones(1, 7, dtype=torch.int64), torch.zeros(1, 1, 7, 7)
-    with pytest.raises(Exception, match="6"):
-        scorer(ids, torch.arange(7)[None], mask, torch.tensor([0]))
+    arguments = torch.arange(7)[None], mask, torch.tensor([0])
+    with pytest.raises((AssertionError, RuntimeError), match=r"(<=|< |to be) ?6\b"):
+        scorer(ids, *arguments)
+    scorer(ids[:, :6], arguments[0][:, :6], mask[..., :6, :6], arguments[2])
 
 
 def test_range_that_the_model_needs_is_found():
@@ -152,7 +154,7 @@ def test_model_that_cannot_be_traced():
         def forward(self, input_ids, use_cache):
             return self.embed(input_ids) if self.embed(input_ids).sum() > 0 else None
 
-    with pytest.raises(ModelError, match="Branching can't be exported") as caught:
+    with pytest.raises(ModelError, match="Branching") as caught:
         export_causal_lm(Branching())
     assert "\n" not in str(caught.value)
 

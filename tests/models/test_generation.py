@@ -103,7 +103,7 @@ def test_spec_round_trip(llama):
     [
         ({"max_cache_len": 1}, "max_cache_len=1"),
         ({"max_cache_len": 8, "batch_size": 0}, "batch_size=0"),
-        ({"max_cache_len": 10**6}, "knows positions up to"),
+        ({"max_cache_len": 10**6}, r"\b1,?000,?000\b"),
     ],
 )
 def test_refused_sizes(llama, sizes, message):
@@ -114,25 +114,25 @@ def test_refused_sizes(llama, sizes, message):
 def test_recurrent_layers_are_refused():
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ModelError, match=r"keeps? no plain KV cache"):
+    with pytest.raises(ModelError, match="KV cache"):
         lopro_fx.export_for_generation(transformers.MambaForCausalLM(config).eval(), max_cache_len=8)
 
 
 def test_an_attention_without_masks_is_refused():
     model = causal_lm("llama")
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ModelError, match=r"attn_implementation='flex_attention' takes no masks; load .* 'sdpa'"):
+    with pytest.raises(ModelError, match=r"'flex_attention'.*'sdpa'"):
         lopro_fx.export_for_generation(model, max_cache_len=8)
 
 
 def test_misuse_of_the_cache_is_an_error(llama):
     run = lopro_fx.Generator.from_programs(lopro_fx.export_for_generation(llama, max_cache_len=6))
-    with pytest.raises(ConfigError, match="7 tokens, prompt included, don't fit the cache of 6"):
+    with pytest.raises(ConfigError, match=r"\b7 tokens\b.*cache of 6\b"):
         run.prefill(torch.ones(1, 7, dtype=torch.int64))
     run.prefill(torch.ones(1, 6, dtype=torch.int64))
     with pytest.raises(ConfigError, match="7 tokens"):
         run.decode(torch.ones(1, 1, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="before the first token only"):
+    with pytest.raises(ConfigError, match="padding"):
         run.prefill(torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="2 rows of tokens for programs of batch size 1"):
+    with pytest.raises(ConfigError, match=r"\b2 rows\b.*batch size 1\b"):
         run.decode(torch.ones(2, 1, dtype=torch.int64))

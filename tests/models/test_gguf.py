@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopro_fx.errors import ModelError
 from lopro_fx.models import load_model
-from tests.helpers import assert_close, relative_rms
+from tests.helpers import assert_close
 
 gguf = pytest.importorskip("gguf", reason="the extra demo is not installed")
 
@@ -31,6 +33,18 @@ CONFIG = LlamaConfig(vocab_size=len(WORDS), hidden_size=64, intermediate_size=96
 def model():
     torch.manual_seed(0)
     return LlamaForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def dequantised(model):
+    """The model with the weights that Q8_0 leaves of its matrices."""
+    twin, kind = copy.deepcopy(model), gguf.GGMLQuantizationType.Q8_0
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.dim() == 2:
+                stored = gguf.quants.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind)))
+    return twin
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +93,24 @@ def _tensors(model):
         yield f"blk.0.{short}.weight", weight
 
 
-def test_weights_and_tokenizer_of_a_gguf(model, path):
+def test_weights_and_tokenizer_of_a_gguf(dequantised, path):
     loaded = load_model(str(path), torch.float32)
-    for name, tensor in model.state_dict().items():
-        assert relative_rms(tensor, loaded.model.state_dict()[name]) < 0.01, name
+    for name, tensor in dequantised.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     ids = torch.tensor([[2, 6, 3]])
     with torch.no_grad():
-        assert_close("logits", model(ids).logits, loaded.model(ids).logits, 0.03)
+        assert_close("logits", dequantised(ids).logits, loaded.model(ids).logits, 1e-6)
     assert loaded.tokenizer("abca", add_special_tokens=False)["input_ids"] == [6, 2]
     assert loaded.source == f"GGUF {path}, dequantised"
     assert next(load_model(str(path), torch.bfloat16).model.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["X.GGUF", "without-suffix", "model v1.5"])
-def test_a_gguf_is_known_by_its_content(model, path, tmp_path, name):
+def test_a_gguf_is_known_by_its_content(dequantised, path, tmp_path, name):
     loaded = load_model(str(shutil.copy(path, tmp_path / name)), torch.float32)
     ids = torch.tensor([[2, 6, 3]])
     with torch.no_grad():
-        assert_close("logits", model(ids).logits, loaded.model(ids).logits, 0.03)
+        assert_close("logits", dequantised(ids).logits, loaded.model(ids).logits, 1e-6)
     assert loaded.file_bytes == path.stat().st_size
 
 
@@ -136,14 +150,14 @@ def test_a_gguf_in_parts_is_that_in_one(path, parts):
 def test_a_part_that_is_missing_is_named(parts, tmp_path):
     for part in (parts[0], parts[2]):
         shutil.copy(part, tmp_path)
-    with pytest.raises(ModelError, match=f"{parts[1].name} is not beside it"):
+    with pytest.raises(ModelError, match=re.escape(parts[1].name)):
         load_model(str(tmp_path / parts[0].name), torch.float32)
 
 
 def test_a_file_that_is_no_gguf(tmp_path):
     for name in ("notes.txt", "fake.gguf"):
         (tmp_path / name).write_text("hello")
-        with pytest.raises(ModelError, match="is no GGUF"):
+        with pytest.raises(ModelError, match=f"{name}.*GGUF"):
             load_model(str(tmp_path / name), torch.float32)
 
 
@@ -157,10 +171,10 @@ def test_own_type_is_that_of_matrices(model, tmp_path, kind, expected):
 
 
 def test_gguf_that_can_not_be_read(path, tmp_path):
-    with pytest.raises(ModelError, match=r"absent\.gguf: no such file"):
+    with pytest.raises(ModelError, match=r"absent\.gguf"):
         load_model(str(tmp_path / "absent.gguf"), torch.float32)
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ModelError, match=r"cut\.gguf: model or tokenizer can't be loaded"):
+    with pytest.raises(ModelError, match=r"cut\.gguf"):
         load_model(str(tmp_path / "cut.gguf"), torch.float32)
 
 
@@ -169,4 +183,4 @@ def test_gguf_needs_its_package(path):
     code = f"{hidden}; load_model({str(path)!r}, torch.float32)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ModelError" in done.stderr.splitlines()[-1]
-    assert "gguf" in done.stderr.splitlines()[-1].rpartition("can't be loaded")[2]
+    assert "gguf" in done.stderr.splitlines()[-1].replace(str(path), "")

@@ -76,13 +76,13 @@ def test_missing_weight_is_not_made_up(folder):
     weights = load_file(path)
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    _refused(str(folder), "1 weight", "model.layers.0.mlp.up_proj.weight")
+    _refused(str(folder), "model.layers.0.mlp.up_proj.weight")
 
 
 def test_damaged_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    _refused(str(folder), "can't be loaded")
+    _refused(str(folder))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "no-such-owner/no-such-model", "./no/such/folder", "what's this?"])

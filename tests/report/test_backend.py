@@ -186,9 +186,9 @@ def test_nothing_is_changed(plain) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 0}, "tokens is 0; give 1 or more"),
-        ({"device": "tpu"}, "device is 'tpu'; known devices: cuda, cpu"),
-        ({"bandwidth": 0.0}, "bandwidth is 0.0; give bytes per second"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"device": "tpu"}, "'tpu'.*cuda, cpu"),
+        ({"bandwidth": 0.0}, "bandwidth is 0.0"),
         ({"bandwidth": float("nan")}, "bandwidth is nan"),
     ],
 )
@@ -198,9 +198,9 @@ def test_values_out_of_range(plain, options: dict[str, Any], message: str) -> No
 
 
 def test_programs_without_packed_layers(plain) -> None:
-    with pytest.raises(GraphError, match="was not quantised by lopro_fx; there is nothing to report"):
+    with pytest.raises(GraphError, match="not quantised"):
         lopro_fx.backend_report(decoder()[1])
-    with pytest.raises(GraphError, match="holds no packed Linear; report before it is decomposed"):
+    with pytest.raises(GraphError, match="decomposed"):
         lopro_fx.backend_report(plain.run_decompositions())
 
 
@@ -220,8 +220,8 @@ def test_command_line(optimized, tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "8"], "--tokens and --bandwidth go with --backend"),
-        (["--backend", "cuda", "--tokens", "many"], "'many' is neither a number from 1 on nor 'program'"),
+        (["--tokens", "8"], "--backend"),
+        (["--backend", "cuda", "--tokens", "many"], "'many'"),
         (["--backend", "rocm"], "invalid choice: 'rocm'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ def test_more_bits_weigh_more() -> None:
 
 
 def test_an_unquantised_program_has_no_report() -> None:
-    with pytest.raises(GraphError, match="was not quantised by lopro_fx; there is nothing to report"):
+    with pytest.raises(GraphError, match="not quantised"):
         lopro_fx.report(decoder()[1])
 
 
@@ -60,8 +61,8 @@ def test_explain_lists_what_is_taken_and_why_the_rest_is_not() -> None:
     assert [line.name for line in explanation.taken] == ["linear"]
     assert [line.name for line in explanation.left] == ["weight"]
     text = str(explanation)
-    assert "1 Linears taken (1,024 weights), 1 left" in text
-    assert "excluded by name" in " ".join(text.split())
+    assert re.search(r"\b1 Linears taken\b.*\b1,024 weights\b.*\b1 left\b", text)
+    assert "excluded" in text
 
 
 def test_explain_runs_nothing_and_changes_nothing() -> None:

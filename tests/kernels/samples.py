@@ -1,0 +1,249 @@
+"""Small arguments of every operator of the `lopro` namespace, those that launch Triton kernels included.
+
+Sizes of weights are static: they are compile-time constants of the kernels, and programs never free them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lopro_fx.kernels
+from lopro_fx.kernels.packing.format import dequantize, group_count, pack
+from tests.helpers import generator
+from tests.triton.problems import Problem, problem
+
+Samples = dict[str, tuple[Any, ...]]
+WIDTH, OUT, GROUP = 96, 20, 32
+
+
+def device_modules() -> list[ModuleType]:
+    """Modules that launch Triton kernels; importing them registers their operators."""
+    if find_spec("triton") is None:
+        return []
+    package = lopro_fx.kernels
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(module.name) for module in found if module.name.endswith(".device")]
+
+
+def operators() -> list[str]:
+    """Names of every operator that is defined, without the namespace."""
+    device_modules()
+    names = [name.removeprefix("lopro::") for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("lopro::") and torch._C._dispatch_find_schema_or_throw(name, "")]  # fmt: skip
+    return sorted(names)
+
+
+def launches_triton(name: str) -> bool:
+    """Whether an operator was registered by `torch.library.triton_op`."""
+    from torch._library.custom_ops import OPDEFS
+
+    return f"lopro::{name}" in OPDEFS
+
+
+def _site(tokens: int = 3, bits: int = 3, wide: bool = False, **options: Any) -> Problem:
+    """A packed site whose scales are fp16, or fp32 where `wide`."""
+    made = problem(tokens, WIDTH, OUT, bits, GROUP, **options)
+    if wide:
+        made = replace(made, scales=made.scales.float(), down_scale=_float(made.down_scale),
+                       up_scale=_float(made.up_scale))  # fmt: skip
+    return made
+
+
+def _float(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
+
+
+_WHOLE = {"rank": 4, "block": 32, "permuted": True, "biased": True}
+# What a label doesn't name is there. Each check traces the operator several times, so there is no sample of each pair.
+_SITES: dict[str, Problem] = {
+    "fp32 scales": _site(wide=True, **_WHOLE),
+    "bare": _site(),
+    "fp16 factors, no signs": _site(factor_bits=16, signed=False, dtype=torch.float16, **_WHOLE),
+    "no branch, columns left alone": _site(block=32, skip=32, permuted=True, biased=True, dtype=torch.bfloat16),
+}
+
+
+def _activation(p: Problem) -> Tensor:
+    """Two rows of three tokens, for the autograd of the operator."""
+    return torch.stack([p.x, p.x + 1]).requires_grad_()
+
+
+def _rotate() -> Samples:
+    return {name: (_activation(p), p.perm, p.signs, p.block, p.skip) for name, p in _SITES.items()}
+
+
+def _project() -> Samples:
+    return {name: (_activation(p), p.down, p.down_scale) for name, p in _SITES.items() if p.down is not None}
+
+
+def _packed_linear() -> Samples:
+    samples: Samples = {}
+    for name, p in _SITES.items():
+        latent = None if p.up is None else torch.randn(2, 3, 4, generator=generator()).to(p.x.dtype)
+        branch = (latent, p.up, p.up_scale)
+        samples[name] = (_activation(p), p.codes, p.scales, p.zeros, p.bias, *branch, p.bits, p.group_size)
+    return samples
+
+
+def _packed_site() -> Samples:
+    samples: Samples = {name: (_activation(p), *p.args()[1:]) for name, p in _SITES.items()}
+    p, norm = _site(parts=2, **_WHOLE), torch.randn(WIDTH, generator=generator())
+    x, gate, residual = _activation(p), torch.ones(2, 3, WIDTH), torch.ones(2, 3, OUT)
+    samples["merged, norm, residual"] = (x, *p.args()[1:], norm, 1e-5, None, "", residual)
+    samples["merged, gate"] = (x, *p.args()[1:], None, 0.0, gate, "silu", None)
+    return samples
+
+
+def _packed_int8() -> Samples:
+    samples: Samples = {}
+    for name, p in _SITES.items():
+        latent = None if p.up is None else torch.randn(2, 3, 4, generator=generator()).to(p.x.dtype)
+        rest = (p.codes, p.scales, p.zeros, p.bias, latent, p.up, p.up_scale, p.bits, p.group_size)
+        act_bits, act_group = (4, 64) if p.up is None else (8, -1)
+        samples[name] = (_activation(p), p.perm, p.signs, p.block, p.skip, *rest, act_bits, act_group)
+    return samples
+
+
+def _packed_embedding() -> Samples:
+    samples: Samples = {}
+    for bits, group_size, scale in ((4, 32, torch.float32), (3, -1, torch.float16)):
+        rng, groups = generator(), group_count(72, group_size)
+        codes = pack(torch.randint(0, 1 << bits, (37, 72), generator=rng), bits)
+        zeros = pack(torch.randint(0, 1 << bits, (37 * groups,), generator=rng), bits)
+        scales = torch.randn(37, groups, generator=rng).to(scale)
+        ids = torch.randint(0, 37, (2, 5), generator=rng)
+        samples[f"{bits} bits, {scale}"] = (ids, codes, scales, zeros, bits, group_size, 72, torch.bfloat16)
+    return samples
+
+
+def _cpu_site() -> Samples:
+    return {name: (_activation(p).detach(), *p.args()[1:], 0 if p.up is None else 8) for name, p in _SITES.items()}
+
+
+def _device_site(device: str, tokens: int, rank: int = 4) -> tuple[Any, ...]:
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    return problem(tokens, 192, 72, 3, 64, rank=rank, block=64, permuted=True, biased=True, dtype=dtype).args(device)
+
+
+def _rotate_device(device: str) -> Samples:
+    x, perm, signs, block = _device_site(device, 3)[:4]
+    return {
+        "whole": (x, perm, signs, block, 0),
+        "columns left alone": (x, None, None, block, 64),
+        "norm": (x, None, signs, block, 0, x[0], 1e-5, None, ""),
+    }
+
+
+def _rotate_project(device: str) -> Samples:
+    x, perm, signs, block, _, down, scale = _device_site(device, 3)[:7]
+    return {
+        "whole": (x, perm, signs, block, 0, down, scale, 64),
+        "no scale": (x, None, None, block, 64, down, None, 256),
+        "fp32 scale": (x, perm, signs, block, 0, down, scale.float(), 64),
+        "gate": (x, perm, signs, block, 0, down, scale, 64, None, 0.0, x + 1, "silu"),
+    }
+
+
+def _decode_prepare(device: str) -> Samples:
+    samples: Samples = {}
+    for rank in (0, 4):
+        x, perm, signs, block, _, down = _device_site(device, 1, rank)[:6]
+        samples[f"rank {rank}"] = (x, perm, signs, block, down, 3, 64)
+        samples[f"rank {rank}, norm"] = (x, perm, signs, block, down, 3, 64, x[0], 1e-5, None, "")
+        samples[f"rank {rank}, gate"] = (x, perm, signs, block, down, 3, 64, None, 0.0, x + 1, "gelu")
+    return samples
+
+
+def _decode_product(device: str) -> Samples:
+    samples: Samples = {}
+    for rank, splits, wide in ((0, 1, False), (4, 1, True), (4, 2, False)):
+        x, perm, signs, block, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, *_ = _device_site(
+            device, 1, rank
+        )
+        scales = scales.float() if wide else scales
+        prepared = torch.ops.lopro.decode_prepare(x, perm, signs, block, down, 3, 64)
+        rest = (codes, scales, zeros, bias, down_scale, up, up_scale, 3, 64, splits, x.dtype)
+        samples[f"rank {rank}, {splits} parts"] = (*prepared, *rest)
+        samples[f"rank {rank}, {splits} parts, residual"] = (*prepared, *rest, x.new_ones(1, 72))
+    return samples
+
+
+def _packed_linear_device(device: str) -> Samples:
+    samples: Samples = {}
+    for tokens, shape, splits in ((3, 16, 2), (40, 64, 1), (130, 0, 1)):
+        x, _, _, _, _, _, _, codes, scales, zeros, bias, up, up_scale, *_ = _device_site(device, tokens)
+        latent = x.new_ones(1, tokens, 4).float()
+        tile = (3, 64, shape, splits)
+        samples[f"{tokens} tokens"] = (x, codes, scales, zeros, bias, latent, up, up_scale, *tile)
+        samples[f"{tokens} tokens, no branch, fp32 scales"] = (
+            x, codes, scales.float(), zeros, None, None, None, None, *tile, x.new_ones(tokens, 72),
+        )  # fmt: skip
+    return samples
+
+
+def _dequantize_device(device: str) -> Samples:
+    _, _, _, _, _, down, down_scale, codes, scales, zeros, _, up, up_scale, *_ = _device_site(device, 1)
+    weight = (codes, scales, zeros, 3, 64, 192)
+    return {
+        "fp32": (*weight, torch.float32),
+        "narrow, fp32 scales": (codes, scales.float(), *weight[2:], torch.float16),
+        "with the branch": (*weight, torch.float32, up, up_scale, down, down_scale),
+        "integers": (*weight, torch.int8),
+    }
+
+
+def _round_device(device: str) -> Samples:
+    from lopro_fx.kernels.packed_int8.device import columns
+
+    x, perm, signs, block = _device_site(device, 3)[:4]
+    return {f"{group} columns": (x, perm, signs, block, 8, group, columns(64, group)) for group in (-1, 64)}
+
+
+def _int8_operands(device: str, group: int) -> tuple[Any, ...]:
+    """(integers, steps, sums), a weight, and a bias with a branch."""
+    _, _, _, _, _, _, _, *weight, bias, up, up_scale, _, _ = _device_site(device, 3)
+    rounded = torch.ops.lopro.round_device(*_round_device(device)[f"{group} columns"])
+    return rounded, weight, (bias, rounded[1].new_ones(3, 4), up, up_scale)
+
+
+def _int8_matmul_device(device: str) -> Samples:
+    samples: Samples = {}
+    for group in (-1, 64):
+        rounded, weight, branch = _int8_operands(device, group)
+        rest = (3, 64, group, 16, branch[0].dtype)
+        samples[f"{group} columns"] = (*rounded, *weight, *branch, *rest)
+        samples[f"{group} columns, no branch"] = (*rounded, *weight, None, None, None, None, *rest)
+    return samples
+
+
+def _dense_int8_device(device: str) -> Samples:
+    samples: Samples = {}
+    for group, halves in ((-1, 1), (64, 2)):
+        (integers, steps, _), (codes, scales, zeros), branch = _int8_operands(device, group)
+        dense = (2 * dequantize(codes, torch.ones_like(scales), zeros, 3, 64, 192, torch.float32)).to(torch.int8)
+        rest = (64, group, branch[0].dtype, halves)
+        samples[f"{halves} halves"] = (integers, steps, dense, scales, *branch, *rest)
+        samples[f"{halves} halves, no branch"] = (integers, steps, dense, scales, None, None, None, None, *rest)
+    return samples
+
+
+# Operators whose operands lie anywhere, and those that launch kernels, whose operands lie on the device that is given.
+COMPOSITE: dict[str, Callable[[], Samples]] = {
+    "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
+    "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
+}  # fmt: skip
+DEVICE: dict[str, Callable[[str], Samples]] = {
+    "decode_prepare": _decode_prepare, "decode_product": _decode_product, "dense_int8_device": _dense_int8_device,
+    "dequantize_device": _dequantize_device, "int8_matmul_device": _int8_matmul_device,
+    "packed_linear_device": _packed_linear_device, "rotate_device": _rotate_device,
+    "rotate_project": _rotate_project, "round_device": _round_device,
+}  # fmt: skip
