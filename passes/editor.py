@@ -16,7 +16,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import Parameter
 
+from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes import compat
+from lopro_fx.passes.operands import Operands
 from lopro_fx.passes.ties import identity
 
 # In the name of a placeholder, which is an argument of a Python function and of compiled code.
@@ -77,13 +79,30 @@ class ProgramEditor:
         assert isinstance(tensor, Tensor), fqn
         return tensor
 
+    def stored(self, placeholder: Node) -> Tensor:
+        """The parameter, buffer or constant that a placeholder stands for.
+
+        Raises:
+            GraphError: the program computes it.
+        """
+        tensor = self.tensor(placeholder)
+        if tensor is None:
+            raise GraphError(
+                f"'{placeholder.name}' is computed by the program, and must be one of its tensors; optimise the "
+                "program as it was quantised"
+            )
+        return tensor
+
     def set_tensor(self, placeholder: Node, tensor: Tensor) -> None:
         """Give a parameter, buffer or constant other values of the same shape and dtype; a parameter stays one."""
         fqn = self._targets[placeholder.name]
         owner = self._state if fqn in self._state else self._constants
         old = owner[fqn]
         assert isinstance(old, Tensor), fqn
-        assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), fqn
+        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            raise GraphError(
+                f"'{fqn}' is {tuple(old.shape)} {old.dtype}, and can't become {tuple(tensor.shape)} {tensor.dtype}"
+            )
         owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
     def freeze(self, placeholder: Node) -> None:
@@ -131,12 +150,25 @@ class ProgramEditor:
         self._taken.add(fqn)
         return fqn
 
-    def add_call(self, before: Node, name: str, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
+    def add_operator(self, before: Node, name: str, operands: Operands, like: Node) -> Node:
+        """`add_call` of an operator whose operands are given by name."""
+        return self.add_call(before, name, operands.operator, operands.args, like, operands.kwargs)
+
+    def add_call(
+        self,
+        before: Node,
+        name: str,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        like: Node,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Node:
         """Insert a call before a node; `nn_module_stack` and `stack_trace` are those of `like`."""
         with self.graph.inserting_before(before):
-            node = self.graph.create_node("call_function", target, args, name=name)
+            node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+        values, named = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         with compat.propagation(self._fake):
-            node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, Node) else arg for arg in args])
+            node.meta["val"] = target(*values, **named)
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
