@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,3 @@ def _instructions(disassembly: str) -> tuple[dict[str, int], int]:
 
 def _run(tool: str, *args: str) -> str:
     return subprocess.run([_TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
-
-
-def compile_all(launches: Sequence[Launch], capability: int) -> list[Resources]:
-    """`compile_launch` for each."""
-    return [compile_launch(launch, capability) for launch in launches]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operands of `lopro::` operators that have one row a token.
-_ACTIVATIONS = ("x", "latent", "gate", "residual")
+ACTIVATIONS = ("x", "latent", "gate", "residual")
 # Rows of an activation while a free number of tokens is traced: small ones would be taken for sizes that broadcast.
 _TRACED_ROWS = 7
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -71,7 +71,7 @@ def plan(
         operands: list[Any] = []
         for argument, value in zip(operator._schema.arguments, args, strict=True):
             if isinstance(value, Tensor):
-                shape = (rows, value.shape[-1]) if argument.name in _ACTIVATIONS else value.shape
+                shape = (rows, value.shape[-1]) if argument.name in ACTIVATIONS else value.shape
                 value = torch.empty(shape, dtype=value.dtype, device=device)
                 names[_storage(value)] = argument.name
             operands.append(value)

@@ -29,6 +29,7 @@ from lopro_fx.methods.solve import solve
 from lopro_fx.packing import pack_solution
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.passes.record import Record
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
 from lopro_fx.progress import Progress, bar
@@ -126,8 +127,15 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
     Raises:
         GraphError: the program lacks a calibrated Linear, or its shape differs.
     """
-    info = {"config": state.config, "left": state.left, "info": state.info, **_rows(state)}
-    return RewritePass(state.groups, state.sites, info)(as_linears(program))
+    record = Record(
+        config=state.config,
+        left=state.left,
+        info=state.info,
+        # What the tensors tell stands in the record too: a state that was made by hand has no rows.
+        sites={name: {**site.facts, **site.row} for name, site in state.sites.items()},
+        groups={name: list(group.members) for name, group in state.groups.items()},
+    )
+    return RewritePass(state.groups, state.sites, record)(as_linears(program))
 
 
 def select(program: ExportedProgram, config: Method) -> Selection:
@@ -157,14 +165,6 @@ def _require_finite(program: ExportedProgram, selection: Selection) -> None:
 def seed_of(name: str, seed: int) -> int:
     """Seed of the group of that name in a run with `seed`: the same in every process and version."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
-
-
-def _rows(state: QuantState) -> dict[str, Any]:
-    # What the tensors tell stands in the record too: a state that was made by hand has no rows.
-    return {
-        "sites": {name: {**site.facts, **site.row} for name, site in state.sites.items()},
-        "groups": {name: list(group.members) for name, group in state.groups.items()},
-    }
 
 
 class _Run:

@@ -8,8 +8,8 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
+from lopro_fx.passes.record import record_of
 from lopro_fx.passes.recover import recover
-from lopro_fx.passes.rewrite import META
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ def state_of(program: ExportedProgram) -> QuantState:
         GraphError: the program was not quantised, or was optimised after it.
     """
     groups, sites = recover(program)
-    record = program.graph_module.meta[META]
+    record = record_of(program, "recover")
     left = [(name, reason) for name, reason in record["left"]]
     return QuantState(record["config"], groups, sites, left, record["info"])

@@ -6,12 +6,16 @@ from collections import Counter
 
 from torch.export import ExportedProgram
 
+from lopro_fx.kernels.errors import GraphError
+
 # What each pass did, by "pass.event"; tests assert on it.
 counters: Counter[str] = Counter()
 
 
 class ProgramPass:
     """`requires` checks the input, `call` returns a new program, `ensures` checks it; the input is not changed."""
+
+    name: str
 
     def __call__(self, program: ExportedProgram) -> ExportedProgram:
         self.requires(program)
@@ -27,3 +31,10 @@ class ProgramPass:
 
     def ensures(self, program: ExportedProgram) -> None:
         """Raise if the result is not what the pass promises."""
+
+    def promise(self, kept: bool, broken: str) -> None:
+        """Raise a GraphError that says what is `broken`, unless a promise of the pass is `kept`."""
+        if not kept:
+            raise GraphError(
+                f"the pass '{self.name}' made a wrong program: {broken}; a pass or edit before it may be at fault"
+            )

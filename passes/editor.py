@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import Parameter
 
+from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes import compat
+from lopro_fx.passes.operands import Operands
 from lopro_fx.passes.ties import identity
 
 # In the name of a placeholder, which is an argument of a Python function and of compiled code.
@@ -25,7 +27,10 @@ _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
 class ProgramEditor:
-    """A private copy of a program's graph and signature; tensors are shared, never written."""
+    """A private copy of a program's graph and signature; tensors are shared, never written.
+
+    Each edit takes a time that doesn't depend on the size of the program: the signature is put together at the end.
+    """
 
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
@@ -35,19 +40,24 @@ class ProgramEditor:
         self._state = dict(program.state_dict)
         self._constants = dict(program.constants)
         self._fake = compat.fake_mode(program)
-        # Copying renames nodes whose names are Python builtins (an input called `input`), so the signature follows.
+        # Copying renames nodes whose names are Python builtins (an input called `input`).
         self.by_name = {
             old.name: new for old, new in zip(program.graph_module.graph.nodes, self.graph.nodes, strict=True)
         }
-        for spec in (*self._signature.input_specs, *self._signature.output_specs):
-            name = getattr(spec.arg, "name", None)
-            if name in self.by_name:
-                spec.arg.name = self.by_name[name].name
+        self._specs = dict(zip(self._placeholders(), self._signature.input_specs, strict=True))
+        self._first_input = next(
+            (node for node, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT), None
+        )
         self._targets = {
-            spec.arg.name: spec.target
-            for spec in self._signature.input_specs
+            node.name: spec.target
+            for node, spec in self._specs.items()
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         }
+        # Fake results of lopro's operators, by what decides them.
+        self._results: dict[tuple[Any, ...], Tensor] = {}
+
+    def _placeholders(self) -> list[Node]:
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @cached_property
     def _tensors(self) -> set[str]:
@@ -77,13 +87,30 @@ class ProgramEditor:
         assert isinstance(tensor, Tensor), fqn
         return tensor
 
+    def stored(self, placeholder: Node) -> Tensor:
+        """The parameter, buffer or constant that a placeholder stands for.
+
+        Raises:
+            GraphError: the program computes it.
+        """
+        tensor = self.tensor(placeholder)
+        if tensor is None:
+            raise GraphError(
+                f"'{placeholder.name}' is computed by the program, and must be one of its tensors; optimise the "
+                "program as it was quantised"
+            )
+        return tensor
+
     def set_tensor(self, placeholder: Node, tensor: Tensor) -> None:
         """Give a parameter, buffer or constant other values of the same shape and dtype; a parameter stays one."""
         fqn = self._targets[placeholder.name]
         owner = self._state if fqn in self._state else self._constants
         old = owner[fqn]
         assert isinstance(old, Tensor), fqn
-        assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), fqn
+        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            raise GraphError(
+                f"'{fqn}' is {tuple(old.shape)} {old.dtype}, and can't become {tuple(tensor.shape)} {tensor.dtype}"
+            )
         owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
     def freeze(self, placeholder: Node) -> None:
@@ -100,20 +127,16 @@ class ProgramEditor:
         Where a module or tensor of the program has the name, an underscore is put behind it.
         """
         fqn = self._unused(fqn)
-        specs = self._signature.input_specs
-        placeholders = self.graph.find_nodes(op="placeholder")
-        kinds = [spec.kind for spec in specs]
-        position = kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
-        if position < len(placeholders):
-            context = self.graph.inserting_before(placeholders[position])
+        if self._first_input is not None:
+            context = self.graph.inserting_before(self._first_input)
         else:
-            context = self.graph.inserting_after(placeholders[-1])
+            context = self.graph.inserting_after(self._placeholders()[-1])
         with context:
             node = self.graph.placeholder("b_" + _NO_IDENTIFIER.sub("_", fqn))
         # Its target names the argument, which names of modules that differ in such characters alone would share.
         node.target = node.name
         node.meta["val"] = compat.fake_input(self._fake, tensor)
-        specs.insert(position, InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True))
+        self._specs[node] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
         self._state[fqn] = tensor
         self._targets[node.name] = fqn
         return node
@@ -131,23 +154,49 @@ class ProgramEditor:
         self._taken.add(fqn)
         return fqn
 
-    def add_call(self, before: Node, name: str, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
+    def add_operator(self, before: Node, name: str, operands: Operands, like: Node) -> Node:
+        """`add_call` of an operator whose operands are given by name."""
+        return self.add_call(before, name, operands.operator, operands.args, like, operands.kwargs)
+
+    def add_call(
+        self,
+        before: Node,
+        name: str,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        like: Node,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Node:
         """Insert a call before a node; `nn_module_stack` and `stack_trace` are those of `like`."""
         with self.graph.inserting_before(before):
-            node = self.graph.create_node("call_function", target, args, name=name)
-        with compat.propagation(self._fake):
-            node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, Node) else arg for arg in args])
+            node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+        node.meta["val"] = self._result(node)
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         return node
 
+    def _result(self, node: Node) -> Any:
+        """The fake result of a call.
+
+        lopro's operators are made of many small ones, so of calls with operands alike only the first is computed.
+        """
+        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+        assert callable(node.target)
+        with compat.propagation(self._fake):
+            if getattr(node.target, "namespace", "") != "lopro":
+                return node.target(*args, **kwargs)
+            key = node.target, *map(_look, args), *((name, _look(value)) for name, value in kwargs.items())
+            if key in self._results:
+                return self._results[key].clone()
+            result = node.target(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._results[key] = result
+        return result
+
     def replace(self, old: Node, new: Node) -> None:
-        """Point every reader of `old` at `new`, the signature's outputs included, and erase `old`."""
+        """Point every reader of `old` at `new`, and erase `old`."""
         old.replace_all_uses_with(new)
-        for spec in self._signature.output_specs:
-            if getattr(spec.arg, "name", None) == old.name:
-                spec.arg.name = new.name
         self.graph.erase_node(old)
 
     def erase_unread(self, node: Node) -> None:
@@ -183,24 +232,35 @@ class ProgramEditor:
         """Remove a parameter or buffer that no node reads any more; False if something still does."""
         if placeholder.users:
             return False
-        for index, spec in enumerate(self._signature.input_specs):
-            if spec.arg.name == placeholder.name:
-                self._state.pop(str(spec.target), None)
-                self._constants.pop(str(spec.target), None)
-                del self._signature.input_specs[index]
-                break
+        fqn = str(self._specs.pop(placeholder).target)
+        self._state.pop(fqn, None)
+        self._constants.pop(fqn, None)
         self.graph.erase_node(placeholder)
         return True
 
     def drop_unlisted(self, tensors: Collection[Any]) -> None:
         """Remove tensors, given by their `identity`, under names that have no placeholder, as strict export leaves."""
-        listed = {spec.target for spec in self._signature.input_specs}
+        listed = {spec.target for spec in self._specs.values()}
         for fqn, tensor in list(self._state.items()):
             if fqn not in listed and identity(tensor) in tensors:
                 del self._state[fqn]
 
     def finish(self) -> ExportedProgram:
-        """Lint, recompile and rebuild."""
+        """Lint and rebuild, with the signature that follows from the graph; that compiles it again."""
+        placeholders, results = self._placeholders(), self.graph.output_node().args[0]
+        self._signature.input_specs = [self._specs[node] for node in placeholders]
+        assert isinstance(results, Sequence)
+        named = (*zip(placeholders, self._signature.input_specs, strict=True),
+                 *zip(results, self._signature.output_specs, strict=True))  # fmt: skip
+        for node, spec in named:
+            if isinstance(node, Node) and hasattr(spec.arg, "name"):
+                spec.arg.name = node.name
         self.graph.lint()
-        self.graph_module.recompile()
         return compat.rebuild(self._program, self.graph_module, self._signature, self._state, self._constants)
+
+
+def _look(value: Any) -> Any:
+    """What an operator's fake result can depend on of an operand. Free sizes are told apart by their expressions."""
+    if not isinstance(value, Tensor):
+        return type(value), value
+    return value.dtype, value.device, str(value.shape), str(value.stride()), value.requires_grad

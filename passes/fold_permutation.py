@@ -13,18 +13,10 @@ from torch.fx import Node
 
 from lopro_fx.kernels.packing.format import pack, unpack
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import (
-    PACKED_LINEAR,
-    ROTATE,
-    Note,
-    PackedLinear,
-    PackedPass,
-    Rotate,
-    group_of,
-    operands,
-    sites_of,
-)
+from lopro_fx.passes.calls import PACKED_LINEAR, ROTATE, PackedPass
 from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.operands import operands
+from lopro_fx.passes.record import Note, group_of, sites_of
 
 aten = torch.ops.aten
 
@@ -62,32 +54,32 @@ class FoldPermutationPass(PackedPass):
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
         for node in editor.graph.find_nodes(op="call_function", target=ROTATE):
-            rotate = operands(Rotate, node)
+            rotate = operands(node)
             if rotate.perm is None:
                 continue
             cone, reason = _cone(node, rotate.x)
-            leaves = [member for member in editor.graph.nodes if member in cone and member.target is PACKED_LINEAR]
+            leaves = sorted(member for member in cone if member.target is PACKED_LINEAR)
             reason = reason or _reason_to_leave(editor, leaves)
             if reason:
                 notes.append({"what": [group_of(node)], "reason": reason})
                 continue
             notes.append({"what": [group_of(node)], "rows_of": [name for leaf in leaves for name in sites_of(leaf)]})
-            perm = editor.tensor(rotate.perm)
-            assert perm is not None
-            _permute(editor, leaves, perm.to(torch.int64))
+            _permute(editor, leaves, editor.stored(rotate.perm).to(torch.int64))
             if rotate.block == 1:
                 editor.replace(node, rotate.x)
             else:
-                node.args, node.kwargs = rotate._replace(perm=None), {}
+                rotate.replace(perm=None).write(node)
             editor.drop_unused_weight(rotate.perm)
             counters["fold_permutation.rotate"] += 1
             counters["fold_permutation.linear"] += len(leaves)
         return notes
 
     def ensures(self, program: ExportedProgram) -> None:
-        rotations = [operands(Rotate, node)
-                     for node in program.graph.find_nodes(op="call_function", target=ROTATE)]  # fmt: skip
-        assert all(rotate.perm is not None or rotate.block > 1 for rotate in rotations)
+        for node in program.graph.find_nodes(op="call_function", target=ROTATE):
+            rotate = operands(node)
+            self.promise(
+                rotate.perm is not None or rotate.block > 1, f"the rotation of '{group_of(node)}' does nothing"
+            )
 
 
 def _cone(rotate: Node, source: Node) -> tuple[set[Node], str | None]:
@@ -118,7 +110,7 @@ def _broadcasts(value: object) -> bool:
 
 def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
     for leaf in leaves:
-        call = operands(PackedLinear, leaf)
+        call = operands(leaf)
         for operand in (call.codes, call.bias):
             if operand is None:
                 continue
@@ -131,16 +123,12 @@ def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
 
 def _permute(editor: ProgramEditor, leaves: list[Node], perm: Tensor) -> None:
     """Gather the rows of every Linear by `perm`, each of its tensors once however many nodes read it."""
-    for leaf in {operands(PackedLinear, leaf).codes: leaf for leaf in leaves}.values():
-        call = operands(PackedLinear, leaf)
-        scales, zeros = editor.tensor(call.scales), editor.tensor(call.zeros)
-        assert scales is not None
-        assert zeros is not None
+    for leaf in {operands(leaf).codes: leaf for leaf in leaves}.values():
+        call = operands(leaf)
+        scales, zeros = editor.stored(call.scales), editor.stored(call.zeros)
         grid = unpack(zeros, call.bits, scales.numel()).view(scales.shape)
         editor.set_tensor(call.zeros, pack(grid[perm].flatten(), call.bits))
-    rows = {operand for leaf in leaves for call in [operands(PackedLinear, leaf)]
+    rows = {operand for leaf in leaves for call in [operands(leaf)]
             for operand in (call.codes, call.scales, call.up, call.bias) if operand is not None}  # fmt: skip
     for operand in rows:
-        tensor = editor.tensor(operand)
-        assert tensor is not None
-        editor.set_tensor(operand, tensor.detach()[perm])
+        editor.set_tensor(operand, editor.stored(operand).detach()[perm])

@@ -9,23 +9,13 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import (
-    PACKED_LINEAR,
-    PACKED_SITE,
-    ROTATE,
-    Note,
-    PackedLinear,
-    PackedPass,
-    PackedSite,
-    operands,
-    same_shape,
-    sites_of,
-)
+from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, ROTATE, PackedPass, same_shape
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.norms import Norm, match_norm
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.operands import operands
+from lopro_fx.passes.record import META, Note, sites_of
 
 aten = torch.ops.aten
 _ASSERTION = aten._assert_tensor_metadata.default
@@ -56,7 +46,7 @@ class FuseProloguePass(PackedPass):
         for node in list(editor.graph.nodes):
             if node.target not in (PACKED_SITE, PACKED_LINEAR) or has_prologue(node):
                 continue
-            x = operands(PackedSite if node.target is PACKED_SITE else PackedLinear, node).x
+            x = operands(node).x
             found = match_norm(x) or match_gate(x)
             reason = _reason_to_leave(editor, node, x, found)
             if reason or found is None:
@@ -70,21 +60,25 @@ class FuseProloguePass(PackedPass):
 
     def ensures(self, program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
-            site = operands(PackedSite, node)
-            assert site.norm is None or site.norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
-            assert (site.gate is None) == (site.activation == "")
+            site, name = operands(node), sites_of(node)[0]
+            fits = site.norm is None or site.norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
+            self.promise(fits, f"the norm of '{name}' has not one weight a column")
+            self.promise((site.gate is None) == (site.activation == ""), f"'{name}' has half of a gated activation")
 
 
 def has_prologue(node: Node) -> bool:
     """Whether a node is a site that has a norm or a gate already."""
-    return node.target is PACKED_SITE and bool({"norm", "gate"} & node.kwargs.keys())
+    if node.target is not PACKED_SITE:
+        return False
+    site = operands(node)
+    return site.norm is not None or site.gate is not None
 
 
 def as_site(editor: ProgramEditor, node: Node) -> Node:
     """The node, or the `lopro::packed_site` that takes the place of a `lopro::packed_linear`."""
     if node.target is PACKED_SITE:
         return node
-    site = editor.add_call(node, f"site_{node.name}", PACKED_SITE, fused_operands(operands(PackedLinear, node)), node)
+    site = editor.add_operator(node, f"site_{node.name}", fused_operands(operands(node)), node)
     site.meta[META] = node.meta[META]
     editor.replace(node, site)
     return site
@@ -94,7 +88,7 @@ def reads_its_own_input(node: Node) -> bool:
     """Whether nothing of what a packed node computes first is shared with others."""
     if node.target is PACKED_SITE:
         return True
-    call = operands(PackedLinear, node)
+    call = operands(node)
     return call.latent is None and call.x.target is not ROTATE
 
 
@@ -129,7 +123,7 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
         return "its input is neither an RMS norm nor a gated activation"
     if isinstance(found, Norm) and editor.tensor(found.weight) is None:
         return "the weight of its norm is computed by the program"
-    if isinstance(found, Norm) and len(_codes(node).users) > 1:
+    if isinstance(found, Norm) and len(operands(node).codes.users) > 1:
         return "its weight is applied more than once"
     sources = [found.x, *([found.gate] if isinstance(found, Gate) else [])]
     if any(source.meta["val"].dtype != x.meta["val"].dtype for source in sources):
@@ -139,22 +133,17 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
             if user is not node and user not in found.inside and user.target is not _ASSERTION:
                 return f"'{inner.name}' is also read by '{user.name}'"
     # The inner nodes are read at the site from now on.
-    first = next(member for member in editor.graph.nodes if member in found.inside)
-    if any(written_between(source, first, node) for source in sources):
+    if any(written_between(source, min(found.inside), node) for source in sources):
         return "the program writes into what its prologue reads"
     return None
 
 
-def _codes(node: Node) -> Node:
-    return operands(PackedSite if node.target is PACKED_SITE else PackedLinear, node).codes
-
-
 def _fuse(editor: ProgramEditor, site: Node, found: Norm | Gate) -> None:
-    site.update_arg(0, found.x)
     if isinstance(found, Norm):
-        site.kwargs = {**site.kwargs, "norm": _weight(editor, site, found), "eps": found.eps}
+        prologue = {"norm": _weight(editor, site, found), "eps": found.eps}
     else:
-        site.kwargs = {**site.kwargs, "gate": found.gate, "activation": found.activation}
+        prologue = {"gate": found.gate, "activation": found.activation}
+    operands(site).replace(x=found.x, **prologue).write(site)
     _erase(editor, found.inside)
     if isinstance(found, Norm) and all(user.target is _ASSERTION for user in found.weight.users):
         for user in list(found.weight.users):
@@ -164,15 +153,11 @@ def _fuse(editor: ProgramEditor, site: Node, found: Norm | Gate) -> None:
 
 def _weight(editor: ProgramEditor, site: Node, norm: Norm) -> Node:
     """The norm's weight, with its shift added and in the order of the site's columns."""
-    call, weight = operands(PackedSite, site), editor.tensor(norm.weight)
-    assert weight is not None
-    weight = weight.detach()
+    call, weight = operands(site), editor.stored(norm.weight).detach()
     if norm.shift:
         weight = weight.to(torch.float32) + norm.shift
     if call.perm is not None:
-        perm = editor.tensor(call.perm)
-        assert perm is not None
-        weight = weight[perm.to(torch.int64)]
+        weight = weight[editor.stored(call.perm).to(torch.int64)]
     elif not norm.shift:
         return norm.weight
     return editor.add_buffer(f"{editor.fqn(call.codes).removesuffix('.codes')}.norm", weight)
@@ -180,8 +165,7 @@ def _weight(editor: ProgramEditor, site: Node, norm: Norm) -> Node:
 
 def _erase(editor: ProgramEditor, nodes: set[Node]) -> None:
     """Erase nodes that are read by each other and by assertions alone, with these assertions."""
-    for node in reversed(editor.graph.nodes):
-        if node in nodes:
-            for user in list(node.users):
-                editor.graph.erase_node(user)
-            editor.graph.erase_node(node)
+    for node in sorted(nodes, reverse=True):
+        for user in list(node.users):
+            editor.graph.erase_node(user)
+        editor.graph.erase_node(node)

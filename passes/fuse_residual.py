@@ -7,19 +7,12 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import (
-    PACKED_LINEAR,
-    PACKED_SITE,
-    Note,
-    PackedPass,
-    PackedSite,
-    operands,
-    same_shape,
-    sites_of,
-)
+from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PackedPass, same_shape
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_prologue import as_site, reads_its_own_input
 from lopro_fx.passes.mutation import written_between
+from lopro_fx.passes.operands import operands
+from lopro_fx.passes.record import Note, sites_of
 
 aten = torch.ops.aten
 
@@ -36,7 +29,7 @@ class FuseResidualPass(PackedPass):
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
         for node in list(editor.graph.nodes):
-            if node.target not in (PACKED_SITE, PACKED_LINEAR) or "residual" in node.kwargs:
+            if node.target not in (PACKED_SITE, PACKED_LINEAR) or _has_residual(node):
                 continue
             reason = _reason_to_leave(node)
             notes.append({"what": sites_of(node), **({"reason": reason} if reason else {})})
@@ -47,8 +40,13 @@ class FuseResidualPass(PackedPass):
 
     def ensures(self, program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
-            residual = operands(PackedSite, node).residual
-            assert residual is None or residual.meta["val"].dtype == node.meta["val"].dtype
+            residual, dtype = operands(node).residual, node.meta["val"].dtype
+            kept = residual is None or residual.meta["val"].dtype == dtype
+            self.promise(kept, f"'{sites_of(node)[0]}' adds a residual to {dtype} of another type")
+
+
+def _has_residual(node: Node) -> bool:
+    return node.target is PACKED_SITE and operands(node).residual is not None
 
 
 def _reason_to_leave(node: Node) -> str | None:
@@ -93,7 +91,7 @@ def _fuse(editor: ProgramEditor, node: Node) -> None:
     site = as_site(editor, node)
     result = _result(site)
     total = next(iter(result.users))
-    site.kwargs = {**site.kwargs, "residual": _other(total, result)}
+    operands(site).replace(residual=_other(total, result)).write(site)
     # The residual may be computed after what the site reads.
     total.prepend(site)
     editor.replace(total, site)

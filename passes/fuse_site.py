@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import (
-    PACKED_LINEAR,
-    PACKED_SITE,
-    PROJECT,
-    ROTATE,
-    Note,
-    PackedLinear,
-    PackedPass,
-    Project,
-    Rotate,
-    group_of,
-    operands,
-    sites_of,
-)
+from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, PackedPass
 from lopro_fx.passes.editor import ProgramEditor
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.operands import Operands, operands
+from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class FuseSitePass(PackedPass):
@@ -47,16 +33,16 @@ class FuseSitePass(PackedPass):
         return notes
 
     def ensures(self, program: ExportedProgram) -> None:
-        inputs = [node for target in (ROTATE, PROJECT)
-                  for node in program.graph.find_nodes(op="call_function", target=target)]  # fmt: skip
-        assert all(node.users for node in inputs)
+        for target in (ROTATE, PROJECT):
+            for node in program.graph.find_nodes(op="call_function", target=target):
+                self.promise(bool(node.users), f"nothing reads '{node.name}' of '{group_of(node)}'")
 
 
 def _reason_to_leave(node: Node) -> str | None:
-    call = operands(PackedLinear, node)
+    call = operands(node)
     readers = {node}
     if call.latent is not None:
-        if call.latent.target is not PROJECT or operands(Project, call.latent).x is not call.x:
+        if call.latent.target is not PROJECT or operands(call.latent).x is not call.x:
             return "its low-rank branch does not project its own input"
         if set(call.latent.users) != {node}:
             return f"its down-projection is shared by {len(call.latent.users)} readers"
@@ -68,19 +54,20 @@ def _reason_to_leave(node: Node) -> str | None:
     return None
 
 
-def fused_operands(call: PackedLinear) -> tuple[Any, ...]:
+def fused_operands(call: Operands) -> Operands:
     """Operands of `lopro::packed_site` for a packed Linear with the rotation and projection that it reads."""
-    latent = call.latent
-    rotate = operands(Rotate, call.x) if call.x.target is ROTATE else Rotate(call.x, None, None, 1, 0)
-    down, scale = operands(Project, latent)[1:] if latent is not None else (None, None)
-    return (*rotate, down, scale, call.codes, call.scales, call.zeros, call.bias, call.up, call.up_scale, call.bits,
-            call.group_size)  # fmt: skip
+    rotation = operands(call.x).named if call.x.target is ROTATE else {"block": 1, "skip": 0}
+    projection = {}
+    if call.latent is not None:
+        project = operands(call.latent)
+        projection = {"down": project.down, "down_scale": project.scale}
+    return call.replace(latent=None).to(PACKED_SITE, **rotation, **projection)
 
 
 def _fuse(editor: ProgramEditor, node: Node) -> None:
-    call = operands(PackedLinear, node)
-    fused = editor.add_call(node, f"fused_{node.name}", PACKED_SITE, fused_operands(call), node)
-    fused.meta[META] = {"sites": sites_of(node), "group": group_of(node), "bits": call.bits}
+    call = operands(node)
+    fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(call), node)
+    fused.meta[META] = Mark(sites=sites_of(node), group=group_of(node), bits=call.bits)
     editor.replace(node, fused)
     for gone in (call.latent, call.x if call.x.target is ROTATE else None):
         if gone is not None:

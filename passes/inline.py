@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import ProgramPass, counters
 from lopro_fx.passes.editor import ProgramEditor
 
@@ -39,6 +40,8 @@ def _candidates(program: ExportedProgram) -> list[Node]:
 class InlineModesPass(ProgramPass):
     """Returns `program` itself when there is nothing to inline."""
 
+    name = "inline"
+
     def call(self, program: ExportedProgram) -> ExportedProgram:
         while names := [node.name for node in _candidates(program)]:
             editor = ProgramEditor(program)
@@ -49,7 +52,8 @@ class InlineModesPass(ProgramPass):
         return program
 
     def ensures(self, program: ExportedProgram) -> None:
-        assert not _candidates(program)
+        for node in _candidates(program):
+            self.promise(False, f"'{node.name}' is not inlined")
 
     def _inline(self, editor: ProgramEditor, call: Node) -> None:
         found = _operands(call)
@@ -71,9 +75,9 @@ class InlineModesPass(ProgramPass):
                 elif node.op == "call_function":
                     env[node] = editor.graph.node_copy(node, lambda operand, env=env: env[operand])
         for getter in list(call.users):
-            assert getter.target is operator.getitem
-            index = getter.args[1]
-            assert isinstance(index, int)
+            index = getter.args[1] if getter.target is operator.getitem else None
+            if not isinstance(index, int):
+                raise GraphError(f"'{getter.name}' reads all results of '{call.name}' at once; export the model again")
             editor.replace(getter, results[index])
         editor.graph.erase_node(call)
         if not body.users:

@@ -39,6 +39,8 @@ class Product:
 class LinearsPass(ProgramPass):
     """Returns `program` itself when every product with a parameter that can be an `aten.linear` is one."""
 
+    name = "linears"
+
     def call(self, program: ExportedProgram) -> ExportedProgram:
         if not _products(program):
             return program
@@ -52,7 +54,7 @@ class LinearsPass(ProgramPass):
         return editor.finish()
 
     def ensures(self, program: ExportedProgram) -> None:
-        assert not _products(program)
+        self.promise(not _products(program), "a product with a parameter is no aten.linear")
 
 
 def as_linears(program: ExportedProgram) -> ExportedProgram:

@@ -10,11 +10,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
+from lopro_fx.passes.calls import PACKED_EMBEDDING
 from lopro_fx.passes.compat import viewed_operand
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.weights import parameter_fqns
 
-# Operator to the places of its table and of the ids.
-_LOOKUPS = {torch.ops.aten.embedding.default: (0, 1), torch.ops.lopro.packed_embedding.default: (1, 0)}
+# Operator to the names of its table and of the ids.
+_LOOKUPS = {torch.ops.aten.embedding.default: ("weight", "indices"), PACKED_EMBEDDING: ("codes", "ids")}
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
@@ -26,7 +28,7 @@ def table_rows(program: ExportedProgram | GraphModule) -> int | None:
     for node in graph.nodes:
         if node.target not in _LOOKUPS:
             continue
-        table, ids = (node.args[place] for place in _LOOKUPS[node.target])
+        table, ids = (operands(node).named[name] for name in _LOOKUPS[node.target])
         if isinstance(table, Node) and isinstance(ids, Node) and _source(ids) is first:
             rows.append(table.meta["val"].shape[0])
     return min(rows, default=None)

@@ -17,11 +17,13 @@ from torch.fx import Node
 
 from lopro_fx.kernels.packing.format import pack, unpack
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, Note, PackedLinear, PackedPass, group_of, operands, sites_of
+from lopro_fx.passes.calls import PACKED_LINEAR, PackedPass
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.mutation import written_between
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.packed import stored_bytes
-from lopro_fx.passes.rewrite import META, enclosing
+from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
+from lopro_fx.passes.rewrite import enclosing
 
 aten = torch.ops.aten
 # What a merge may add to the stored bytes: scales of up factors whose row counts have a small common divisor.
@@ -41,12 +43,13 @@ class MergeLinearsPass(PackedPass):
         readers: dict[Node, list[Node]] = {}
         for node in editor.graph.nodes:
             if node.op == "call_function" and node.target is PACKED_LINEAR:
-                readers.setdefault(operands(PackedLinear, node).x, []).append(node)
+                readers.setdefault(operands(node).x, []).append(node)
         return [note for nodes in readers.values() for note in _merge_readers(editor, nodes)]
 
     def ensures(self, program: ExportedProgram) -> None:
         for node in program.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
-            assert node.meta["val"].shape[-1] == operands(PackedLinear, node).codes.meta["val"].shape[0]
+            rows, results = operands(node).codes.meta["val"].shape[0], node.meta["val"].shape[-1]
+            self.promise(rows == results, f"'{sites_of(node)[0]}' gives {results} features of {rows} rows")
 
 
 def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
@@ -63,7 +66,7 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
         note: Note = {"what": [name for node in members for name in sites_of(node)]}
         if len(members) == 1:
             note["reason"] = _reason_alone(key, [other for other in alike if other != key])
-        elif written_between(operands(PackedLinear, members[0]).x, members[0], members[-1]):
+        elif written_between(operands(members[0]).x, members[0], members[-1]):
             note["reason"] = "the program writes into their input between them"
         else:
             tensors = _merged(editor, members)
@@ -71,7 +74,7 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
             if reason:
                 note["reason"] = reason
             else:
-                first = editor.fqn(operands(PackedLinear, members[0]).codes)
+                first = editor.fqn(operands(members[0]).codes)
                 note["into"] = f"{first.removesuffix('.codes')}.merged"
                 _merge(editor, members, tensors, note["into"])
         notes.append(note)
@@ -80,7 +83,7 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
 
 def _key(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the members of a merge have in common, with names for the record."""
-    call = operands(PackedLinear, node)
+    call = operands(node)
     factor = None if call.up is None else (call.up.meta["val"].dtype, call.up_scale is None)
     scales = call.scales.meta["val"].dtype, None if call.up_scale is None else call.up_scale.meta["val"].dtype
     shared = ("bits", call.bits), ("group size", call.group_size), ("low-rank branch", (call.latent, factor))
@@ -88,7 +91,7 @@ def _key(node: Node) -> tuple[tuple[str, Any], ...]:
 
 
 def _reason_to_leave(editor: ProgramEditor, node: Node) -> str | None:
-    call = operands(PackedLinear, node)
+    call = operands(node)
     if set(call.codes.users) != {node}:
         return "its weight is applied more than once"
     if call.bias is not None and editor.tensor(call.bias) is None:
@@ -106,16 +109,17 @@ def _reason_alone(key: tuple[tuple[str, Any], ...], others: list[tuple[tuple[str
 
 def _stored(editor: ProgramEditor, node: Node) -> dict[str, Tensor]:
     """Packed tensors and bias of a packed Linear, by the operand's name."""
-    call = operands(PackedLinear, node)
-    stored = {"codes": call.codes, "scales": call.scales, "zeros": call.zeros, "bias": call.bias, "up": call.up,
-              "up_scale": call.up_scale}  # fmt: skip
-    tensors = {key: editor.tensor(operand) for key, operand in stored.items() if operand is not None}
-    return {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
+    return {key: editor.stored(operand).detach() for key, operand in _own(node).items()}
+
+
+def _own(node: Node) -> dict[str, Node]:
+    call = operands(node)
+    return call.weights if call.bias is None else {**call.weights, "bias": call.bias}
 
 
 def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor]:
     parts = [_stored(editor, node) for node in members]
-    bits, rows = operands(PackedLinear, members[0]).bits, [part["codes"].shape[0] for part in parts]
+    bits, rows = operands(members[0]).bits, [part["codes"].shape[0] for part in parts]
     zeros = torch.cat([unpack(part["zeros"], bits, part["scales"].numel()) for part in parts])
     merged = {key: torch.cat([part[key] for part in parts]) for key in ("codes", "scales", "up") if key in parts[0]}
     merged["zeros"] = pack(zeros, bits)
@@ -147,22 +151,24 @@ def _reason_of_size(editor: ProgramEditor, members: list[Node], tensors: dict[st
 
 
 def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor], owner: str) -> None:
-    first, calls = members[0], [operands(PackedLinear, node) for node in members]
+    first, calls = members[0], [operands(node) for node in members]
     head = calls[0]
     rows = [call.codes.meta["val"].shape[0] for call in calls]
     names = [name for node in members for name in sites_of(node)]
+    # Members can share a bias.
+    old = dict.fromkeys(operand for node in members for operand in _own(node).values())
     buffers = {key: editor.add_buffer(f"{owner}.{key}", tensor) for key, tensor in tensors.items()}
+    stack = enclosing(first.meta.get("nn_module_stack", {}), tuple(names))
 
     def add(before: Node, sites: list[str], name: str, target: Any, *args: Any) -> Node:
         node = editor.add_call(before, name, target, args, first)
         if "nn_module_stack" in node.meta:
-            node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], tuple(names))
-        node.meta[META] = {"sites": sites, "group": group_of(first), "bits": head.bits}
+            node.meta["nn_module_stack"] = dict(stack)
+        node.meta[META] = Mark(sites=sites, group=group_of(first), bits=head.bits)
         return node
 
-    merged = add(first, names, f"merged_{first.name}", PACKED_LINEAR, head.x, buffers["codes"], buffers["scales"],
-                 buffers["zeros"], buffers.get("bias"), head.latent, buffers.get("up"), buffers.get("up_scale"),
-                 head.bits, head.group_size)  # fmt: skip
+    call = head.replace(**{"bias": None, **buffers})
+    merged = add(first, names, f"merged_{first.name}", PACKED_LINEAR, *call.args)
     ends = list(accumulate(rows, initial=0))
     parts = [add(first, sites_of(node), f"{node.name}_rows", aten.slice.Tensor, merged, -1, start, end)
              for node, (start, end) in zip(members, pairwise(ends), strict=True)]  # fmt: skip
@@ -174,9 +180,7 @@ def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor
             node.meta["val"] = part.meta["val"]
             editor.refresh_views(node)
         editor.replace(node, part)
-    for call in calls:
-        for operand in (call.codes, call.scales, call.zeros, call.bias, call.up, call.up_scale):
-            if operand is not None:
-                editor.drop_unused_weight(operand)
+    for operand in old:
+        editor.drop_unused_weight(operand)
     counters["merge.group"] += 1
     counters["merge.linear"] += len(members)

@@ -14,12 +14,12 @@ from lopro_fx.passes.compat import viewed_operand, written_operands
 def mutated_buffers(program: ExportedProgram) -> set[str]:
     """FQNs of buffers that the graph writes, in place (directly or through a view) or by a result copied back."""
     signature = program.graph_signature
-    found = set(signature.buffers_to_mutate.values())
+    found, buffers = set(signature.buffers_to_mutate.values()), signature.inputs_to_buffers
     for node in program.graph.nodes:
         for operand in written_operands(node):
             name = base_of(operand).name
-            if name in signature.inputs_to_buffers:
-                found.add(signature.inputs_to_buffers[name])
+            if name in buffers:
+                found.add(buffers[name])
     return found
 
 

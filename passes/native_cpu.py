@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import (
-    CPU_SITE,
-    PACKED_LINEAR,
-    PACKED_SITE,
-    PROJECT,
-    ROTATE,
-    Note,
-    PackedLinear,
-    PackedPass,
-    Project,
-    group_of,
-    operands,
-    sites_of,
-)
+from lopro_fx.passes.calls import CPU_SITE, PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, PackedPass
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands
-from lopro_fx.passes.rewrite import META
-
-_FOREIGN = "its low-rank branch does not project its own input"
+from lopro_fx.passes.operands import Operands, operands
+from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class NativeCpuPass(PackedPass):
@@ -49,9 +33,9 @@ class NativeCpuPass(PackedPass):
     def requires(self, program: ExportedProgram) -> None:
         super().requires(program)
         for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
-            if node.kwargs:
+            if fused := operands(node).kwargs:
                 raise GraphError(
-                    f"'{sites_of(node)[0]}' holds {', '.join(node.kwargs)} since the program was optimised for CUDA; "
+                    f"'{sites_of(node)[0]}' holds {', '.join(fused)} since the program was optimised for CUDA; "
                     "optimise the quantised program itself"
                 )
 
@@ -62,9 +46,9 @@ class NativeCpuPass(PackedPass):
         notes: list[Note] = []
         for node in list(editor.graph.nodes):
             if node.target is PACKED_SITE:
-                self._replace(editor, node, tuple(node.args))
+                self._replace(editor, node, operands(node))
             elif node.target is PACKED_LINEAR:
-                call = operands(PackedLinear, node)
+                call = operands(node)
                 if call.latent is not None and not _projects(call.latent, call.x):
                     notes.append(
                         {"what": sites_of(node), "reason": "its low-rank branch does not project its own input"}
@@ -79,15 +63,16 @@ class NativeCpuPass(PackedPass):
             notes.append({"what": sites_of(node)})
         return notes
 
-    def _replace(self, editor: ProgramEditor, node: Node, args: tuple[Any, ...]) -> None:
-        native = editor.add_call(node, f"native_{node.name}", CPU_SITE, (*args, self.act_bits), node)
-        native.meta[META] = {"sites": sites_of(node), "group": group_of(node), "bits": args[-2]}
+    def _replace(self, editor: ProgramEditor, node: Node, site: Operands) -> None:
+        native = editor.add_operator(node, f"native_{node.name}", site.to(CPU_SITE, act_bits=self.act_bits), node)
+        native.meta[META] = Mark(sites=sites_of(node), group=group_of(node), bits=site.bits)
         editor.replace(node, native)
         counters["native_cpu.site"] += 1
 
     def ensures(self, program: ExportedProgram) -> None:
-        assert not program.graph.find_nodes(op="call_function", target=PACKED_SITE)
+        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+            self.promise(False, f"'{sites_of(node)[0]}' is still a {node.target}")
 
 
 def _projects(latent: Node, x: Node) -> bool:
-    return latent.target is PROJECT and operands(Project, latent).x is x
+    return latent.target is PROJECT and operands(latent).x is x

@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.passes.base import ProgramPass, counters
+from lopro_fx.passes.calls import PACKED_EMBEDDING, PACKED_LINEAR, PROJECT, ROTATE
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.mutation import written_between
+from lopro_fx.passes.operands import Operands
 from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.passes.record import META, Mark, sites_of
 from lopro_fx.passes.sites import Site, find_sites
 from lopro_fx.passes.ties import identity
 
-# Where a program keeps what was done to it: `graph_module.meta[META]` for the whole, `node.meta[META]` for a node.
-META = "lopro_fx"
+_Buffers = Mapping[str, dict[str, Node]]
+
+
+class _Input(NamedTuple):
+    """What the sites of a group read instead of one value, and the last of them so far.
+
+    It is `computed` unless they read the value itself.
+    """
+
+    rotated: Node
+    latent: Node | None
+    reader: Node
+    computed: bool
 
 
 class RewritePass(ProgramPass):
@@ -36,6 +49,8 @@ class RewritePass(ProgramPass):
     Raises:
         GraphError: the program lacks a site, or a shape differs.
     """
+
+    name = "rewrite"
 
     def __init__(
         self, groups: Mapping[str, PackedGroup], sites: Mapping[str, PackedSite], info: Mapping[str, Any]
@@ -59,30 +74,27 @@ class RewritePass(ProgramPass):
     def call(self, program: ExportedProgram) -> ExportedProgram:
         found = _all_sites(program, self._sites)
         editor = ProgramEditor(program)
-        buffers = {
-            (owner.name, key): editor.add_buffer(f"{owner.name}.{key}", tensor)
-            for owner in (*self._groups.values(), *self._sites.values())
-            for key, tensor in owner.tensors.items()
-        }
-        shared: dict[tuple[str, Node], tuple[Node, Node | None]] = {}
+        shared, own = _add_buffers(editor, self._groups), _add_buffers(editor, self._sites)
+        inputs: dict[tuple[str, Node], _Input] = {}
         # Graph order: the first reader of an input places the rotation, so it stands before all of them.
         order = {node: index for index, node in enumerate(editor.graph.nodes)}
         uses = [(editor.by_name[node.name], site) for site in self._ordered(found) for node in site.nodes]
         for node, site in sorted(uses, key=lambda use: order[use[0]]):
-            self._rewrite(editor, node, site, buffers, shared)
+            self._rewrite(editor, node, site, own[site.name], shared, inputs)
             counters["rewrite.linear"] += 1
         for name, packed in self._sites.items():
             for node in found[name].embeddings if packed.embedding else ():
-                _look_up(editor, editor.by_name[node.name], packed, buffers)
+                _look_up(editor, editor.by_name[node.name], packed, own[name])
                 counters["rewrite.embedding"] += 1
         _drop_weights(editor, {found[name].weight for name in self._sites})
         editor.graph_module.meta[META] = dict(self._info)
         return editor.finish()
 
     def ensures(self, program: ExportedProgram) -> None:
-        packed = torch.ops.lopro.packed_linear.default
-        done = {node.meta[META]["site"] for node in program.graph.find_nodes(op="call_function", target=packed)}
-        assert done >= set(self._sites), set(self._sites) - done
+        calls = program.graph.find_nodes(op="call_function", target=PACKED_LINEAR)
+        done = {name for node in calls for name in sites_of(node)}
+        for name in self._sites:
+            self.promise(name in done, f"'{name}' is not packed")
 
     def _ordered(self, found: Mapping[str, Site]) -> list[Site]:
         return [found[name] for name in self._sites]
@@ -92,36 +104,32 @@ class RewritePass(ProgramPass):
         editor: ProgramEditor,
         linear: Node,
         site: Site,
-        buffers: Mapping[tuple[str, str], Node],
-        shared: dict[tuple[str, Node], tuple[Node, Node | None]],
+        own: Mapping[str, Node],
+        shared: _Buffers,
+        inputs: dict[tuple[str, Node], _Input],
     ) -> None:
         packed = self._sites[site.name]
         group = self._groups[packed.group]
         source = linear.args[0]
         bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
-        rotated, latent = shared.get((group.name, source), (source, None))
-        made = rotated if latent is None else latent
+        known = inputs.get((group.name, source))
         # A value that was written meanwhile, through a view of it, is another one.
-        if (group.name, source) not in shared or (made is not source and written_between(source, made, linear)):
-            rotated, latent = shared[group.name, source] = self._input_side(editor, linear, source, group, buffers)
-
-        def own(key: str) -> Node | None:
-            return buffers.get((site.name, key))
-
-        call = editor.add_call(
-            linear,
-            f"packed_{linear.name}",
-            torch.ops.lopro.packed_linear.default,
-            (rotated, own("codes"), own("scales"), own("zeros"), bias, latent if own("up") else None, own("up"),
-             own("up_scale"), packed.bits, packed.group_size),
-            linear,
+        if known is None or (known.computed and written_between(source, known.reader, linear)):
+            rotated, latent = self._input_side(editor, linear, source, group, shared[group.name])
+        else:
+            rotated, latent = known.rotated, known.latent
+        operands = Operands.of(
+            PACKED_LINEAR, x=rotated, bias=bias, latent=latent if "up" in own else None, bits=packed.bits,
+            group_size=packed.group_size, **own,
         )  # fmt: skip
-        call.meta[META] = {"site": site.name, "group": group.name, "bits": packed.bits}
+        call = editor.add_operator(linear, f"packed_{linear.name}", operands, linear)
+        call.meta[META] = Mark(site=site.name, group=group.name, bits=packed.bits)
+        inputs[group.name, source] = _Input(rotated, latent, call, rotated is not source or latent is not None)
         # Its input and bias have readers; its weight may be a view that now has none.
-        operands = linear.all_input_nodes
+        read = linear.all_input_nodes
         editor.replace(linear, call)
-        for operand in operands:
+        for operand in read:
             editor.erase_unread(operand)
 
     def _input_side(
@@ -130,42 +138,45 @@ class RewritePass(ProgramPass):
         before: Node,
         source: Node,
         group: PackedGroup,
-        buffers: Mapping[tuple[str, str], Node],
+        shared: Mapping[str, Node],
     ) -> tuple[Node, Node | None]:
         """Rotation and down-projection of one input, placed before its first reader; the latent is None at rank 0."""
 
-        def add(name: str, target: Any, args: tuple[Any, ...]) -> Node:
-            node = editor.add_call(before, name, target, args, before)
+        def add(kind: str, operands: Operands) -> Node:
+            node = editor.add_operator(before, f"{kind}_{before.name}", operands, before)
             # Several modules read the value, so it belongs to the innermost one around them all.
             if len(group.members) > 1 and "nn_module_stack" in node.meta:
                 node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], group.members)
-            node.meta[META] = {"group": group.name}
-            counters[f"rewrite.{name.partition('_')[0]}"] += 1
+            node.meta[META] = Mark(group=group.name)
+            counters[f"rewrite.{kind}"] += 1
             return node
-
-        def shared(key: str) -> Node | None:
-            return buffers.get((group.name, key))
 
         rotated = source
         if group.rotates:
-            args = (source, shared("perm"), shared("signs"), group.block, group.skip)
-            rotated = add(f"rotate_{before.name}", torch.ops.lopro.rotate.default, args)
-        down = shared("down")
-        if down is None:
+            turn = {"perm": shared.get("perm"), "signs": shared.get("signs"), "block": group.block, "skip": group.skip}
+            rotated = add("rotate", Operands.of(ROTATE, x=source, **turn))
+        if "down" not in shared:
             return rotated, None
-        args = (rotated, down, shared("down_scale"))
-        return rotated, add(f"project_{before.name}", torch.ops.lopro.project.default, args)
+        project = Operands.of(PROJECT, x=rotated, down=shared["down"], scale=shared.get("down_scale"))
+        return rotated, add("project", project)
 
 
-def _look_up(
-    editor: ProgramEditor, embedding: Node, packed: PackedSite, buffers: Mapping[tuple[str, str], Node]
-) -> None:
-    codes, scales, zeros = (buffers[packed.name, key] for key in ("codes", "scales", "zeros"))
-    args = (embedding.args[1], codes, scales, zeros, packed.bits, packed.group_size, packed.in_features,
-            embedding.meta["val"].dtype)  # fmt: skip
-    operator = torch.ops.lopro.packed_embedding.default
-    call = editor.add_call(embedding, f"packed_{embedding.name}", operator, args, embedding)
-    call.meta[META] = {"site": packed.name, "group": packed.group, "bits": packed.bits}
+def _add_buffers(editor: ProgramEditor, owners: Mapping[str, PackedGroup] | Mapping[str, PackedSite]) -> _Buffers:
+    """Placeholders of the owners' tensors, by the names of owner and tensor."""
+    return {
+        name: {key: editor.add_buffer(f"{owner.name}.{key}", tensor) for key, tensor in owner.tensors.items()}
+        for name, owner in owners.items()
+    }
+
+
+def _look_up(editor: ProgramEditor, embedding: Node, packed: PackedSite, own: Mapping[str, Node]) -> None:
+    table = {key: own[key] for key in ("codes", "scales", "zeros")}
+    lookup = Operands.of(
+        PACKED_EMBEDDING, ids=embedding.args[1], bits=packed.bits, group_size=packed.group_size,
+        in_features=packed.in_features, dtype=embedding.meta["val"].dtype, **table,
+    )  # fmt: skip
+    call = editor.add_operator(embedding, f"packed_{embedding.name}", lookup, embedding)
+    call.meta[META] = Mark(site=packed.name, group=packed.group, bits=packed.bits)
     editor.replace(embedding, call)
 
 

@@ -24,7 +24,7 @@ from lopro_fx.passes import compat
 from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.packed import stored_bytes
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import is_quantised
 from lopro_fx.report.report import report
 
 # Given to the one compilation, never set globally.
@@ -103,7 +103,7 @@ def size_bound(program: ExportedProgram) -> int:
     """
     tensors = {**program.state_dict, **program.constants}
     total = stored_bytes(tensor for _, tensor in unique(tensors) if isinstance(tensor, torch.Tensor))
-    packed = report(program).packed_bytes if META in program.graph_module.meta else 0
+    packed = report(program).packed_bytes if is_quantised(program) else 0
     return total + int(_OVERHEAD * packed)
 
 

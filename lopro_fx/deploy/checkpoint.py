@@ -27,7 +27,7 @@ from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import replacing, write_tensors
 from lopro_fx.passes import compat
 from lopro_fx.passes.mutation import clean_constants
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import is_quantised, marks_of, record_of, restore
 from lopro_fx.state import QuantState
 
 TENSORS, PROGRAM, RECORD = "tensors.safetensors", "program.json", "record.json"
@@ -63,8 +63,8 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
         "state_dict": list(program.state_dict),
         "constants": list(program.constants),
         "example_inputs": examples,
-        "program": program.graph_module.meta.get(META),
-        "nodes": {node.name: node.meta[META] for node in program.graph.nodes if META in node.meta},
+        "program": record_of(program, "save") if is_quantised(program) else None,
+        "nodes": marks_of(program),
     }
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -104,11 +104,7 @@ def load(folder: str | Path) -> ExportedProgram:
             f"{folder / PROGRAM}, written by torch {manifest['torch']}, can't be read by torch {torch.__version__} "
             f"({first_line(error)})"
         ) from error
-    if record["program"] is not None:
-        program.graph_module.meta[META] = record["program"]
-    for node in program.graph.nodes:
-        if node.name in record["nodes"]:
-            node.meta[META] = record["nodes"][node.name]
+    restore(program, record["program"], record["nodes"])
     return program
 
 

@@ -171,7 +171,8 @@ class Recompute:
 
     def prefill(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:
         """As `TokenModel.prefill`; one row is never padded."""
-        assert padding is None or not padding.any()
+        if padding is not None and padding.any():
+            raise ConfigError("a program without a cache takes one prompt, which is never padded; leave padding out")
         self._ids = torch.cat([self._ids, input_ids], 1)
         with torch.no_grad():
             return self._run(self._ids.to(self._device))[:, -1]

@@ -32,7 +32,7 @@ from lopro_fx.kernels.cpu_site.activations import DEFAULT
 from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import is_quantised, record_of
 from lopro_fx.report.traffic import weight_bytes
 
 FORMAT, VERSION = "lopro_fx package", 1
@@ -148,13 +148,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _prepared(program: ExportedProgram, device: torch.device, activations: str) -> ExportedProgram:
-    if META not in program.graph_module.meta:
-        return program
-    return optimize(program, target=device.type, activations=activations)
+    return optimize(program, target=device.type, activations=activations) if is_quantised(program) else program
 
 
 def _manifest(programs: GenerationPrograms, device: torch.device, activations: str, tokenizer: Any) -> dict[str, Any]:
-    record = programs.decode.graph_module.meta.get(META, {})
+    decode = programs.decode
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -166,8 +164,8 @@ def _manifest(programs: GenerationPrograms, device: torch.device, activations: s
         "activations": activations if device.type == "cpu" else "float",
         "cache": programs.cache.to_dict(),
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        "config": record.get("config"),
-        "decode_bytes": weight_bytes(programs.decode),
+        "config": record_of(decode, "package").get("config") if is_quantised(decode) else None,
+        "decode_bytes": weight_bytes(decode),
     }
 
 

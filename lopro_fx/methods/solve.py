@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.errors import ConfigError
 from lopro_fx.methods import lopro
 from lopro_fx.methods.gptq import feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.lowrank import in_unit
@@ -39,9 +40,10 @@ def solve(weights: Sequence[Tensor], stats: Statistics, config: Method, generato
         solution = lopro.solve(joint, share, rows, stats, config, generator)
     elif isinstance(config, GPTQ):
         solution = _solve_gptq(joint, share, stats.gram, config)
-    else:
-        assert isinstance(config, RTN), config
+    elif isinstance(config, RTN):
         solution = _solve_rtn(joint, share, stats.gram, config)
+    else:
+        raise ConfigError(f"config is a {type(config).__name__}; give an RTN, GPTQ or LoPRo")
     return _in_units(solution, units, unit)
 
 

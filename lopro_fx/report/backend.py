@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.plan import Kernel, plan
-from lopro_fx.passes.calls import CPU_SITE, PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, group_of, sites_of
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.calls import CPU_SITE, PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE
+from lopro_fx.passes.operands import operands
+from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.report.table import render
 
 _DEVICES = ("cuda", "cpu")
@@ -107,8 +108,7 @@ def backend_report(
         raise ConfigError(f"device is '{device}'; known devices: {', '.join(_DEVICES)}")
     if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise ConfigError(f"bandwidth is {bandwidth}; give bytes per second, more than 0")
-    if META not in program.graph_module.meta:
-        raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
+    record_of(program, "report")
     nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT, *_PACKED)]
     if not any(node.target in _PACKED for node in nodes):
         raise GraphError("this program holds no packed Linear; report before it is decomposed")
@@ -120,21 +120,22 @@ def backend_report(
 def _row(
     node: Node, tokens: int | None, device: str, bandwidth: float | None, plans: dict[Any, tuple[Kernel, ...]]
 ) -> dict[str, Any]:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    named = _arguments(node, node.target)
+    call = operands(node)
+    # A node stands for the tensor that it makes, without data.
+    named = {name: value.meta["val"] if isinstance(value, Node) else value for name, value in call.named.items()}
     rows = math.prod(named["x"].shape[:-1])
     free = tokens is None and not isinstance(rows, int)
     count = tokens or (1 if free else rows)
     # Layers of one shape run the same kernels, and models have hundreds of them.
     key = (node.target, count, free, *[_shape(value) for value in named.values()])
     if key not in plans:
-        plans[key] = plan(node.target, list(named.values()), count, free, torch.device(device))
+        plans[key] = plan(call.operator, list(named.values()), count, free, torch.device(device))
     kernels = plans[key]
     read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
     moved = sum(read.values()) + sum(written.values())
     packed = node.target in _PACKED
     row = {
-        "operator": node.target.overloadpacket.__name__,
+        "operator": call.operator.overloadpacket.__name__,
         "layers": list(sites_of(node)) if packed else [group_of(node)],
         "shape": _rows_of(named),
         "bits": named.get("bits", ""),
@@ -148,14 +149,6 @@ def _row(
         "flops": _flops(named, count),
     }
     return row if bandwidth is None else {**row, "microseconds": _microseconds(moved, bandwidth)}
-
-
-def _arguments(node: Node, operator: torch._ops.OpOverload) -> dict[str, Any]:
-    """Operands by name; a node stands for the tensor that it makes, without data."""
-    arguments = operator._schema.arguments
-    named = {argument.name: argument.default_value for argument in arguments}
-    named |= dict(zip(named, node.args, strict=False)) | node.kwargs
-    return {name: value.meta["val"] if isinstance(value, Node) else value for name, value in named.items()}
 
 
 def _shape(value: Any) -> Any:

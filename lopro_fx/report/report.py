@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.errors import GraphError
 from lopro_fx.passes.calls import packed_names
 from lopro_fx.passes.packed import stored_bytes
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import record_of
 from lopro_fx.report.table import render
 
 
@@ -71,19 +70,17 @@ def report(program: ExportedProgram) -> Report:
     Raises:
         GraphError: the program is not quantised.
     """
-    meta = program.graph_module.meta.get(META)
-    if meta is None:
-        raise GraphError("this program was not quantised by lopro_fx; there is nothing to report")
+    record = record_of(program, "report")
     names = packed_names(program)
     state = program.state_dict
     packed = stored_bytes(tensor for name, tensor in state.items() if name in names)
     kept = {_storage(tensor): tensor for name, tensor in state.items() if name not in names}
-    rows = tuple({"name": name, **row} for name, row in meta["sites"].items())
+    rows = tuple({"name": name, **row} for name, row in record["sites"].items())
     return Report(
-        config=meta["config"],
+        config=record["config"],
         rows=rows,
-        left=tuple((name, reason) for name, reason in meta["left"]),
-        info=meta["info"],
+        left=tuple((name, reason) for name, reason in record["left"]),
+        info=record["info"],
         weights=sum(torch.Size(row["shape"]).numel() for row in rows),
         packed_bytes=packed,
         kept_bytes=stored_bytes(kept.values()),

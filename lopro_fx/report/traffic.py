@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from lopro_fx.passes.calls import PACKED_EMBEDDING
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.ties import identity
 
-# Operators that read some rows of a table: the operator's name, and the places of the tables and of the row numbers.
-_LOOKUPS = {"aten.embedding.default": ((0,), 1), "lopro.packed_embedding.default": ((1, 2, 3), 0)}
+# Operators that read some rows of a table, to the name of the row numbers; everything else that they read is a table.
+_LOOKUPS = {torch.ops.aten.embedding.default: "indices", PACKED_EMBEDDING: "ids"}
 
 
 def weight_bytes(program: ExportedProgram) -> int:
@@ -41,10 +44,8 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 def _looked_up(user: Node, table: Node, tensor: Tensor) -> int | None:
     """Bytes of the rows that `user` looks up in `table`; None if it reads the whole."""
-    places, rows = _LOOKUPS.get(str(user.target), ((), 0))
-    if not any(len(user.args) > place and user.args[place] is table for place in places):
+    rows = _LOOKUPS.get(user.target)  # pyright: ignore[reportArgumentType]
+    if rows is None or (asked := operands(user).named[rows]) is table:
         return None
-    asked = user.args[rows]
-    assert isinstance(asked, Node)
     count = asked.meta["val"].numel()
     return int(count) * tensor[0].numel() * tensor.element_size() if isinstance(count, int) else None

@@ -7,7 +7,7 @@ from torch import nn
 from torch.export import Dim
 
 import lopro_fx
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import META
 from tests.deploy.models import Cached, LanguageModel, export_lm, quantized_lm, token_ids
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopro_fx
+from lopro_fx.deploy.generator import Recompute
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.models import export_causal_lm
 
@@ -151,3 +152,10 @@ def test_refusals(prompt, options, message):
 def test_logits_that_are_not_finite():
     with pytest.raises(ModelError, match="not finite"):
         lopro_fx.generate(lambda ids: torch.full((1, ids.shape[1], 256), float("nan")), Bytes(), "p")
+
+
+def test_padding_of_a_program_without_a_cache_is_refused() -> None:
+    model = Recompute(lambda ids: torch.zeros(*ids.shape, 5))
+    assert model.prefill(torch.ones(1, 3, dtype=torch.int64), torch.zeros(1)).shape == (1, 5)
+    with pytest.raises(ConfigError, match="takes one prompt, which is never padded"):
+        model.prefill(torch.ones(1, 3, dtype=torch.int64), torch.ones(1))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import lopro_fx
-from lopro_fx.passes.rewrite import META, RewritePass
+from lopro_fx.passes.record import META
+from lopro_fx.passes.rewrite import RewritePass
 from tests.helpers import assert_close
 from tests.passes.packs import packed
 from tests.programs import decoder, export, ids

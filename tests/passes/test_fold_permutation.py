@@ -17,6 +17,7 @@ from lopro_fx.kernels.packing.format import dequantize
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.fold_permutation import FoldPermutationPass
 from lopro_fx.passes.merge import MergeLinearsPass
+from lopro_fx.passes.operands import operands
 from tests.helpers import generator
 from tests.passes.quantised import (
     PACKED_LINEAR,
@@ -54,7 +55,7 @@ def _gated(a: Tensor, b: Tensor, _: nn.Module) -> Tensor:
 
 
 def _permutations(program: ExportedProgram) -> list[str]:
-    return [node.name for node in calls(program, ROTATE) if node.args[1] is not None]
+    return [node.name for node in calls(program, ROTATE) if operands(node).perm is not None]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -14,7 +14,7 @@ from lopro_fx.passes.base import counters
 from lopro_fx.passes.fuse_residual import FuseResidualPass
 from lopro_fx.passes.fuse_site import FuseSitePass
 from lopro_fx.passes.merge import MergeLinearsPass
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import META
 from tests.passes.quantised import PACKED_SITE, assert_same, assert_unchanged_by, calls, notes, reasons, rewritten
 from tests.programs import WIDTH, Block, rows, seeded
 

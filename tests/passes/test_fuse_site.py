@@ -13,7 +13,8 @@ from lopro_fx.passes.base import counters
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import FuseSitePass
 from lopro_fx.passes.merge import MergeLinearsPass
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.operands import operands
+from lopro_fx.passes.record import META
 from tests.helpers import generator
 from tests.passes.quantised import (
     PACKED_LINEAR,
@@ -99,7 +100,7 @@ def test_a_branch_of_another_input_stays() -> None:
     editor = ProgramEditor(_one())
     (project,) = editor.graph.find_nodes(op="call_function", target=PROJECT)
     (rotate,) = editor.graph.find_nodes(op="call_function", target=ROTATE)
-    project.update_arg(0, rotate.args[0])
+    operands(project).replace(x=operands(rotate).x).write(project)
     program = editor.finish()
     fused = FuseSitePass()(program)
     assert reasons(fused) == {"0": "its low-rank branch does not project its own input"}

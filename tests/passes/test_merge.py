@@ -14,7 +14,8 @@ from lopro_fx.kernels.project.reference import dense_factor
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.merge import MergeLinearsPass
-from lopro_fx.passes.rewrite import META, RewritePass
+from lopro_fx.passes.record import META
+from lopro_fx.passes.rewrite import RewritePass
 from tests.helpers import generator
 from tests.passes.packs import packed
 from tests.passes.quantised import (
@@ -251,3 +252,13 @@ def test_any_sizes(width: int, first: int, second: int, bits: int, rank: int, gr
     fewer = not reasons(merged)
     assert len(calls(merged, PACKED_LINEAR)) == 2 - fewer
     assert_same(program, merged, x)
+
+
+def test_a_bias_that_members_share_is_dropped_once() -> None:
+    module = seeded(Pair(_pair, bias=True))
+    module.second.bias = module.first.bias
+    program = rewritten(module, rows(4))
+    merged = MergeLinearsPass()(program)
+    assert len(calls(merged, PACKED_LINEAR)) == 1
+    assert "first.merged.bias" in merged.state_dict
+    assert_same(program, merged, rows(4, seed=1))

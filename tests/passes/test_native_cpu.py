@@ -14,6 +14,7 @@ from lopro_fx.kernels.cpu_site import build, native
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.passes.native_cpu import NativeCpuPass
+from lopro_fx.passes.operands import operands
 from tests.helpers import assert_close
 from tests.passes.quantised import (
     PACKED_LINEAR,
@@ -55,7 +56,7 @@ def test_every_site_becomes_one_node(transform: str, rank: int, merged: bool) ->
 def test_rounded_activations_are_close() -> None:
     program = quantised()
     native_program = lopro_fx.optimize(program, target="cpu")
-    assert all(node.args[-1] == 8 for node in calls(native_program, CPU_SITE))
+    assert all(operands(node).act_bits == 8 for node in calls(native_program, CPU_SITE))
     assert_same(program, native_program, ids(3, 5), ratio=3e-2)
 
 

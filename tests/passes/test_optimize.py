@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import lopro_fx
 from lopro_fx import GraphError
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.packed import stored_bytes
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import META
 from tests.helpers import assert_close, generator
 from tests.passes.quantised import (
     PACKED_LINEAR,
@@ -51,7 +52,7 @@ def test_results_are_the_same(transform: str, rank: int, bits: int, bias: bool) 
 def test_one_node_an_input(optimized) -> None:
     assert len(calls(optimized, PACKED_SITE)) == 4
     assert not [node for target in (ROTATE, PROJECT, PACKED_LINEAR) for node in calls(optimized, target)]
-    permuted = [node.args[1] is not None for node in calls(optimized, PACKED_SITE)]
+    permuted = [operands(node).perm is not None for node in calls(optimized, PACKED_SITE)]
     assert permuted == [True, True, True, False]
     assert [len(node.meta[META]["sites"]) for node in calls(optimized, PACKED_SITE)] == [3, 1, 2, 1]
 

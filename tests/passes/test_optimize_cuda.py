@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx import ConfigError, GraphError
-from lopro_fx.passes.rewrite import META
+from lopro_fx.passes.record import META
 from tests.helpers import assert_close
 from tests.passes.quantised import PACKED_SITE, assert_same, assert_unchanged_by, calls, notes, run
 from tests.programs import decoder, ids

@@ -15,7 +15,8 @@ from torch.nn import functional
 from lopro_fx.errors import GraphError
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.packed import dense_weight
-from lopro_fx.passes.rewrite import META, RewritePass
+from lopro_fx.passes.record import META
+from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import find_sites
 from tests.helpers import assert_close
 from tests.passes.packs import packed
