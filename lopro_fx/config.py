@@ -18,7 +18,8 @@ LOW_RANK = ("block_svd", "r1_sketch")
 
 def _choice(config: object, name: str, allowed: tuple[Any, ...]) -> None:
     value = getattr(config, name)
-    if value not in allowed:
+    # 3.0 and True are equal to whole numbers, and no widths.
+    if value not in allowed or type(value) is not type(allowed[0]):
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): allowed are {', '.join(map(str, allowed))}")
 
 
@@ -26,6 +27,27 @@ def _at_least(config: object, name: str, low: float, high: float = float("inf"))
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be a number in [{low:g}, {high:g}]")
+
+
+def _whole(config: object, name: str, low: int, high: int) -> None:
+    value = getattr(config, name)
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be a whole number in [{low}, {high}]")
+
+
+def _flag(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if type(value) is not bool:
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be True or False")
+
+
+def _patterns(config: object, name: str) -> None:
+    """Make a tuple of the patterns, of which one may stand alone."""
+    value = getattr(config, name)
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (tuple, list, set, frozenset)) or not all(isinstance(item, str) for item in patterns):
+        raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be names or patterns, as strings")
+    object.__setattr__(config, name, tuple(patterns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +88,16 @@ class Method:
     method: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        _patterns(self, "include")
+        _patterns(self, "exclude")
         _choice(self, "bits", BITS)
         _choice(self, "head_bits", HEAD_BITS)
         _choice(self, "group_size", GROUP_SIZES)
-        _at_least(self, "clip_steps", 0, 1000)
+        _whole(self, "clip_steps", 0, 1000)
         _at_least(self, "token_clip", 0)
         _choice(self, "importance", IMPORTANCE)
-        _at_least(self, "seed", 0, 2**63 - 1)
+        _whole(self, "seed", 0, 2**63 - 1)
+        _flag(self, "sequential")
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and the method's name, ready for JSON."""
@@ -159,14 +181,15 @@ class LoPRo(Method):
                 raise ConfigError(
                     f"LoPRo(transforms={self.transforms!r}): {name!r} is not one of {', '.join(TRANSFORMS)}"
                 )
-        _at_least(self, "rank", 0, 4096)
+        _whole(self, "rank", 0, 4096)
         _choice(self, "factor_bits", FACTOR_BITS)
         _choice(self, "block_size", tuple(1 << i for i in range(11)))
-        _at_least(self, "salient", 0)
+        _whole(self, "salient", 0, 1 << 20)
+        _flag(self, "signs")
         _choice(self, "low_rank", LOW_RANK)
-        _at_least(self, "power_iterations", 0, 64)
-        _at_least(self, "refits", 0, 32)
-        _at_least(self, "sweeps", 0, 32)
+        _whole(self, "power_iterations", 0, 64)
+        _whole(self, "refits", 0, 32)
+        _whole(self, "sweeps", 0, 32)
         _at_least(self, "damp", 0, 10)
 
     @classmethod

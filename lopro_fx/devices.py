@@ -20,18 +20,24 @@ def home_of(program: ExportedProgram) -> torch.device:
 
 
 def available(device: torch.device | str) -> torch.device:
-    """The device with its index, if torch can compute there.
+    """The device with its index, if torch can compute there; "auto" is a CUDA device where there is one, else the CPU.
 
     Raises:
         ConfigError: it can't.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = "give auto, cpu, cuda or cuda:N"
     try:
-        found = torch.empty(0, dtype=torch.float32, device=device).device
+        if isinstance(device, (str, torch.device)):
+            found = torch.empty(0, dtype=torch.float32, device=device).device
+            if found.type != "meta":
+                return torch.device("cpu") if found.type == "cpu" else found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device '{device}': torch can't compute there ({first_line(error)})") from error
-    if found.type == "meta":
-        raise ConfigError("device 'meta' holds no data: name one that computes, such as cpu or cuda")
-    return found
+        # What torch says of other kinds of devices is a page.
+        reason = first_line(error) if str(device).startswith("cuda") else reason
+        raise ConfigError(f"device '{device}': torch can't compute there: {reason}") from error
+    raise ConfigError(f"device '{device}': torch can't compute there: {reason}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from lopro_fx.calibration.schedule import run_calibrated, run_data_free
 from lopro_fx.calibration.statistics import Statistics
 from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.devices import available, full_precision, home_of
-from lopro_fx.errors import GraphError
+from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.methods.rtn import solve_data_free
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.solve import solve
 from lopro_fx.packing import pack_solution
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
-from lopro_fx.passes.record import Record
+from lopro_fx.passes.record import Record, is_quantised, require_program
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
 from lopro_fx.progress import Progress, bar
@@ -84,10 +85,14 @@ def calibrate(
     device: torch.device | str | None = None,
 ) -> QuantState:
     """Find the quantised form of every Linear; arguments and errors as in `quantize`."""
-    config = config or LoPRo()
+    require_program(program)
+    config = LoPRo() if config is None else config
+    if not isinstance(config, Method):
+        raise ConfigError(f"config={config!r}: give RTN(...), GPTQ(...) or LoPRo(...)")
     place = home_of(program) if device is None else available(device)
     program = as_linears(program)
     selection = select(program, config)
+    _warn_of_patterns(selection, config)
     _require_finite(program, selection)
     batches = None if calibration is None else flatten_batches(program, calibration, place)
     if batches is None and isinstance(config, (GPTQ, LoPRo)):
@@ -110,6 +115,8 @@ def calibrate(
             run_calibrated(program, selection.groups, batches, run.solve, config, importance, place)
         for head in selection.heads:
             run.round_head(head, weight_of(program, head.sites[0]).to(place))
+    if batches is not None and selection.groups and not run.tokens and not isinstance(config, RTN):
+        warnings.warn("the calibration holds no token: the result is data-free, as without it", stacklevel=3)
     run.warn_of_few_tokens()
     info = {
         "lopro_fx": __about__.__version__,
@@ -127,6 +134,7 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
     Raises:
         GraphError: the program lacks a calibrated Linear, or its shape differs.
     """
+    require_program(program)
     record = Record(
         config=state.config,
         left=state.left,
@@ -146,9 +154,20 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     """
     selection = find_sites(program, config.include, config.exclude, heads=config.head_bits > 0)
     if not selection.sites:
+        if is_quantised(program):
+            raise GraphError("this program is quantised already: take the one before lopro_fx.quantize")
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.left[:3]) or "it has no aten.linear"
         raise GraphError(f"nothing to quantise in this program ({reasons})")
     return selection
+
+
+def _warn_of_patterns(selection: Selection, config: Method) -> None:
+    """Say which patterns are no Linear's name: a mistyped one takes nothing, or leaves nothing out."""
+    names = [*(site.name for site in selection.sites), *(item.name for item in selection.left)]
+    for what in ("include", "exclude"):
+        for pattern in getattr(config, what):
+            if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
+                warnings.warn(f"{what}='{pattern}' matches no Linear of this program", stacklevel=4)
 
 
 def _require_finite(program: ExportedProgram, selection: Selection) -> None:

@@ -45,6 +45,18 @@ def is_quantised(program: ExportedProgram) -> bool:
     return META in program.graph_module.meta
 
 
+def require_program(program: object) -> None:
+    """Refuse what is no program.
+
+    Raises:
+        GraphError: names its class.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise GraphError(
+            f"a {type(program).__name__} was given, and an ExportedProgram is needed: torch.export.export makes one"
+        )
+
+
 def record_of(program: ExportedProgram, purpose: str) -> Record:
     """The record of a quantised program; `purpose` is the verb of the error.
 

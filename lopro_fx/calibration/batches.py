@@ -90,5 +90,5 @@ def _check(program: ExportedProgram, node: Node, value: Any, index: int) -> None
     for dim, (size, (low, high)) in enumerate(zip(value.shape, size_ranges(program, node), strict=True)):
         if not low <= size <= high:
             raise CalibrationError(
-                f"{where}: its dimension {dim} is {size}; the program was exported for {low:g} to {high:g}"
+                f"{where}: its dimension {dim} is {size}; the program was exported for {max(low, 1):g} to {high:g}"
             )

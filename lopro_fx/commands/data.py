@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult, builtin_text, perplexity, predicted_bytes, read_text, token_windows
 from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
@@ -33,7 +34,10 @@ class Text:
         Raises:
             ConfigError: the text is too short for one.
         """
-        windows = token_windows(tokenizer, self.content, seq_len, count)
+        try:
+            windows = token_windows(tokenizer, self.content, seq_len, count)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
         if len(windows) < count:
             warnings.warn(
                 f"{self.name} fills {len(windows)} windows of {seq_len} tokens, {count} were asked for; what is left "

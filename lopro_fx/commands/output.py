@@ -45,6 +45,11 @@ def check_json_path(path: str | None) -> None:
         return
     if Path(path).is_dir() or not Path(os.path.realpath(path)).parent.is_dir():
         raise ConfigError(f"--json {path}: give the name of a file in a folder that exists")
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            begin = file.read(64).lstrip()[:1]
+        if begin not in (b"", b"{", b"["):
+            raise ConfigError(f"--json {path}: that file is there and is no JSON; name another or delete it")
     try:
         require_writable(Path(path))
     except CheckpointError as error:

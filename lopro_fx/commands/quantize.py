@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.files import same_place
 from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
+from lopro_fx.models.positions import configured_limit
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.progress import reporting
@@ -74,8 +76,10 @@ def run(args: Namespace) -> None:
     started = time.monotonic()
     config, device = _config(args), device_of(args)
     output.check_json_path(args.json)
-    if args.out and args.json and same_place(Path(args.out), Path(args.json)):
-        raise ConfigError(f"--json {args.json}: that is the folder of --out; name a file")
+    if args.out and args.json:
+        for folder in (Path(args.out), target.journal_of(Path(args.out))):
+            if same_place(folder, Path(args.json)):
+                raise ConfigError(f"--json {args.json}: that is the folder of --out or of its journal; name a file")
     out = None if args.out is None else target.Target(Path(args.out))
     texts = data.calibration_text(args.calib), data.evaluation_text(args.eval)
     computed = DTYPES.get(args.dtype, torch.float32)
@@ -84,6 +88,9 @@ def run(args: Namespace) -> None:
     samples = texts[0].windows(loaded.tokenizer, args.seq_len, args.calib_samples)
     windows = texts[1].windows(loaded.tokenizer, args.seq_len, args.eval_windows)
     data.warn_of_overlap(samples, windows)
+    limit = configured_limit(loaded.model)
+    if limit is not None and args.seq_len > limit:
+        warnings.warn(f"--seq-len {args.seq_len}: the model was trained on positions up to {limit}", stacklevel=2)
     kept, bytes_before = loaded.stored if args.dtype == _STORED else computed, loaded.file_bytes
     source = export(loaded)
     del loaded

@@ -63,11 +63,8 @@ def device_of(args: Namespace) -> torch.device:
     Raises:
         ConfigError: torch can't compute there.
     """
-    wanted = args.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return available(wanted)
+        return available(args.device)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
 

@@ -111,6 +111,9 @@ def _tokens(
     rows = prompts + [prompts[0]] * (model.batch_size - len(prompts))
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
+    room = getattr(model, "max_cache_len", math.inf)
+    if length > room:
+        raise ConfigError(f"the prompt has {length} tokens, and there is room for {room:g}: give a shorter one")
     ids = torch.tensor(
         [[row[0]] * pad + row for row, pad in zip(rows, padding, strict=True)], dtype=torch.int64, device="cpu"
     )
@@ -125,10 +128,10 @@ def _tokens(
             return
         yield [None if over else token for over, token in zip(ended, chosen, strict=True)]
         if index + 1 < count:
-            if length + index + 1 > (room := getattr(model, "max_cache_len", math.inf)):
+            if length + index + 1 > room:
                 warnings.warn(
-                    f"the cache of {room} tokens, prompt included, is full: the text ends after {index + 1} of {count} "
-                    "tokens; export with a larger max_cache_len for more",
+                    f"the room for {room:g} tokens, prompt included, is full: the text ends after {index + 1} of "
+                    f"{count} tokens; a larger max_cache_len has more, up to the positions that the model knows",
                     stacklevel=4,
                 )
                 return

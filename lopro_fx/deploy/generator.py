@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.devices import home_of
 from lopro_fx.errors import ConfigError
-from lopro_fx.passes.lookups import table_rows
+from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 
 
 class TokenModel(Protocol):
@@ -163,6 +164,10 @@ class Recompute:
         self._device = home_of(program) if isinstance(program, ExportedProgram) else torch.device("cpu")
         self._run = _module(program) if isinstance(program, ExportedProgram) else program
         self.rows = table_rows(self._run) if isinstance(self._run, GraphModule) else None
+        # Most tokens that the program was exported for.
+        self.max_cache_len: float = math.inf
+        if isinstance(program, ExportedProgram):
+            self.max_cache_len = size_ranges(program, user_placeholders(program)[0])[-1][1]
         self.reset()
 
     def reset(self) -> None:

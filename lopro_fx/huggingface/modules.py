@@ -21,8 +21,8 @@ _TABLE, _BRANCH, _SHARED = ("codes", "scales", "zeros"), ("up", "up_scale"), ("p
 class Packed(nn.Module):
     """Buffers that keep their dtype when the model is cast, because it is part of the packed format.
 
-    `dtypes` is what they are to be, by name. Other modules get them by calling this one, never by its attributes: hooks
-    that bring tensors from where they are kept run around calls.
+    `dtypes` is what they are to be, by name. Other modules get them by this one's `forward`, never by its attributes:
+    what brings tensors from where they are kept wraps that.
     """
 
     dtypes: dict[str, torch.dtype]
@@ -69,7 +69,8 @@ class PackedWeight(Packed):
 
     def table_tensors(self) -> tuple[Any, ...]:
         """Codes, scales and zeros."""
-        return self._table[0]() if self._table else self.held(_TABLE)
+        # accelerate wraps `forward`. Hooks of the embedding itself are those of a lookup, and this is none.
+        return self._table[0].forward() if self._table else self.held(_TABLE)
 
     @property
     def weight(self) -> Tensor:
@@ -146,7 +147,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         return torch.ops.lopro.packed_embedding(ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def dense(self) -> Tensor:
-        codes, scales, zeros = self()
+        codes, scales, zeros = self.forward()
         return dequantize(codes, scales, zeros, self.bits, self.group_size, self.embedding_dim, self.dtype)
 
     def place(self) -> tuple[tuple[int, int], torch.device]:

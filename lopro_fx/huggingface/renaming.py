@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +74,25 @@ def _sparing(entry: WeightTransform, keys: Collection[str]) -> WeightTransform:
     def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
         return (source_key, None) if source_key in keys else kind.rename_source_key(self, source_key)
 
-    spared: Any = copy.copy(entry)
+    def reduced(self: Any) -> Any:
+        plain = kind.__new__(kind)
+        _copy_slots(self, plain)
+        return _sparing, (plain, keys)
+
+    made = {"__slots__": (), "rename_source_key": rename_source_key, "__reduce__": reduced}
     # transformers copies by way of the class, and the class has no room for attributes of ours.
-    spared.__class__ = type(kind.__name__, (kind,), {"__slots__": (), "rename_source_key": rename_source_key})
+    subclass: Any = type(kind.__name__, (kind,), made)
+    spared = subclass.__new__(subclass)
+    _copy_slots(entry, spared)
     return spared
+
+
+def _copy_slots(source: Any, target: Any) -> None:
+    for name in {name for kind in type(source).__mro__ for name in getattr(kind, "__slots__", ())}:
+        if hasattr(source, name):
+            object.__setattr__(target, name, getattr(source, name))
+    for name, value in getattr(source, "__dict__", {}).items():
+        object.__setattr__(target, name, value)
 
 
 def rename_on_saving(model: Any) -> None:

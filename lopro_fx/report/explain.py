@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.config import LoPRo, Method
 from lopro_fx.passes.linears import as_linears
+from lopro_fx.passes.record import require_program
 from lopro_fx.passes.sites import Selection, find_sites
 from lopro_fx.report.table import render
 
@@ -53,6 +54,7 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
 
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """
+    require_program(program)
     config = config or LoPRo()
     selection: Selection = find_sites(as_linears(program), config.include, config.exclude, heads=config.head_bits > 0)
     lines = [

@@ -152,3 +152,19 @@ def test_sizes_are_in_the_last_lines(run, model_folder, tmp_path):
     figures = json.loads((tmp_path / "json").read_text())
     assert (figures["bytes_before"], figures["bytes_after"]) == (before, after)
     assert (figures["dtype"], figures["config"]["head_bits"]) == ("float32", 8)
+
+
+@pytest.mark.parametrize("text", ["not JSON", "\x08\x00header"])
+def test_json_never_replaces_what_is_none(run, model_folder, tmp_path, text) -> None:
+    other = tmp_path / "model.safetensors"
+    other.write_text(text)
+    code, _, err = run("report", model_folder, "--json", other)
+    assert code == 2
+    assert str(other) in err
+    assert other.read_text() == text
+
+
+def test_json_is_not_put_in_the_place_of_the_journal(run, model_folder, tmp_path) -> None:
+    code, _, err = run("quantize", model_folder, "--out", tmp_path / "out", "--json", tmp_path / "out.partial")
+    assert code == 2
+    assert "out.partial" in err

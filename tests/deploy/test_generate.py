@@ -10,6 +10,8 @@ import lopro_fx
 from lopro_fx.deploy.generator import Recompute
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.models import export_causal_lm
+from lopro_fx.passes.lookups import size_ranges, user_placeholders
+from tests.families import causal_lm
 
 PROMPT = "Once upon a time"
 
@@ -51,6 +53,18 @@ def _dictated(text):
         return logits
 
     return run
+
+
+class _Numbers:
+    """A tokenizer of numbers with spaces between them."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids: object, **_: object) -> str:
+        return "".join(f"{int(token)} " for token in ids)
 
 
 def test_greedy_text_is_that_of_transformers(model, tokenizer, program):
@@ -103,12 +117,23 @@ def test_a_text_that_fills_the_cache_is_returned(model, tokenizer, program):
         assert lopro_fx.generate(run, tokenizer, PROMPT, 10) == expected
     pieces = []
     for given, options in ((PROMPT, {}), (PROMPT, {"stream": pieces.append}), ([PROMPT, PROMPT], {})):
-        with pytest.warns(UserWarning, match=rf"cache of {prompt + 9}\b.*\b10 of 40\b"):
+        with pytest.warns(UserWarning, match=rf"\b{prompt + 9}\b.*\b10 of 40\b"):
             got = lopro_fx.generate(run, tokenizer, given, 40, **options)
         assert got == (expected if given is PROMPT else [expected, expected])
     assert "".join(pieces) == expected
     with pytest.raises(ConfigError, match=rf"\b{prompt + 9}\b"):
         lopro_fx.generate(run, tokenizer, PROMPT * 9, 4)
+
+
+def test_a_text_ends_at_the_positions_that_the_model_knows(tokenizer) -> None:
+    model = causal_lm("opt")
+    program = export_causal_lm(model)
+    longest = int(size_ranges(program, user_placeholders(program)[0])[1][1])
+    with pytest.warns(UserWarning, match=rf"\b{longest}\b"):
+        text = lopro_fx.generate(program, _Numbers(), "5 6 7", longest)
+    assert len(text.split()) == longest - 2
+    with pytest.raises(ConfigError, match=rf"\b{longest}\b"):
+        lopro_fx.generate(program, _Numbers(), " ".join("5" * (longest + 1)), 1)
 
 
 def test_draws_depend_on_the_seed_alone(tokenizer, program):

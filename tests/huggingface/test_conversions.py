@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import transformers
 from torch import nn
 
 import lopro_fx
-from lopro_fx.models.export import export_view
+from lopro_fx.models.export import export_causal_lm, export_view
 from lopro_fx.passes.packed import dense_weight
 from tests.helpers import assert_close, generator
 
@@ -47,3 +49,22 @@ def test_joined_projections_survive_a_folder_twice(head_bits: int, tmp_path) -> 
     again.save_pretrained(tmp_path / "dense")
     dense = type(model).from_pretrained(tmp_path / "dense")
     assert_close("dense", expected, dense(input_ids=ids).logits, 2e-5)
+
+
+@torch.no_grad()
+def test_a_loaded_model_of_such_a_family_is_pickled_and_copied(tmp_path) -> None:
+    """transformers keeps the conversions with the model: Mixtral's join experts."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    model: Any = transformers.MixtralForCausalLM(config).eval()
+    state = lopro_fx.calibrate(export_causal_lm(model), None, lopro_fx.RTN(bits=4, group_size=32))
+    lopro_fx.save_pretrained(model, state, tmp_path / "first", activations="float")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    ids = torch.randint(3, 97, (2, 9), generator=generator())
+    expected = loaded(ids).logits
+    for copied in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        assert torch.equal(copied(ids).logits, expected)
+        copied.save_pretrained(tmp_path / "again")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(ids).logits, expected)

@@ -199,3 +199,17 @@ def test_low_rank_adapters() -> None:
         assert_close("adapter", expected, got, 2e-5)
     with pytest.raises(ModelError, match=r"dequantize\(\)"):
         peft.get_peft_model(_packed(), config).merge_adapter()
+
+
+def test_hooks_of_a_packed_embedding_see_lookups_alone() -> None:
+    """As transformers' own, which make what an embedding returns ask for gradients when adapters are trained."""
+    packed: Any = _packed().train()
+    seen: list[Any] = []
+    packed.get_input_embeddings().register_forward_hook(lambda _module, args, output: seen.append((args, output)))
+    packed.gradient_checkpointing_enable()
+    packed.enable_input_require_grads()
+    ids = token_ids(2, 7)
+    packed(ids, labels=ids).loss.backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0][0][0], ids)
+    assert seen[0][1].requires_grad

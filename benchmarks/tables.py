@@ -1,0 +1,138 @@
+"""Tables of README.md and docs/ from benchmarks/results: `python -m benchmarks.tables` writes them between their marks.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status is
+1 where a table differs from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT
+
+_MARK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SETTINGS = {
+    "fp32": "fp32",
+    "torchao-rtn-3-g64": "RTN of torchao 0.18, asymmetric, 3 bits g64",
+    "gptq-3-g64": "GPTQ, act-order with static groups, 3 bits g64",
+    "hadamard-3-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 3 bits g32",
+    "lopro-3-g64-unweighted": "LoPRo, rank 19, 3 bits g64, tokens count the same",
+    "lopro-3-g64": '**LoPRo, rank 19, 3 bits g64, `importance="gradient"`**',
+    "hadamard-2-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 2 bits g32",
+    "lopro-2-g64": '**LoPRo, rank 19, 2 bits g64, `importance="gradient"`**',
+}
+_SERVING = {
+    "decode-smollm2-4": "SmolLM2-135M, decode of 64 tokens, 4 bits against Q4_0",
+    "prefill-smollm2-4": "SmolLM2-135M, prefill of 512 tokens, 4 bits against Q4_0",
+    "decode-wide-4": "wide, decode, 4 bits against Q4_0",
+    "decode-wide-3": "wide, decode, 3 bits against Q3_K_S",
+    "decode-wide-2": "wide, decode, 2 bits against Q2_K",
+    "decode-wide-4-bf16": "wide, decode, 4 bits against `torch.compile` in bf16, static cache",
+    "decode-wide-3-bf16": "the same, 3 bits",
+    "decode-wide-2-bf16": "the same, 2 bits",
+    "decode-smollm2-4-bf16": "SmolLM2-135M, decode, 4 bits against the same",
+    "memory-smollm2-3": "SmolLM2-135M, peak memory of generation, 3 bits against eager bf16",
+    "memory-wide-3": "wide, peak memory of generation, 3 bits against eager bf16",
+}
+_BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
+_BEST = ("fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "lopro-2-g64")
+_TASKS = ("hellaswag", "piqa", "arc_easy")
+
+
+def quality(names: Iterable[str] = _SETTINGS) -> str:
+    """Perplexity and accuracy of these rows."""
+    rows = {row["row"]: row for row in _rows("accuracy")}
+    lines = []
+    for name in names:
+        row, label = rows[name], _SETTINGS[name]
+        bits = f"{row['bits_per_weight']:.2f}".removesuffix(".00")
+        tasks = [f"{100 * row[task]:.1f}" if task in row else "" for task in _TASKS]
+        lines.append((label, bits, f"{row['perplexity']:.2f}", *tasks))
+    return _table(("setting", "bits per weight", "perplexity", "HellaSwag", "PIQA", "ARC-easy"), lines)
+
+
+def serving(names: Iterable[str] = _SERVING) -> str:
+    """Both sides of every case of benchmarks/serving.py."""
+    rows = {row["row"]: row for row in _rows("serving")}
+    lines = []
+    for name in names:
+        row = rows[name]
+        memory = "peak_rss_mb" in row
+        ours, theirs = row["peak_rss_mb" if memory else "tokens_per_second"]
+        unit, digits = ("MB" if memory else "tokens/s"), 0 if ours >= 300 else 1
+        lines.append((_SERVING[name], f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f}", f"{row['ratio']:.2f}"))
+    return _table(("case", "lopro_fx", "other side", "ratio"), lines)
+
+
+def linears() -> str:
+    """One Linear on a CPU: microseconds, and how many times faster than bf16."""
+    lines = [
+        (row["shape"], str(row["tokens"]), row["case"], f"{row['us'] / 1000:.2f} ms", f"{row['times bf16']:.1f}")
+        for row in _rows("cpu_linear")
+        if "shape" in row
+    ]
+    return _table(("weight", "tokens", "kernel", "time", "times bf16"), lines)
+
+
+def families() -> str:
+    """What became of every architecture, by step."""
+    columns = [name for name in _rows("families")[0] if name not in ("architecture", "seconds")]
+    lines = []
+    for column in columns:
+        outcomes = Counter(row.get(column, "-").partition(":")[0] for row in _rows("families"))
+        outcomes.pop("-", None)
+        rest = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome != "ok")
+        lines.append((column, str(outcomes["ok"]), rest))
+    return _table(("step / head bits", "as transformers", "others"), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "quality-brief": lambda: quality(_BEST),
+    "serving": serving,
+    "serving-brief": lambda: serving(_BRIEF),
+    "linears": linears,
+    "families": families,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every table as the results give it."""
+    return _MARK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", text)
+
+
+def pages() -> list[Path]:
+    """Every page that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [page for page in pages() if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'its tables differ from the results' if check else 'written'}")
+        if not check:
+            page.write_text(filled(page.read_text()))
+    sys.exit(bool(check and stale))
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rule = tuple("---" for _ in head)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+if __name__ == "__main__":
+    main()
