@@ -150,7 +150,7 @@ def test_a_damaged_weight_is_named(value: float) -> None:
 
 def test_a_quantised_program_has_nothing_left_to_quantise() -> None:
     result = lopro_fx.quantize(decoder()[1], None, RTN(bits=4))
-    with pytest.raises(GraphError, match="nothing to quantise"):
+    with pytest.raises(GraphError, match="quantised already"):
         lopro_fx.quantize(result, None, RTN(bits=4))
 
 

@@ -43,6 +43,8 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
 def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Dense weights, by FQN, that are tied to a packed one and belong to modules which can't read that.
 
+    An output projection that was solved on its own is no longer tied: what looks rows up keeps its weight then.
+
     Args:
         model: whose tensors are tied.
         state: of Linears alone.
@@ -54,6 +56,8 @@ def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, 
         weight = tensors[f"{name}.weight"]
         others = [fqn for fqn, tensor in tensors.items() if tensor is weight and fqn not in readers]
         others = [fqn for fqn in others if fqn.removesuffix(".weight") not in state.sites]
+        if not site.embedding:
+            others = [fqn for fqn in others if _is_linear(model, fqn.removesuffix(".weight"))]
         if others:
             found |= dict.fromkeys(others, _as_stored(dense_weight(state.groups[site.group], site), weight))
     return found

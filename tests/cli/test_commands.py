@@ -17,7 +17,7 @@ from tests.helpers import assert_close
 KEYS = {
     "model", "source", "dtype", "method", "ppl_before", "ppl_after", "bits_per_weight", "weights", "packed_bytes",
     "kept_bytes", "seconds", "quantize_seconds", "peak_rss_bytes", "config", "calibration", "evaluation", "lopro_fx",
-    "torch", "bits_per_byte_before", "bits_per_byte_after", "bytes_before", "bytes_after",
+    "torch", "bits_per_byte_before", "bits_per_byte_after", "bytes_before", "bytes_after", "device",
 }  # fmt: skip
 
 
