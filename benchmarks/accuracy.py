@@ -27,9 +27,9 @@ from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState, apply, calibrate
 from lopro_fx.evaluation.perplexity import perplexity
 from lopro_fx.evaluation.text import read_text, token_windows
 from lopro_fx.evaluation.zeroshot import read_task, zero_shot
+from lopro_fx.layer import dense_weight
 from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
-from lopro_fx.passes.packed import dense_weight
 
 _LOPRO = LoPRo(rank=19, importance="gradient")
 ROWS: dict[str, Method] = {
@@ -55,9 +55,9 @@ TASKS = {"hellaswag": "hellaswag_val", "piqa": "piqa_valid", "arc_easy": "arc_ea
 def dense_program(program: ExportedProgram, state: QuantState) -> Callable[..., Any]:
     """`program` with each weight replaced by the matrix that the packed operators compute with."""
     module = program.module()
-    for name, site in state.sites.items():
+    for name, site in state.layers.items():
         # A new parameter, not a copy into the old one: that is the program's own.
-        weight = torch.nn.Parameter(dense_weight(state.groups[site.group], site), requires_grad=False)
+        weight = torch.nn.Parameter(dense_weight(state.inputs[site.input], site), requires_grad=False)
         module.get_submodule(name).weight = weight
     return module
 

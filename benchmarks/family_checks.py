@@ -13,10 +13,10 @@ from torch.export import Dim
 
 import lopro_fx
 from benchmarks.family_models import VOCAB, tiny_model
+from lopro_fx.layer import dense_weight
 from lopro_fx.models.export import export_view
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.lookups import size_ranges, user_placeholders
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.quantize import select
 
 STEPS = ("quantises", "program", "generates", "folder")
@@ -190,8 +190,8 @@ def _twin(model: Any, state: Any) -> Any:
     twin = copy.deepcopy(model)
     weights = dict(twin.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, site in state.sites.items():
-            dense = dense_weight(state.groups[site.group], site)
+        for name, site in state.layers.items():
+            dense = dense_weight(state.inputs[site.input], site)
             weight = weights[f"{name}.weight" if f"{name}.weight" in weights else name]
             # Some are stored transposed, and of a square one the shape doesn't tell.
             forms = [form for form in (dense, dense.T) if form.shape == weight.shape]

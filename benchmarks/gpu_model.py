@@ -10,9 +10,10 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from lopro_fx import LoPRo, QuantState
-from lopro_fx.kernels.packing.format import group_count, pack, packed_words
+from lopro_fx.kernels.formats.affine.format import affine
+from lopro_fx.kernels.formats.affine.packing.format import group_count, pack, packed_words
+from lopro_fx.layer import Factor, Input, Layer, Transform
 from lopro_fx.methods.rotation import as_index, largest_block, random_signs
-from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.passes.sites import find_sites
 
 GROUP, BLOCK = 128, 256
@@ -32,7 +33,7 @@ class Size(NamedTuple):
 SIZES = {"llama-2-7b": Size(32, 4096, 11008, 32, 32000, 256), "tiny": Size(2, 128, 256, 4, 512, 32)}
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
     """Attention and a gated feed-forward part, one token at a time."""
 
     keys: Tensor
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.size = size
         self.embed = nn.Embedding(size.vocab, size.width)
-        self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
+        self.layers = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.width, eps=1e-5)
         self.lm_head = nn.Linear(size.width, size.vocab, bias=False)
         half = size.width // size.heads // 2
@@ -107,36 +108,33 @@ def random_state(program: ExportedProgram, bits: int, rank: int, device: torch.d
 
     Codes keep the spread of the weights that they replace, so activations stay in range.
     """
-    groups, sites, rng = {}, {}, torch.Generator().manual_seed(0)
+    inputs, layers, rng = {}, {}, torch.Generator().manual_seed(0)
     for group in find_sites(program).groups:
-        width, shared = group.in_features, {}
+        width, transform, down = group.in_features, Transform(), None
         if rank:
-            shared = {
-                "perm": as_index(torch.randperm(width, generator=rng)).to(device),
-                "signs": random_signs(width, rng).to(device),
-                "down": _factor(rank, width, device),
-                "down_scale": torch.full((rank,), width**-0.5 / 73, dtype=torch.float16, device=device),
-            }
-        members = tuple(site.name for site in group.sites)
-        block = largest_block(width, BLOCK) if rank else 1
-        groups[group.name] = PackedGroup(group.name, members, width, block, 0, shared)
+            perm, signs = as_index(torch.randperm(width, generator=rng)), random_signs(width, rng)
+            transform = Transform(perm.to(device), signs.to(device), largest_block(width, BLOCK))
+            scale = torch.full((rank,), width**-0.5 / 73, dtype=torch.float16, device=device)
+            down = Factor(_factor(rank, width, device), scale, 0)
+        readers = tuple(site.name for site in group.sites)
+        inputs[group.name] = Input(group.name, readers, width, transform, down)
         for site in group.sites:
             rows, count = site.out_features, group_count(width, GROUP)
             middle = torch.full((rows * count,), (1 << bits - 1) - 1, dtype=torch.int32, device=device)
-            step = width**-0.5 / (1 << bits - 1)
-            own = {
-                "codes": torch.randint(-(1 << 31), 1 << 31, (rows, packed_words(width, bits)), dtype=torch.int32,
-                                       device=device),
-                "scales": torch.full((rows, count), step, dtype=torch.float16, device=device),
-                "zeros": pack(middle, bits),
-            }  # fmt: skip
+            words = (rows, packed_words(width, bits))
+            weight = affine(
+                torch.randint(-(1 << 31), 1 << 31, words, dtype=torch.int32, device=device),
+                torch.full((rows, count), width**-0.5 / (1 << bits - 1), dtype=torch.float16, device=device),
+                pack(middle, bits), bits, GROUP, width,
+            )  # fmt: skip
+            up = None
             if rank:
-                own["up"] = _factor(rows, rank, device)
-                own["up_scale"] = torch.full((rank,), 1e-3, dtype=torch.float16, device=device)
-            row = {"shape": [rows, width], "bits": bits, "rank": rank}
-            sites[site.name] = PackedSite(site.name, group.name, bits, GROUP, rows, width, own, row)
+                scale = torch.full((rank,), 1e-3, dtype=torch.float16, device=device)
+                up = Factor(_factor(rows, rank, device), scale, 1)
+            metrics = {"shape": [rows, width], "bits": bits, "rank": rank}
+            layers[site.name] = Layer(site.name, group.name, weight, up, metrics)
     config = LoPRo(bits=bits, group_size=GROUP, rank=rank, transforms=("full" if rank else "identity",))
-    return QuantState(config.to_dict(), groups, sites, info={"random": True})
+    return QuantState(config.to_dict(), inputs, layers, info={"random": True})
 
 
 def _factor(rows: int, columns: int, device: torch.device) -> Tensor:

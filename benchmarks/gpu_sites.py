@@ -13,11 +13,13 @@ from torch.nn import functional
 
 from benchmarks.gpu_timing import DEVICE, Contender, copies_for
 from lopro_fx.kernels import dispatch
-from lopro_fx.kernels.decode import device as decode
-from lopro_fx.kernels.packed_int8.reference import packed_int8
-from lopro_fx.kernels.packed_linear.reference import packed_linear
-from lopro_fx.kernels.packed_site.reference import packed_site
-from lopro_fx.kernels.packing.format import group_count, packed_words
+from lopro_fx.kernels.formats.affine.decode import device as decode
+from lopro_fx.kernels.formats.affine.packed_int8.reference import packed_int8
+from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
+from lopro_fx.kernels.formats.registry import reference
+
+packed_linear = reference("affine", "linear")
+packed_site = reference("affine", "site")
 
 DTYPE = torch.bfloat16
 GROUP, RANK, BLOCK = 128, 16, 256

@@ -29,11 +29,11 @@ from benchmarks.gpu_sites import (
 )
 from benchmarks.gpu_timing import DEVICE, Contender, measure, save
 from lopro_fx.kernels import dispatch
-from lopro_fx.kernels.decode import device as decode
-from lopro_fx.kernels.dense_int8 import device as dense_int8
-from lopro_fx.kernels.packed_int8 import device as packed_int8
-from lopro_fx.kernels.packed_linear import device as packed_linear
-from lopro_fx.kernels.packing.format import WORD
+from lopro_fx.kernels.formats.affine.decode import device as decode
+from lopro_fx.kernels.formats.affine.dense_int8 import device as dense_int8
+from lopro_fx.kernels.formats.affine.linear import device as packed_linear
+from lopro_fx.kernels.formats.affine.packed_int8 import device as packed_int8
+from lopro_fx.kernels.formats.affine.packing.format import WORD
 from lopro_fx.kernels.tiles import main_width
 
 BLOCKS, WORDS, WARPS, STAGES, SPLITS = (16, 32, 64), (64, 128), (4, 8), (2, 3, 4), (1, 2)

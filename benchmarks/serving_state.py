@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx import LoPRo, QuantState
+from lopro_fx.layer import Transform
+from lopro_fx.methods.base import Unit
 from lopro_fx.methods.lowrank import randomized_svd, round_factor
-from lopro_fx.methods.rotation import Transform, largest_block, random_signs
+from lopro_fx.methods.rotation import largest_block, random_signs
+from lopro_fx.methods.rounding import pack_solution
 from lopro_fx.methods.rtn import round_to_nearest, solve_data_free
 from lopro_fx.methods.solution import GroupSolution
-from lopro_fx.packing import pack_solution
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.sites import weight_of
+from lopro_fx.passes.sites import Group, weight_of
 from lopro_fx.quantize import select
 
 
@@ -28,18 +30,21 @@ def rounded_state(program: ExportedProgram, config: LoPRo) -> QuantState:
     program = as_linears(program)
     selection = select(program, config)
     generator = torch.Generator().manual_seed(config.seed)
-    groups, sites = {}, {}
+    inputs, layers = {}, {}
+
+    def add(group: Group, weights: list[Tensor], solution: GroupSolution, bits: int, embedding: bool) -> None:
+        solved = pack_solution(Unit(group.name, tuple(site.name for site in group.sites), weights), solution, bits)
+        inputs[group.name] = solved.input
+        layers.update((layer.name, replace(layer, embedding=embedding)) for layer in solved.layers)
+
     for group in selection.groups:
         weights = [weight_of(program, site).to(torch.float32) for site in group.sites]
-        packed, members = pack_solution(group, _solve(weights, config, generator), "rtn", config.bits)
-        groups[packed.name] = packed
-        sites |= {site.name: site for site in members}
+        add(group, weights, _solve(weights, config, generator), config.bits, False)
     for head in selection.heads:
-        solution = solve_data_free(weight_of(program, head.sites[0]), config.head_bits, config.group_size, 0)
-        packed, members = pack_solution(head, solution, "rtn", config.head_bits)
-        groups[packed.name] = packed
-        sites |= {site.name: replace(site, embedding=True) for site in members}
-    return QuantState(config.to_dict(), groups, sites, [(item.name, item.reason) for item in selection.left])
+        weight = weight_of(program, head.sites[0])
+        solution = solve_data_free(weight, config.head_bits, config.group_size, 0)
+        add(head, [weight], solution, config.head_bits, True)
+    return QuantState(config.to_dict(), inputs, layers, [(item.name, item.reason) for item in selection.skipped])
 
 
 def _solve(weights: list[Tensor], config: LoPRo, generator: torch.Generator) -> GroupSolution:

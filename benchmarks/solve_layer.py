@@ -14,8 +14,7 @@ import torch
 
 from benchmarks.common import save_result
 from lopro_fx import GPTQ, LoPRo
-from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.methods.solve import solve
+from lopro_fx.methods.observers import Statistics
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -34,20 +33,20 @@ def main() -> None:
     m, n = args.rows, args.columns
     weight = torch.randn(m, n) * 0.02
     x = torch.randn(args.tokens, n) * torch.rand(n).mul(3).exp()
-    stats = Statistics(x.T @ x / args.tokens, x.abs().mean(0), args.tokens)
+    stats = Statistics({"gram": x.T @ x / args.tokens, "magnitude": x.abs().mean(0)}, args.tokens)
     del x
     whole = ((weight @ stats.gram) * weight).sum().item()
 
     rows = []
     config = LoPRo(bits=3, rank=16)
-    solution, seconds = timed(lambda: solve([weight], stats, config, torch.Generator().manual_seed(0)))
+    solution, seconds = timed(lambda: config.solution([weight], stats, torch.Generator().manual_seed(0)))
     rows.append({"case": "lopro", "seconds": seconds, "relative_loss": solution.relative})
     print(rows[-1], flush=True)
 
     def baseline() -> float:
         u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
         low = (u[:, :16] * sigma[:16]) @ vh[:16]
-        return solve([weight - low], stats, GPTQ(bits=3), torch.Generator()).loss / whole
+        return GPTQ(bits=3).solution([weight - low], stats, torch.Generator()).loss / whole
 
     relative, seconds = timed(baseline)
     rows.append({"case": "torch.linalg.svd + plain GPTQ", "seconds": seconds, "relative_loss": relative})

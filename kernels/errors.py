@@ -25,3 +25,7 @@ class CheckpointError(LoProError, RuntimeError):
 
 class ModelError(LoProError, ValueError):
     """A model could not be found, fetched or exported."""
+
+
+class BuildError(RuntimeError):
+    """A compiled kernel could not be built; says why and what helps."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels.ahead import Launch, record
-from lopro_fx.kernels.decode import device as decode
-from lopro_fx.kernels.dense_int8 import device as dense_int8
-from lopro_fx.kernels.packed_int8 import device as packed_int8
-from lopro_fx.kernels.packed_linear import device as packed_linear
-from lopro_fx.kernels.packing import device as packing
-from lopro_fx.kernels.packing.format import group_count, packed_words
+from lopro_fx.kernels.formats.affine.decode import device as decode
+from lopro_fx.kernels.formats.affine.dense_int8 import device as dense_int8
+from lopro_fx.kernels.formats.affine.linear import device as packed_linear
+from lopro_fx.kernels.formats.affine.packed_int8 import device as packed_int8
+from lopro_fx.kernels.formats.affine.packing import device as packing
+from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
 from lopro_fx.kernels.rotate import device as rotate
 from lopro_fx.kernels.tiles import main_width
 

@@ -1,7 +1,7 @@
 """What the Triton kernels share: butterflies, fields of packed words, and four-way dot products of bytes.
 
 Names: `M` tokens, `N` output features, `K` input features; a *word* holds `32 / WIDTH` codes of the main plane, whose
-`WIDTH` is 2 for 2 and 3 bits, 4 and 8 for the others (see `kernels/packing/format.py`).
+`WIDTH` is 2 for 2 and 3 bits, 4 and 8 for the others (see `kernels/formats/affine/packing/format.py`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from typing import Any
 
 import lopro_fx.kernels.ops  # registers the lopro:: operators
 from lopro_fx.__about__ import __version__
-from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.deploy import (
     CacheSpec,
     GenerationPrograms,
@@ -22,6 +21,10 @@ from lopro_fx.deploy import (
 )
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
 from lopro_fx.huggingface import pack_model, save_pretrained
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.gptq import GPTQ
+from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.rtn import RTN
 from lopro_fx.models.generation import export_for_generation
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize

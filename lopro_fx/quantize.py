@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,17 +19,16 @@ from torch.export import ExportedProgram
 from lopro_fx import __about__
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import measure_importance
-from lopro_fx.calibration.schedule import run_calibrated, run_data_free
-from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError, GraphError
-from lopro_fx.methods.rtn import solve_data_free
-from lopro_fx.methods.solution import GroupSolution
-from lopro_fx.methods.solve import solve
-from lopro_fx.packing import pack_solution
+from lopro_fx.layer import Input, Layer, stored_bytes
+from lopro_fx.methods.base import Context, Method, Solved, Unit
+from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.rounding import pack_solution
+from lopro_fx.methods.rtn import RTN, solve_data_free
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
 from lopro_fx.passes.record import Record, is_quantised, require_program
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
@@ -53,15 +52,15 @@ def quantize(
         program: from `torch.export.export`, not decomposed. It is not changed.
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
-        config: `LoPRo` (default), `GPTQ` or `RTN`.
+        config: `LoPRo` (default), `GPTQ`, `RTN`, or another method.
         resume: folder that keeps each finished group, so that a run that was stopped continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
         device: where to measure and solve; by default where the program's tensors lie. They stay where they are: each
             weight is brought over for the layer that reads it, and what replaces it is put where it was.
 
     Returns:
-        A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes, and
-        with `head_bits` a tied embedding `lopro::packed_embedding`.
+        A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes, or
+        the linear operator of another format, and with `head_bits` a tied embedding `lopro::packed_embedding`.
 
     Raises:
         ConfigError: torch can't compute on `device`.
@@ -88,14 +87,14 @@ def calibrate(
     require_program(program)
     config = LoPRo() if config is None else config
     if not isinstance(config, Method):
-        raise ConfigError(f"config={config!r}: give RTN(...), GPTQ(...) or LoPRo(...)")
-    place = home_of(program) if device is None else available(device)
+        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
+    place, home = home_of(program) if device is None else available(device), home_of(program)
     program = as_linears(program)
     selection = select(program, config)
     _warn_of_patterns(selection, config)
     _require_finite(program, selection)
     batches = None if calibration is None else flatten_batches(program, calibration, place)
-    if batches is None and isinstance(config, (GPTQ, LoPRo)):
+    if batches is None and config.needs_data and config.observers():
         warnings.warn(
             f"{type(config).__name__} without calibration is data-free: every input direction counts the same, which "
             "costs accuracy; pass batches of real text",
@@ -105,27 +104,38 @@ def calibrate(
     journal = Journal(resume, program, config, batches) if resume else None
     with ExitStack() as stack:
         stack.enter_context(full_precision())
-        run = _Run(selection, config, journal, progress or stack.enter_context(bar("quantise")), home_of(program))
-        if batches is None or not selection.groups:
-            run_data_free(program, selection.groups, run.solve, place)
-        else:
-            importance = None
-            if config.importance == "gradient":
-                importance = measure_importance(program, selection.groups, batches, config.seed, run.weighing, place)
-            run_calibrated(program, selection.groups, batches, run.solve, config, importance, place)
+        result = _Result(selection, progress or stack.enter_context(bar("quantise")))
+        importance = None
+        if batches and selection.groups and config.importance == "gradient":
+            importance = measure_importance(program, selection.groups, batches, config.seed, result.progress, place)
+        replay = Replay(program, selection.groups, batches, config, importance, place)
+        for unit, seen in replay.units():
+            solved = journal and journal.read(unit.name)
+            if solved is None:
+                solved = _at_home(_solve(unit, seen, config, place), home)
+                if journal:
+                    journal.write(solved)
+            result.add(solved, seen)
+            replay.install(solved)
         for head in selection.heads:
-            run.round_head(head, weight_of(program, head.sites[0]).to(place))
-    if batches is not None and selection.groups and not run.tokens and not isinstance(config, RTN):
+            solved = journal and journal.read(head.name)
+            if solved is None:
+                solved = _at_home(_round_head(head, weight_of(program, head.sites[0]).to(place), config), home)
+                if journal:
+                    journal.write(solved)
+            result.add(solved)
+    if batches is not None and selection.groups and not result.tokens and config.needs_data:
         warnings.warn("the calibration holds no token: the result is data-free, as without it", stacklevel=3)
-    run.warn_of_few_tokens()
+    if config.needs_data:
+        result.warn_of_few_tokens()
     info = {
         "lopro_fx": __about__.__version__,
         "torch": torch.__version__,
-        "calibration_tokens": run.tokens,
+        "calibration_tokens": result.tokens,
         "seconds": time.monotonic() - started,
     }
-    left = [(item.name, item.reason) for item in selection.left]
-    return QuantState(config.to_dict(), run.groups, run.sites, left, info)
+    skipped = [(item.name, item.reason) for item in selection.skipped]
+    return QuantState(config.to_dict(), result.inputs, result.layers, skipped, info)
 
 
 def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
@@ -137,13 +147,13 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
     require_program(program)
     record = Record(
         config=state.config,
-        left=state.left,
+        left=state.skipped,
         info=state.info,
-        # What the tensors tell stands in the record too: a state that was made by hand has no rows.
-        sites={name: {**site.facts, **site.row} for name, site in state.sites.items()},
-        groups={name: list(group.members) for name, group in state.groups.items()},
+        # What the tensors tell stands in the record too: a state that was made by hand has no metrics.
+        sites={name: {**layer.facts, **layer.metrics} for name, layer in state.layers.items()},
+        groups={name: list(shared.readers) for name, shared in state.inputs.items()},
     )
-    return RewritePass(state.groups, state.sites, record)(as_linears(program))
+    return RewritePass(state.inputs, state.layers, record)(as_linears(program))
 
 
 def select(program: ExportedProgram, config: Method) -> Selection:
@@ -156,14 +166,14 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     if not selection.sites:
         if is_quantised(program):
             raise GraphError("this program is quantised already: take the one before lopro_fx.quantize")
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.left[:3]) or "it has no aten.linear"
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.skipped[:3]) or "it has no aten.linear"
         raise GraphError(f"nothing to quantise in this program ({reasons})")
     return selection
 
 
 def _warn_of_patterns(selection: Selection, config: Method) -> None:
     """Say which patterns are no Linear's name: a mistyped one takes nothing, or leaves nothing out."""
-    names = [*(site.name for site in selection.sites), *(item.name for item in selection.left)]
+    names = [*(site.name for site in selection.sites), *(item.name for item in selection.skipped)]
     for what in ("include", "exclude"):
         for pattern in getattr(config, what):
             if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
@@ -186,102 +196,97 @@ def seed_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-class _Run:
-    """Solves groups as the schedule reaches them, records what they become, and reports how far it is."""
+def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) -> Solved:
+    """A unit's result, with everything that a report says of its layers."""
+    # One generator a unit: a result doesn't depend on what was solved before it, be it read or excluded.
+    generator = torch.Generator().manual_seed(seed_of(unit.name, config.seed))
+    started = time.monotonic()
+    solved = config.solve(unit, seen, Context(place, generator))
+    notes, known = [], {}
+    if seen.tokens:
+        known["distinct_tokens"] = seen.distinct
+        if seen.distinct < unit.in_features:
+            notes.append(f"{seen.distinct} distinct tokens for {unit.in_features} inputs")
+    damp, used = getattr(config, "damp", None), max(layer.metrics.get("damp", 0.0) for layer in solved.layers)
+    if damp is not None and used > damp:
+        notes.append(f"damping raised from {damp:g} to {used:g} of the mean diagonal")
+        warnings.warn(f"'{unit.name}': {notes[-1]} (its Gram is close to singular)", stacklevel=3)
+    if notes:
+        known["warning"] = "; ".join(notes)
+    return _reported(solved, config.name, started, known)
 
-    def __init__(
-        self, selection: Selection, config: Method, journal: Journal | None, progress: Progress, home: torch.device
-    ) -> None:
-        self.groups: dict[str, PackedGroup] = {}
-        self.sites: dict[str, PackedSite] = {}
+
+def _round_head(head: Group, weight: Tensor, config: Method) -> Solved:
+    """Round an output projection to nearest; the embeddings that share its weight will read it too."""
+    started = time.monotonic()
+    rtn = RTN(bits=config.head_bits)
+    group_size, clip_steps = (getattr(config, name, getattr(rtn, name)) for name in ("group_size", "clip_steps"))
+    solution = solve_data_free(weight, config.head_bits, group_size, clip_steps)
+    unit = Unit(head.name, tuple(site.name for site in head.sites), [weight])
+    solved = pack_solution(unit, solution, config.head_bits)
+    layers = tuple(replace(layer, embedding=True) for layer in solved.layers)
+    return _reported(replace(solved, layers=layers), RTN.name, started, {})
+
+
+def _reported(solved: Solved, method: str, started: float, known: Mapping[str, Any]) -> Solved:
+    """The result with `metrics` that hold what follows from its tensors, too."""
+    rows = sum(layer.out_features for layer in solved.layers)
+    shared, layers = stored_bytes(solved.input.tensors.values()), []
+    for layer in solved.layers:
+        size = stored_bytes(layer.tensors.values()) + shared * layer.out_features / rows
+        metrics = {
+            "method": method,
+            **layer.facts,
+            "bits_per_weight": 8 * size / (layer.out_features * layer.in_features),
+            **layer.metrics,
+            "seconds": (time.monotonic() - started) / len(solved.layers),
+            **known,
+        }
+        layers.append(replace(layer, metrics=metrics))
+    return replace(solved, layers=tuple(layers))
+
+
+def _at_home(solved: Solved, home: torch.device) -> Solved:
+    """The result with its tensors where the program's are."""
+
+    def bring(tensor: Tensor) -> Tensor:
+        return tensor.to(home)
+
+    return Solved(solved.input.map(bring), tuple(layer.map(bring) for layer in solved.layers))
+
+
+class _Result:
+    """Inputs and layers so far, how far that is, and what calibration had too few tokens for."""
+
+    def __init__(self, selection: Selection, progress: Progress) -> None:
+        self.inputs: dict[str, Input] = {}
+        self.layers: dict[str, Layer] = {}
         self.tokens = 0
-        # Distinct tokens and inputs of the groups with fewer tokens than inputs, by name.
-        self.few: dict[str, tuple[int, int]] = {}
-        self._config, self._journal, self._progress, self._home = config, journal, progress, home
+        self.progress = progress
+        # Distinct tokens and inputs of the units with fewer tokens than inputs, by name.
+        self._few: dict[str, tuple[int, int]] = {}
         self._total = sum(site.out_features * site.in_features for site in selection.sites)
         self._done = 0
         progress(0, self._total, "")
 
-    def weighing(self, done: int, batches: int, label: str) -> None:
-        """Report how far the importance of tokens is, a part of the work with a total of its own."""
-        self._progress(done, batches, label)
-
-    def solve(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
-        config = self._config
-
-        def solved() -> tuple[GroupSolution, str, int]:
-            # One generator a group: a result doesn't depend on what was solved before it, be it read or excluded.
-            generator = torch.Generator().manual_seed(seed_of(group.name, config.seed))
-            return solve(weights, stats, config, generator), config.method, config.bits
-
-        packed, sites = self._finished(group) or self._solve(group, solved, stats)
-        self.tokens = max(self.tokens, stats.tokens)
-        if stats.tokens > 0 and stats.distinct < group.in_features and not isinstance(config, RTN):
-            self.few[group.name] = stats.distinct, group.in_features
-        self._record(packed, sites)
-        # Dense weights come from the packed tensors, so what follows sees exactly what will be stored.
-        place = weights[0].device
-        return [dense_weight(packed.to(place), site.to(place)) for site in sites]
-
-    def round_head(self, head: Group, weight: Tensor) -> None:
-        """Round an output projection to nearest; the embeddings that share its weight will read it too."""
-        config = self._config
-
-        def rounded() -> tuple[GroupSolution, str, int]:
-            solution = solve_data_free(weight, config.head_bits, config.group_size, config.clip_steps)
-            return solution, RTN.method, config.head_bits
-
-        packed, sites = self._finished(head) or self._solve(head, rounded)
-        self._record(packed, [replace(site, embedding=True) for site in sites])
+    def add(self, solved: Solved, seen: Statistics | None = None) -> None:
+        self.inputs[solved.input.name] = solved.input
+        self.layers.update((layer.name, layer) for layer in solved.layers)
+        if seen is not None:
+            self.tokens = max(self.tokens, seen.tokens)
+            if seen.tokens and seen.distinct < solved.input.in_features:
+                self._few[solved.input.name] = seen.distinct, solved.input.in_features
+        self._done += sum(layer.out_features * layer.in_features for layer in solved.layers)
+        self.progress(self._done, self._total, solved.input.name)
 
     def warn_of_few_tokens(self) -> None:
-        """Say once which groups were calibrated on fewer distinct tokens than they have inputs."""
-        if not self.few:
+        """Say once which units were calibrated on fewer distinct tokens than they have inputs."""
+        if not self._few:
             return
-        name, (distinct, width) = min(self.few.items(), key=lambda item: item[1][0] / item[1][1])
+        name, (distinct, width) = min(self._few.items(), key=lambda item: item[1][0] / item[1][1])
         warnings.warn(
-            f"calibration holds few tokens for the width of {len(self.few)} of {len(self.groups)} groups of layers: "
+            f"calibration holds few tokens for the width of {len(self._few)} of {len(self.inputs)} groups of layers: "
             f"'{name}' has {width} inputs and saw {distinct} distinct tokens; what was not seen is rounded as without "
             f"data. Calibrate on real text of {4 * width} tokens or more",
             stacklevel=4,
         )
-
-    def _record(self, packed: PackedGroup, sites: list[PackedSite]) -> None:
-        self.groups[packed.name] = packed
-        self.sites.update((site.name, site) for site in sites)
-        self._done += sum(site.out_features * site.in_features for site in sites)
-        self._progress(self._done, self._total, packed.name)
-
-    def _finished(self, group: Group) -> tuple[PackedGroup, list[PackedSite]] | None:
-        return self._journal.read(group.name) if self._journal else None
-
-    def _solve(
-        self,
-        group: Group,
-        method: Callable[[], tuple[GroupSolution, str, int]],
-        stats: Statistics | None = None,
-    ) -> tuple[PackedGroup, list[PackedSite]]:
-        """Run `method`, which returns a solution, what to call it and the width of its codes, and keep the result."""
-        started = time.monotonic()
-        solution, name, bits = method()
-        packed, sites = pack_solution(group, solution, name, bits)
-        packed, sites = packed.to(self._home), [site.to(self._home) for site in sites]
-        damp = getattr(self._config, "damp", None)
-        raised = ""
-        for site in sites:
-            notes: list[str] = []
-            site.row["seconds"] = (time.monotonic() - started) / len(sites)
-            if stats is not None and stats.tokens:
-                site.row["distinct_tokens"] = stats.distinct
-                if stats.distinct < group.in_features:
-                    notes.append(f"{stats.distinct} distinct tokens for {group.in_features} inputs")
-            if damp is not None and solution.damp > damp:
-                notes.append(f"damping raised from {damp:g} to {solution.damp:g} of the mean diagonal")
-                raised = notes[-1]
-            if notes:
-                site.row["warning"] = "; ".join(notes)
-        if raised:
-            warnings.warn(f"'{group.name}': {raised} (its Gram is close to singular)", stacklevel=2)
-        if self._journal:
-            self._journal.write(packed, sites)
-        return packed, sites

@@ -1,46 +1,130 @@
-"""A packed group and its sites as one flat dict of tensors plus JSON, the unit of every file written."""
+"""Inputs and layers as one flat dict of tensors plus JSON, the unit of every file written.
+
+    inputs  by name: readers, in_features, block and skip of the rotation, rank of the branch, dtypes of tensors
+    layers  by name: input, format, shape, spec, dtypes of tensors, metrics, whether embeddings read the weight too
+
+Shapes of tensors follow from these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.kernels.formats.registry import known_format
+from lopro_fx.layer import Input, Layer, Transform, factor_of
+
+# Name of an owner, of its tensor, shape and dtype (its name in torch) to the tensor.
+Find = Callable[[str, str, tuple[int, ...], str], Tensor]
 
 
-def tensors_of(groups: Iterable[PackedGroup], sites: Iterable[PackedSite]) -> dict[str, Tensor]:
+def tensors_of(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Tensor]:
     """Tensors by `<fqn>.<key>`, the names that they have as buffers of a rewritten program."""
-    return {f"{owner.name}.{key}": tensor for owner in (*groups, *sites) for key, tensor in owner.tensors.items()}
+    return {f"{owner.name}.{key}": tensor for owner in (*inputs, *layers) for key, tensor in owner.tensors.items()}
 
 
-def describe(groups: Iterable[PackedGroup], sites: Iterable[PackedSite]) -> dict[str, Any]:
-    """JSON record of everything but the tensors, which it lists by key."""
+def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]:
+    """JSON of everything but the values of the tensors."""
+    return {
+        "inputs": {
+            shared.name: {
+                "readers": list(shared.readers),
+                "in_features": shared.in_features,
+                "block": shared.transform.block,
+                "skip": shared.transform.skip,
+                "rank": 0 if shared.down is None else shared.down.rank,
+                "tensors": _dtypes(shared.tensors),
+            }
+            for shared in inputs
+        },
+        "layers": {
+            layer.name: {
+                "input": layer.input,
+                "format": layer.weight.format,
+                "shape": list(layer.weight.shape),
+                "spec": dict(layer.weight.spec),
+                "tensors": _dtypes(layer.tensors),
+                "metrics": layer.metrics,
+                "embedding": layer.embedding,
+            }
+            for layer in layers
+        },
+    }
 
-    def entry(owner: PackedGroup | PackedSite) -> dict[str, Any]:
-        return {**asdict(_without_tensors(owner)), "tensors": sorted(owner.tensors)}
 
-    return {"groups": [entry(group) for group in groups], "sites": [entry(site) for site in sites]}
-
-
-def restore(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[list[PackedGroup], list[PackedSite]]:
-    """Inverse of `describe` and `tensors_of`.
+def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], dict[str, Layer]]:
+    """Inverse of `describe`, of the tensors that `find` gives.
 
     Raises:
-        KeyError: a tensor is missing.
+        KeyError: the record lacks an entry, or `find` a tensor.
+        ConfigError: a format isn't registered.
     """
-
-    def own(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {key: tensors[f"{entry['name']}.{key}"] for key in entry["tensors"]}
-
-    groups = [PackedGroup(**{**entry, "members": tuple(entry["members"]), "tensors": own(entry)})
-              for entry in record["groups"]]  # fmt: skip
-    sites = [PackedSite(**{**entry, "tensors": own(entry)}) for entry in record["sites"]]
-    return groups, sites
+    inputs = {name: _input(name, entry, find) for name, entry in record["inputs"].items()}
+    layers = {name: _layer(name, entry, record["inputs"], find) for name, entry in record["layers"].items()}
+    return inputs, layers
 
 
-def _without_tensors(owner: PackedGroup | PackedSite) -> Any:
-    # asdict deep-copies tensors, so they are taken out first.
-    return type(owner)(**{**vars(owner), "tensors": {}})
+def among(tensors: Mapping[str, Tensor]) -> Find:
+    """What looks tensors up by the names of `tensors_of`."""
+    return lambda owner, key, shape, dtype: tensors[f"{owner}.{key}"]  # noqa: ARG005
+
+
+def on_meta(owner: str, key: str, shape: tuple[int, ...], dtype: str) -> Tensor:  # noqa: ARG001
+    """A tensor without data, for what is to be read later."""
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def from_version_2(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a state that lopro_fx 0.1 wrote, whose weights are all "affine"."""
+    groups = {
+        entry["name"]: {
+            "readers": entry["members"],
+            "in_features": entry["in_features"],
+            "block": entry["block"],
+            "skip": entry["skip"],
+            "rank": 0,
+            "tensors": dict.fromkeys(entry["tensors"], ""),
+        }
+        for entry in record["groups"]
+    }
+    layers = {
+        entry["name"]: {
+            "input": entry["group"],
+            "format": "affine",
+            "shape": [entry["out_features"], entry["in_features"]],
+            "spec": {"bits": entry["bits"], "group_size": entry["group_size"]},
+            "tensors": dict.fromkeys(entry["tensors"], ""),
+            "metrics": entry["row"],
+            "embedding": entry["embedding"],
+        }
+        for entry in record["sites"]
+    }
+    return {**record, "inputs": groups, "layers": layers}
+
+
+def _input(name: str, entry: Mapping[str, Any], find: Find) -> Input:
+    width, rank = entry["in_features"], entry["rank"]
+    shapes = {"perm": (width,), "signs": (-(-width // 8),), "down": (rank, width), "down_scale": (rank,)}
+    own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
+    transform = Transform(own.get("perm"), own.get("signs"), entry["block"], entry["skip"])
+    return Input(name, tuple(entry["readers"]), width, transform, factor_of("down", own, 0))
+
+
+def _layer(name: str, entry: Mapping[str, Any], inputs: Mapping[str, Any], find: Find) -> Layer:
+    rows, columns = entry["shape"]
+    rank = inputs[entry["input"]]["rank"]
+    empty = known_format(entry["format"]).empty((rows, columns), entry["spec"])
+    shapes = {key: tuple(tensor.shape) for key, tensor in empty.tensors.items()}
+    shapes |= {"up": (rows, rank), "up_scale": (rank,)}
+    own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
+    weight = Packed(entry["format"], (rows, columns), empty.spec, {key: own[key] for key in empty.tensors})
+    metrics, embedding = entry.get("metrics", {}), bool(entry["embedding"])
+    return Layer(name, entry["input"], weight, factor_of("up", own, 1), metrics, embedding)
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}

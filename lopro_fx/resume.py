@@ -1,4 +1,4 @@
-"""Keep each finished group on disk, so that a stopped run continues where it was.
+"""Keep each finished unit on disk, so that a stopped run continues where it was.
 
 Only results are stored, not activations: weights that feed forward are always rebuilt from packed tensors, so a resumed
 run recomputes the same activations from the same numbers. A fingerprint ties the folder to the program, its weights,
@@ -19,19 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.config import Method
 from lopro_fx.errors import CheckpointError
 from lopro_fx.files import replacing, write_json, write_tensors
+from lopro_fx.methods.base import Method, Solved
 from lopro_fx.passes.fingerprint import Digest
-from lopro_fx.passes.packed import PackedGroup, PackedSite
-from lopro_fx.records import describe, restore, tensors_of
+from lopro_fx.records import among, describe, restore, tensors_of
 
 _LONGEST = 100
 _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
 class Journal:
-    """A folder with one safetensors file a finished group.
+    """A folder with one safetensors file a finished unit.
 
     Raises:
         CheckpointError: the folder belongs to another run, or can't be written.
@@ -57,23 +56,25 @@ class Journal:
             with replacing(marker) as temporary:
                 write_json(temporary, fingerprint)
 
-    def read(self, name: str) -> tuple[PackedGroup, list[PackedSite]] | None:
-        """The finished group, or None; a damaged file counts as unfinished."""
+    def read(self, name: str) -> Solved | None:
+        """The finished unit, or None; a damaged file counts as unfinished."""
         path = self._path(name)
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
                 record = json.loads(file.metadata()["record"])
-                groups, sites = restore(record, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                inputs, layers = restore(record, among(tensors))
         except (SafetensorError, KeyError, ValueError):
             return None
-        return groups[0], sites
+        (shared,) = inputs.values()
+        return Solved(shared, tuple(layers[reader] for reader in shared.readers))
 
-    def write(self, group: PackedGroup, sites: list[PackedSite]) -> None:
-        record = json.dumps(describe([group], sites))
-        with replacing(self._path(group.name)) as temporary:
-            write_tensors(temporary, tensors_of([group], sites), {"record": record})
+    def write(self, solved: Solved) -> None:
+        record = json.dumps(describe([solved.input], solved.layers))
+        with replacing(self._path(solved.input.name)) as temporary:
+            write_tensors(temporary, tensors_of([solved.input], solved.layers), {"record": record})
 
     def _path(self, name: str) -> Path:
         """A file for any name of a module, also on a file system that doesn't tell cases apart."""

@@ -7,35 +7,35 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from lopro_fx.passes.packed import PackedGroup, PackedSite, stored_bytes
+from lopro_fx.layer import Input, Layer, stored_bytes
 from lopro_fx.passes.record import record_of
 from lopro_fx.passes.recover import recover
 
 
 @dataclass(frozen=True)
 class QuantState:
-    """Packed sites and groups by fully qualified name; `lopro_fx.apply` puts them into any program of the same model.
+    """Inputs and layers by fully qualified name; `lopro_fx.apply` puts them into any program of the same model.
 
-    `config` is the method and its parameters, `left` lists what was not taken as (name, reason), `info` holds the run's
-    own figures (tokens, seconds, warnings).
+    `config` is the method and its parameters, `skipped` lists what was not taken as (name, reason), `info` holds the
+    run's own figures (tokens, seconds, warnings).
     """
 
     config: dict[str, Any]
-    groups: dict[str, PackedGroup]
-    sites: dict[str, PackedSite]
-    left: list[tuple[str, str]] = field(default_factory=list)
+    inputs: dict[str, Input]
+    layers: dict[str, Layer]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of everything that replaces the weights: codes, scales, zeros, factors, permutations, signs."""
-        owners = (*self.groups.values(), *self.sites.values())
+        """Bytes of everything that replaces the weights: packed tensors, factors, permutations, signs."""
+        owners = (*self.inputs.values(), *self.layers.values())
         return sum(stored_bytes(owner.tensors.values()) for owner in owners)
 
     @property
     def weights(self) -> int:
         """Number of weights that were quantised."""
-        return sum(site.out_features * site.in_features for site in self.sites.values())
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -49,7 +49,7 @@ def state_of(program: ExportedProgram) -> QuantState:
     Raises:
         GraphError: the program was not quantised, or was optimised after it.
     """
-    groups, sites = recover(program)
+    inputs, layers = recover(program)
     record = record_of(program, "recover")
-    left = [(name, reason) for name, reason in record["left"]]
-    return QuantState(record["config"], groups, sites, left, record["info"])
+    skipped = [(name, reason) for name, reason in record["left"]]
+    return QuantState(record["config"], inputs, layers, skipped, record["info"])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from lopro_fx.kernels.errors import GraphError
+from lopro_fx.kernels.formats.base import Format, Packed
+from lopro_fx.kernels.formats.registry import OPERATORS
 from lopro_fx.passes.base import ProgramPass
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.operands import operands
@@ -15,14 +20,49 @@ from lopro_fx.passes.weights import parameter_fqns
 
 ROTATE = torch.ops.lopro.rotate.default
 PROJECT = torch.ops.lopro.project.default
-PACKED_LINEAR = torch.ops.lopro.packed_linear.default
-PACKED_SITE = torch.ops.lopro.packed_site.default
-CPU_SITE = torch.ops.lopro.cpu_site.default
-PACKED_EMBEDDING = torch.ops.lopro.packed_embedding.default
+
+
+def kind_of(node: Node) -> str | None:
+    """Which of a format's operators a node calls: "linear", "site", "embedding" or one of its own; None for others."""
+    owner = OPERATORS.get(node.target)  # pyright: ignore[reportArgumentType]
+    return None if owner is None else owner[1]
+
+
+def packed_calls(graph: Graph, *kinds: str) -> list[Node]:
+    """Nodes that call operators of these kinds, of any format, in graph order."""
+    return [node for node in graph.nodes if kind_of(node) in kinds]
+
+
+def format_of(node: Node) -> Format:
+    """The format of the weight that a packed node reads."""
+    return OPERATORS[node.target][0]  # pyright: ignore[reportArgumentType]
+
+
+def table_of(node: Node) -> Node:
+    """What holds the rows of the weight that a packed node reads: its format's first tensor."""
+    return operands(node).named[format_of(node).tensor_names[0]]
+
+
+def out_features(node: Node) -> int:
+    """Rows of the weight that a packed node reads."""
+    return table_of(node).meta["val"].shape[0]
+
+
+def weight_fqn(editor: ProgramEditor, node: Node) -> str:
+    """What the names of the tensors of a packed weight have in common, without the point."""
+    return editor.fqn(table_of(node)).rpartition(".")[0]
+
+
+def stored_weight(node: Node, stored: Callable[[Node], Tensor]) -> Packed:
+    """The packed weight that a node reads, of the tensors that `stored` gives for its operands."""
+    call, format = operands(node), format_of(node)
+    tensors = {name: stored(call.named[name]) for name in format.tensor_names}
+    width = call.named["in_features"] if "ids" in call.named else call.x.meta["val"].shape[-1]
+    return format.of({**call.named, **tensors}, int(width))
 
 
 def packed_names(program: ExportedProgram) -> set[str]:
-    """FQNs of the tensors that stand for weights in a program: codes, scales, factors, permutations, signs."""
+    """FQNs of the tensors that stand for weights in a program: packed tensors, factors, permutations, signs."""
     fqns = parameter_fqns(program)
     return {
         fqns[operand.name]
@@ -52,7 +92,7 @@ class PackedPass(ProgramPass):
     """
 
     def requires(self, program: ExportedProgram) -> None:
-        if not any(program.graph.find_nodes(op="call_function", target=t) for t in (PACKED_LINEAR, PACKED_SITE)):
+        if not packed_calls(program.graph, "linear", "site"):
             raise GraphError(
                 "the program holds no packed Linear to optimise; quantise it first, and don't decompose it in between"
             )

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.kernels.packing.format import pack, unpack
+from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, ROTATE, PackedPass
+from lopro_fx.passes.calls import ROTATE, PackedPass, format_of, kind_of, stored_weight, table_of
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import Note, group_of, sites_of
@@ -45,7 +45,7 @@ _ANY_ORDER = frozenset({aten._assert_tensor_metadata.default, aten.sym_size.int}
 class FoldPermutationPass(PackedPass):
     """Removes the permutation of each `lopro::rotate` whose input is an elementwise function of packed Linears.
 
-    Codes, scales, zeros, up factor and bias of those Linears are permuted by rows; a rotation that does nothing else
+    Packed weights, up factors and biases of those Linears are permuted by rows; a rotation that does nothing else
     goes altogether. It must run before Linears are merged or fused, which hides their rows from it.
     """
 
@@ -58,13 +58,15 @@ class FoldPermutationPass(PackedPass):
             if rotate.perm is None:
                 continue
             cone, reason = _cone(node, rotate.x)
-            leaves = sorted(member for member in cone if member.target is PACKED_LINEAR)
+            leaves = sorted(member for member in cone if kind_of(member) == "linear")
             reason = reason or _reason_to_leave(editor, leaves)
-            if reason:
-                notes.append({"what": [group_of(node)], "reason": reason})
+            moved = {} if reason else _moved(editor, leaves, editor.stored(rotate.perm).to(torch.int64))
+            if reason or isinstance(moved, str):
+                notes.append({"what": [group_of(node)], "reason": reason or moved})
                 continue
             notes.append({"what": [group_of(node)], "rows_of": [name for leaf in leaves for name in sites_of(leaf)]})
-            _permute(editor, leaves, editor.stored(rotate.perm).to(torch.int64))
+            for operand, tensor in moved.items():
+                editor.set_tensor(operand, tensor)
             if rotate.block == 1:
                 editor.replace(node, rotate.x)
             else:
@@ -91,7 +93,7 @@ def _cone(rotate: Node, source: Node) -> tuple[set[Node], str | None]:
         if node in cone:
             continue
         cone.add(node)
-        if node.target is PACKED_LINEAR:
+        if kind_of(node) == "linear":
             continue
         if node.target not in _ELEMENTWISE:
             return cone, f"its input depends on '{node.name}', which is neither a packed Linear nor elementwise"
@@ -111,7 +113,7 @@ def _broadcasts(value: object) -> bool:
 def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
     for leaf in leaves:
         call = operands(leaf)
-        for operand in (call.codes, call.bias):
+        for operand in (table_of(leaf), call.bias):
             if operand is None:
                 continue
             if editor.tensor(operand) is None:
@@ -121,14 +123,18 @@ def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
     return None
 
 
-def _permute(editor: ProgramEditor, leaves: list[Node], perm: Tensor) -> None:
-    """Gather the rows of every Linear by `perm`, each of its tensors once however many nodes read it."""
-    for leaf in {operands(leaf).codes: leaf for leaf in leaves}.values():
+def _moved(editor: ProgramEditor, leaves: list[Node], perm: Tensor) -> dict[Node, Tensor] | str:
+    """Tensors of every Linear with their rows gathered by `perm`, or the reason why a format can't do that.
+
+    Each tensor is gathered once however many nodes read it.
+    """
+    moved: dict[Node, Tensor] = {}
+    for leaf in {table_of(leaf): leaf for leaf in leaves}.values():
+        weight = format_of(leaf).permute_rows(stored_weight(leaf, editor.stored), perm)
+        if not isinstance(weight, Packed):
+            return weight
         call = operands(leaf)
-        scales, zeros = editor.stored(call.scales), editor.stored(call.zeros)
-        grid = unpack(zeros, call.bits, scales.numel()).view(scales.shape)
-        editor.set_tensor(call.zeros, pack(grid[perm].flatten(), call.bits))
+        moved |= {call.named[name]: tensor for name, tensor in weight.tensors.items()}
     rows = {operand for leaf in leaves for call in [operands(leaf)]
-            for operand in (call.codes, call.scales, call.up, call.bias) if operand is not None}  # fmt: skip
-    for operand in rows:
-        editor.set_tensor(operand, editor.stored(operand).detach()[perm])
+            for operand in (call.up, call.bias) if operand is not None}  # fmt: skip
+    return moved | {operand: editor.stored(operand).detach()[perm] for operand in rows}

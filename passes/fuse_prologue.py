@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, ROTATE, PackedPass, same_shape
+from lopro_fx.passes.calls import ROTATE, PackedPass, kind_of, packed_calls, same_shape, table_of, weight_fqn
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands
 from lopro_fx.passes.mutation import written_between
@@ -43,8 +43,8 @@ class FuseProloguePass(PackedPass):
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
-        for node in list(editor.graph.nodes):
-            if node.target not in (PACKED_SITE, PACKED_LINEAR) or has_prologue(node):
+        for node in packed_calls(editor.graph, "linear", "site"):
+            if has_prologue(node):
                 continue
             x = operands(node).x
             found = match_norm(x) or match_gate(x)
@@ -59,7 +59,7 @@ class FuseProloguePass(PackedPass):
         return notes
 
     def ensures(self, program: ExportedProgram) -> None:
-        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+        for node in packed_calls(program.graph, "site"):
             site, name = operands(node), sites_of(node)[0]
             fits = site.norm is None or site.norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
             self.promise(fits, f"the norm of '{name}' has not one weight a column")
@@ -68,17 +68,17 @@ class FuseProloguePass(PackedPass):
 
 def has_prologue(node: Node) -> bool:
     """Whether a node is a site that has a norm or a gate already."""
-    if node.target is not PACKED_SITE:
+    if kind_of(node) != "site":
         return False
     site = operands(node)
     return site.norm is not None or site.gate is not None
 
 
 def as_site(editor: ProgramEditor, node: Node) -> Node:
-    """The node, or the `lopro::packed_site` that takes the place of a `lopro::packed_linear`."""
-    if node.target is PACKED_SITE:
+    """The node, or the "site" that takes the place of a packed Linear."""
+    if kind_of(node) == "site":
         return node
-    site = editor.add_operator(node, f"site_{node.name}", fused_operands(operands(node)), node)
+    site = editor.add_operator(node, f"site_{node.name}", fused_operands(node), node)
     site.meta[META] = node.meta[META]
     editor.replace(node, site)
     return site
@@ -86,7 +86,7 @@ def as_site(editor: ProgramEditor, node: Node) -> Node:
 
 def reads_its_own_input(node: Node) -> bool:
     """Whether nothing of what a packed node computes first is shared with others."""
-    if node.target is PACKED_SITE:
+    if kind_of(node) == "site":
         return True
     call = operands(node)
     return call.latent is None and call.x.target is not ROTATE
@@ -123,7 +123,7 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
         return "its input is neither an RMS norm nor a gated activation"
     if isinstance(found, Norm) and editor.tensor(found.weight) is None:
         return "the weight of its norm is computed by the program"
-    if isinstance(found, Norm) and len(operands(node).codes.users) > 1:
+    if isinstance(found, Norm) and len(table_of(node).users) > 1:
         return "its weight is applied more than once"
     sources = [found.x, *([found.gate] if isinstance(found, Gate) else [])]
     if any(source.meta["val"].dtype != x.meta["val"].dtype for source in sources):
@@ -160,7 +160,7 @@ def _weight(editor: ProgramEditor, site: Node, norm: Norm) -> Node:
         weight = weight[editor.stored(call.perm).to(torch.int64)]
     elif not norm.shift:
         return norm.weight
-    return editor.add_buffer(f"{editor.fqn(call.codes).removesuffix('.codes')}.norm", weight)
+    return editor.add_buffer(f"{weight_fqn(editor, site)}.norm", weight)
 
 
 def _erase(editor: ProgramEditor, nodes: set[Node]) -> None:

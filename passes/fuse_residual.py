@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PackedPass, same_shape
+from lopro_fx.passes.calls import PackedPass, kind_of, packed_calls, same_shape
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_prologue import as_site, reads_its_own_input
 from lopro_fx.passes.mutation import written_between
@@ -28,8 +28,8 @@ class FuseResidualPass(PackedPass):
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
-        for node in list(editor.graph.nodes):
-            if node.target not in (PACKED_SITE, PACKED_LINEAR) or _has_residual(node):
+        for node in packed_calls(editor.graph, "linear", "site"):
+            if _has_residual(node):
                 continue
             reason = _reason_to_leave(node)
             notes.append({"what": sites_of(node), **({"reason": reason} if reason else {})})
@@ -39,14 +39,14 @@ class FuseResidualPass(PackedPass):
         return notes
 
     def ensures(self, program: ExportedProgram) -> None:
-        for node in program.graph.find_nodes(op="call_function", target=PACKED_SITE):
+        for node in packed_calls(program.graph, "site"):
             residual, dtype = operands(node).residual, node.meta["val"].dtype
             kept = residual is None or residual.meta["val"].dtype == dtype
             self.promise(kept, f"'{sites_of(node)[0]}' adds a residual to {dtype} of another type")
 
 
 def _has_residual(node: Node) -> bool:
-    return node.target is PACKED_SITE and operands(node).residual is not None
+    return kind_of(node) == "site" and operands(node).residual is not None
 
 
 def _reason_to_leave(node: Node) -> str | None:

@@ -1,12 +1,13 @@
-"""One `lopro::packed_site` for a rotation, a down-projection and the packed Linear that alone reads them."""
+"""One operator of the kind "site" for a rotation, a down-projection and the packed Linear that alone reads them."""
 
 from __future__ import annotations
 
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE, PackedPass
+from lopro_fx.passes.calls import PROJECT, ROTATE, PackedPass, format_of, packed_calls
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.operands import Operands, operands
 from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
@@ -22,7 +23,7 @@ class FuseSitePass(PackedPass):
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
-        for node in editor.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
+        for node in packed_calls(editor.graph, "linear"):
             reason = _reason_to_leave(node)
             if reason:
                 notes.append({"what": sites_of(node), "reason": reason})
@@ -54,20 +55,21 @@ def _reason_to_leave(node: Node) -> str | None:
     return None
 
 
-def fused_operands(call: Operands) -> Operands:
-    """Operands of `lopro::packed_site` for a packed Linear with the rotation and projection that it reads."""
+def fused_operands(node: Node) -> Operands:
+    """Operands of the "site" of a packed Linear with the rotation and projection that it reads."""
+    call = operands(node)
     rotation = operands(call.x).named if call.x.target is ROTATE else {"block": 1, "skip": 0}
     projection = {}
     if call.latent is not None:
         project = operands(call.latent)
         projection = {"down": project.down, "down_scale": project.scale}
-    return call.replace(latent=None).to(PACKED_SITE, **rotation, **projection)
+    return call.replace(latent=None).to(operator_of(format_of(node).name, "site"), **rotation, **projection)
 
 
 def _fuse(editor: ProgramEditor, node: Node) -> None:
     call = operands(node)
-    fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(call), node)
-    fused.meta[META] = Mark(sites=sites_of(node), group=group_of(node), bits=call.bits)
+    fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(node), node)
+    fused.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
     editor.replace(node, fused)
     for gone in (call.latent, call.x if call.x.target is ROTATE else None):
         if gone is not None:

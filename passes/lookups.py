@@ -10,13 +10,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
-from lopro_fx.passes.calls import PACKED_EMBEDDING
+from lopro_fx.passes.calls import kind_of, table_of
 from lopro_fx.passes.compat import viewed_operand
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.weights import parameter_fqns
 
-# Operator to the names of its table and of the ids.
-_LOOKUPS = {torch.ops.aten.embedding.default: ("weight", "indices"), PACKED_EMBEDDING: ("codes", "ids")}
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
@@ -26,9 +24,12 @@ def table_rows(program: ExportedProgram | GraphModule) -> int | None:
     weights = parameter_fqns(program) if isinstance(program, ExportedProgram) else {}
     first = next((node for node in graph.find_nodes(op="placeholder") if node.name not in weights), None)
     for node in graph.nodes:
-        if node.target not in _LOOKUPS:
+        if node.target is torch.ops.aten.embedding.default:
+            table, ids = operands(node).weight, operands(node).indices
+        elif kind_of(node) == "embedding":
+            table, ids = table_of(node), operands(node).ids
+        else:
             continue
-        table, ids = (operands(node).named[name] for name in _LOOKUPS[node.target])
         if isinstance(table, Node) and isinstance(ids, Node) and _source(ids) is first:
             rows.append(table.meta["val"].shape[0])
     return min(rows, default=None)

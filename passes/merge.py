@@ -15,13 +15,21 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.kernels.packing.format import pack, unpack
+from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.layer import stored_bytes
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PACKED_LINEAR, PackedPass
+from lopro_fx.passes.calls import (
+    PackedPass,
+    format_of,
+    out_features,
+    packed_calls,
+    stored_weight,
+    table_of,
+    weight_fqn,
+)
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.operands import operands
-from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 from lopro_fx.passes.rewrite import enclosing
 
@@ -31,7 +39,7 @@ _GROWTH = 0.01
 
 
 class MergeLinearsPass(PackedPass):
-    """Merges packed Linears that read one tensor and agree in bits, group size and low-rank branch.
+    """Merges packed Linears that read one tensor and agree in format, its numbers and the low-rank branch.
 
     Left alone, with the reason in the record: a Linear without such a partner, one whose weight other nodes read too
     (it would be stored twice), one whose bias is computed, and a merge that would store over 1% more.
@@ -41,14 +49,13 @@ class MergeLinearsPass(PackedPass):
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         readers: dict[Node, list[Node]] = {}
-        for node in editor.graph.nodes:
-            if node.op == "call_function" and node.target is PACKED_LINEAR:
-                readers.setdefault(operands(node).x, []).append(node)
+        for node in packed_calls(editor.graph, "linear"):
+            readers.setdefault(operands(node).x, []).append(node)
         return [note for nodes in readers.values() for note in _merge_readers(editor, nodes)]
 
     def ensures(self, program: ExportedProgram) -> None:
-        for node in program.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
-            rows, results = operands(node).codes.meta["val"].shape[0], node.meta["val"].shape[-1]
+        for node in packed_calls(program.graph, "linear"):
+            rows, results = out_features(node), node.meta["val"].shape[-1]
             self.promise(rows == results, f"'{sites_of(node)[0]}' gives {results} features of {rows} rows")
 
 
@@ -70,12 +77,11 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
             note["reason"] = "the program writes into their input between them"
         else:
             tensors = _merged(editor, members)
-            reason = _reason_of_size(editor, members, tensors)
-            if reason:
+            reason = tensors if isinstance(tensors, str) else _reason_of_size(editor, members, tensors)
+            if isinstance(tensors, str) or reason:
                 note["reason"] = reason
             else:
-                first = editor.fqn(operands(members[0]).codes)
-                note["into"] = f"{first.removesuffix('.codes')}.merged"
+                note["into"] = f"{weight_fqn(editor, members[0])}.merged"
                 _merge(editor, members, tensors, note["into"])
         notes.append(note)
     return notes
@@ -85,14 +91,15 @@ def _key(node: Node) -> tuple[tuple[str, Any], ...]:
     """What the members of a merge have in common, with names for the record."""
     call = operands(node)
     factor = None if call.up is None else (call.up.meta["val"].dtype, call.up_scale is None)
-    scales = call.scales.meta["val"].dtype, None if call.up_scale is None else call.up_scale.meta["val"].dtype
-    shared = ("bits", call.bits), ("group size", call.group_size), ("low-rank branch", (call.latent, factor))
-    return *shared, ("type of the scales", scales)
+    format = format_of(node)
+    spec = [(name.replace("_", " "), call.named[name]) for name in format.spec]
+    types = [operand.meta["val"].dtype for name, operand in call.weights.items() if name != "up"]
+    return ("format", format.name), *spec, ("low-rank branch", (call.latent, factor)), ("type of the scales", (*types,))
 
 
 def _reason_to_leave(editor: ProgramEditor, node: Node) -> str | None:
     call = operands(node)
-    if set(call.codes.users) != {node}:
+    if set(table_of(node).users) != {node}:
         return "its weight is applied more than once"
     if call.bias is not None and editor.tensor(call.bias) is None:
         return "its bias is computed by the program"
@@ -117,12 +124,15 @@ def _own(node: Node) -> dict[str, Node]:
     return call.weights if call.bias is None else {**call.weights, "bias": call.bias}
 
 
-def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor]:
-    parts = [_stored(editor, node) for node in members]
-    bits, rows = operands(members[0]).bits, [part["codes"].shape[0] for part in parts]
-    zeros = torch.cat([unpack(part["zeros"], bits, part["scales"].numel()) for part in parts])
-    merged = {key: torch.cat([part[key] for part in parts]) for key in ("codes", "scales", "up") if key in parts[0]}
-    merged["zeros"] = pack(zeros, bits)
+def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor] | str:
+    """Tensors of the merged Linear, by the operand's name, or the reason why its format can't have them."""
+    weight = format_of(members[0]).cat([stored_weight(node, lambda at: editor.stored(at).detach()) for node in members])
+    if not isinstance(weight, Packed):
+        return weight
+    parts, rows = [_stored(editor, node) for node in members], [out_features(node) for node in members]
+    merged = dict(weight.tensors)
+    if "up" in parts[0]:
+        merged["up"] = torch.cat([part["up"] for part in parts])
     if "up_scale" in parts[0]:
         merged["up_scale"] = _up_scale([part["up_scale"] for part in parts], rows)
     known = next((part["bias"] for part in parts if "bias" in part), None)
@@ -151,9 +161,7 @@ def _reason_of_size(editor: ProgramEditor, members: list[Node], tensors: dict[st
 
 
 def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor], owner: str) -> None:
-    first, calls = members[0], [operands(node) for node in members]
-    head = calls[0]
-    rows = [call.codes.meta["val"].shape[0] for call in calls]
+    first, rows = members[0], [out_features(node) for node in members]
     names = [name for node in members for name in sites_of(node)]
     # Members can share a bias.
     old = dict.fromkeys(operand for node in members for operand in _own(node).values())
@@ -164,11 +172,11 @@ def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor
         node = editor.add_call(before, name, target, args, first)
         if "nn_module_stack" in node.meta:
             node.meta["nn_module_stack"] = dict(stack)
-        node.meta[META] = Mark(sites=sites, group=group_of(first), bits=head.bits)
+        node.meta[META] = Mark(sites=sites, group=group_of(first))
         return node
 
-    call = head.replace(**{"bias": None, **buffers})
-    merged = add(first, names, f"merged_{first.name}", PACKED_LINEAR, *call.args)
+    call = operands(first).replace(**{"bias": None, **buffers})
+    merged = add(first, names, f"merged_{first.name}", call.operator, *call.args)
     ends = list(accumulate(rows, initial=0))
     parts = [add(first, sites_of(node), f"{node.name}_rows", aten.slice.Tensor, merged, -1, start, end)
              for node, (start, end) in zip(members, pairwise(ends), strict=True)]  # fmt: skip

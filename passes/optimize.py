@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.export import ExportedProgram
 
-from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS, DEFAULT
+from lopro_fx.kernels.activations import ACTIVATIONS, DEFAULT
 from lopro_fx.kernels.errors import ConfigError
 from lopro_fx.passes.calls import PackedPass
 from lopro_fx.passes.fold_permutation import FoldPermutationPass

@@ -32,12 +32,11 @@ class Record(_Quantised, total=False):
 
 
 class Mark(TypedDict, total=False):
-    """`node.meta[META]`: the Linear or Linears that a node computes, their group, and the width of their codes."""
+    """`node.meta[META]`: the Linear or Linears that a node computes, and their group."""
 
     site: str
     sites: list[str]
     group: str
-    bits: int
 
 
 def is_quantised(program: ExportedProgram) -> bool:

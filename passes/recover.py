@@ -1,23 +1,21 @@
-"""The inverse of the rewrite: packed groups and sites of a program that was quantised."""
+"""The inverse of the rewrite: inputs and layers of a program that was quantised."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
-from lopro_fx.passes.calls import PACKED_EMBEDDING, PACKED_LINEAR, PROJECT, ROTATE
-from lopro_fx.passes.operands import Operands, operands
-from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.layer import Factor, Input, Layer, Transform
+from lopro_fx.passes.calls import PROJECT, ROTATE, packed_calls, stored_weight
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.passes.weights import parameter_fqns, tensor_of
 
-# Names in a group of what `lopro::project` reads.
-_FACTOR = {"down": "down", "scale": "down_scale"}
 
-
-def recover(program: ExportedProgram) -> tuple[dict[str, PackedGroup], dict[str, PackedSite]]:
-    """Groups and sites by name, as `RewritePass` takes them; the tensors are the program's own.
+def recover(program: ExportedProgram) -> tuple[dict[str, Input], dict[str, Layer]]:
+    """Inputs and layers by name, as `RewritePass` takes them; the tensors are the program's own.
 
     Raises:
         GraphError: the program was not quantised, or was optimised after it, which merges and folds what is asked for.
@@ -25,35 +23,35 @@ def recover(program: ExportedProgram) -> tuple[dict[str, PackedGroup], dict[str,
     record = record_of(program, "recover")
     if "optimized" in record:
         raise GraphError("this program was optimised, which merges its layers: take the one before lopro_fx.optimize")
-    rotations = {group_of(node): operands(node) for node in _calls(program, ROTATE)}
-    projections = {group_of(node): operands(node) for node in _calls(program, PROJECT)}
     fqns = parameter_fqns(program)
 
-    def tensors(call: Operands | None) -> dict[str, Tensor]:
-        weights = call.weights if call else {}
-        return {key: tensor_of(program, fqns[node.name]) for key, node in weights.items()}
+    def stored(node: Node) -> Tensor:
+        return tensor_of(program, fqns[node.name])
 
-    looked_up = {name for node in _calls(program, PACKED_EMBEDDING) for name in sites_of(node)}
-    groups, sites = {}, {}
-    for node in _calls(program, PACKED_LINEAR):
+    def factor(values: Node | None, scale: Node | None, dim: int) -> Factor | None:
+        return None if values is None else Factor(stored(values), None if scale is None else stored(scale), dim)
+
+    looked_up = {name for node in packed_calls(program.graph, "embedding") for name in sites_of(node)}
+    layers: dict[str, Layer] = {}
+    for node in packed_calls(program.graph, "linear"):
         (name,), call = sites_of(node), operands(node)
-        if name in sites:
-            continue
-        row = record["sites"][name]
-        rows, width = row["shape"]
-        sites[name] = PackedSite(
-            name, group_of(node), call.bits, call.group_size, rows, width, tensors(call), row,
-            embedding=name in looked_up,
-        )  # fmt: skip
-    for name, members in record["groups"].items():
-        turn = rotations.get(name)
-        block, skip = (turn.block, turn.skip) if turn else (1, 0)
-        factor = {_FACTOR[key]: tensor for key, tensor in tensors(projections.get(name)).items()}
-        shared = {**tensors(turn), **factor}
-        width = sites[members[0]].in_features
-        groups[name] = PackedGroup(name, tuple(members), width, block, skip, shared)
-    return groups, sites
+        if name not in layers:
+            up, weight = factor(call.up, call.up_scale, 1), stored_weight(node, stored)
+            layers[name] = Layer(name, group_of(node), weight, up, record["sites"][name], name in looked_up)
+    transforms = {group_of(node): operands(node) for node in _calls(program, ROTATE)}
+    projections = {group_of(node): operands(node) for node in _calls(program, PROJECT)}
+    inputs = {}
+    for name, readers in record["groups"].items():
+        transform, down = Transform(), None
+        if name in transforms:
+            call = transforms[name]
+            perm, signs = (None if node is None else stored(node) for node in (call.perm, call.signs))
+            transform = Transform(perm, signs, call.block, call.skip)
+        if name in projections:
+            down = factor(projections[name].down, projections[name].scale, 0)
+        inputs[name] = Input(name, tuple(readers), layers[readers[0]].in_features, transform, down)
+    return inputs, layers
 
 
-def _calls(program: ExportedProgram, target: object) -> list:
+def _calls(program: ExportedProgram, target: object) -> list[Node]:
     return list(program.graph.find_nodes(op="call_function", target=target))  # pyright: ignore[reportArgumentType]

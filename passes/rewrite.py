@@ -1,4 +1,4 @@
-"""Replace each calibrated Linear by rotate → project → packed_linear, and embeddings tied to it by packed_embedding."""
+"""Replace each calibrated Linear by rotate → project → linear of its format, and embeddings tied to it by lookups."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
+from lopro_fx.kernels.formats.registry import operator_of
+from lopro_fx.layer import Input, Layer
 from lopro_fx.passes.base import ProgramPass, counters
-from lopro_fx.passes.calls import PACKED_EMBEDDING, PACKED_LINEAR, PROJECT, ROTATE
+from lopro_fx.passes.calls import PROJECT, ROTATE, packed_calls
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.operands import Operands
-from lopro_fx.passes.packed import PackedGroup, PackedSite
 from lopro_fx.passes.record import META, Mark, sites_of
 from lopro_fx.passes.sites import Site, find_sites
 from lopro_fx.passes.ties import identity
@@ -24,8 +25,8 @@ from lopro_fx.passes.ties import identity
 _Buffers = Mapping[str, dict[str, Node]]
 
 
-class _Input(NamedTuple):
-    """What the sites of a group read instead of one value, and the last of them so far.
+class _Shared(NamedTuple):
+    """What the layers of an input read instead of one value, and the last of them so far.
 
     It is `computed` unless they read the value itself.
     """
@@ -37,67 +38,64 @@ class _Input(NamedTuple):
 
 
 class RewritePass(ProgramPass):
-    """Rewrites every site of `sites` that the program has.
+    """Rewrites every layer of `layers`.
 
-    Embeddings that share the weight of a site with `embedding` look up its packed rows.
+    Embeddings that share the weight of a layer with `embedding` look up its packed rows.
 
     Args:
-        groups: packed groups by name.
-        sites: packed sites by FQN; each must exist in the program with the same shape.
+        inputs: by name.
+        layers: by FQN; each must exist in the program with the same shape.
         info: stored as the program's own record.
 
     Raises:
-        GraphError: the program lacks a site, or a shape differs.
+        GraphError: the program lacks a layer, or a shape differs.
     """
 
     name = "rewrite"
 
-    def __init__(
-        self, groups: Mapping[str, PackedGroup], sites: Mapping[str, PackedSite], info: Mapping[str, Any]
-    ) -> None:
-        self._groups, self._sites, self._info = groups, sites, info
+    def __init__(self, inputs: Mapping[str, Input], layers: Mapping[str, Layer], info: Mapping[str, Any]) -> None:
+        self._inputs, self._layers, self._info = inputs, layers, info
 
     def requires(self, program: ExportedProgram) -> None:
-        found = _all_sites(program, self._sites)
-        missing = [name for name in self._sites if name not in found]
+        found = _all_sites(program, self._layers)
+        missing = [name for name in self._layers if name not in found]
         if missing:
             raise GraphError(
-                f"the program has no Linear '{missing[0]}' ({len(missing)} of {len(self._sites)} calibrated layers are "
-                "missing); was it exported from the same model, and not quantised or decomposed yet?"
+                f"the program has no Linear '{missing[0]}' ({len(missing)} of {len(self._layers)} calibrated layers "
+                "are missing); was it exported from the same model, and not quantised or decomposed yet?"
             )
-        for name, packed in self._sites.items():
+        for name, packed in self._layers.items():
             have = (found[name].out_features, found[name].in_features)
             want = (packed.out_features, packed.in_features)
             if have != want:
                 raise GraphError(f"Linear '{name}' has a weight of {have}, but was calibrated as {want}")
 
     def call(self, program: ExportedProgram) -> ExportedProgram:
-        found = _all_sites(program, self._sites)
+        found = _all_sites(program, self._layers)
         editor = ProgramEditor(program)
-        shared, own = _add_buffers(editor, self._groups), _add_buffers(editor, self._sites)
-        inputs: dict[tuple[str, Node], _Input] = {}
+        shared, own = _add_buffers(editor, self._inputs), _add_buffers(editor, self._layers)
+        inputs: dict[tuple[str, Node], _Shared] = {}
         # Graph order: the first reader of an input places the rotation, so it stands before all of them.
         order = {node: index for index, node in enumerate(editor.graph.nodes)}
         uses = [(editor.by_name[node.name], site) for site in self._ordered(found) for node in site.nodes]
         for node, site in sorted(uses, key=lambda use: order[use[0]]):
             self._rewrite(editor, node, site, own[site.name], shared, inputs)
             counters["rewrite.linear"] += 1
-        for name, packed in self._sites.items():
+        for name, packed in self._layers.items():
             for node in found[name].embeddings if packed.embedding else ():
                 _look_up(editor, editor.by_name[node.name], packed, own[name])
                 counters["rewrite.embedding"] += 1
-        _drop_weights(editor, {found[name].weight for name in self._sites})
+        _drop_weights(editor, {found[name].weight for name in self._layers})
         editor.graph_module.meta[META] = dict(self._info)
         return editor.finish()
 
     def ensures(self, program: ExportedProgram) -> None:
-        calls = program.graph.find_nodes(op="call_function", target=PACKED_LINEAR)
-        done = {name for node in calls for name in sites_of(node)}
-        for name in self._sites:
+        done = {name for node in packed_calls(program.graph, "linear") for name in sites_of(node)}
+        for name in self._layers:
             self.promise(name in done, f"'{name}' is not packed")
 
     def _ordered(self, found: Mapping[str, Site]) -> list[Site]:
-        return [found[name] for name in self._sites]
+        return [found[name] for name in self._layers]
 
     def _rewrite(
         self,
@@ -106,10 +104,10 @@ class RewritePass(ProgramPass):
         site: Site,
         own: Mapping[str, Node],
         shared: _Buffers,
-        inputs: dict[tuple[str, Node], _Input],
+        inputs: dict[tuple[str, Node], _Shared],
     ) -> None:
-        packed = self._sites[site.name]
-        group = self._groups[packed.group]
+        layer = self._layers[site.name]
+        group = self._inputs[layer.input]
         source = linear.args[0]
         bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
@@ -120,12 +118,12 @@ class RewritePass(ProgramPass):
         else:
             rotated, latent = known.rotated, known.latent
         operands = Operands.of(
-            PACKED_LINEAR, x=rotated, bias=bias, latent=latent if "up" in own else None, bits=packed.bits,
-            group_size=packed.group_size, **own,
+            operator_of(layer.weight.format, "linear"), x=rotated, bias=bias,
+            latent=None if layer.up is None else latent, **layer.weight.spec, **own,
         )  # fmt: skip
         call = editor.add_operator(linear, f"packed_{linear.name}", operands, linear)
-        call.meta[META] = Mark(site=site.name, group=group.name, bits=packed.bits)
-        inputs[group.name, source] = _Input(rotated, latent, call, rotated is not source or latent is not None)
+        call.meta[META] = Mark(site=site.name, group=group.name)
+        inputs[group.name, source] = _Shared(rotated, latent, call, rotated is not source or latent is not None)
         # Its input and bias have readers; its weight may be a view that now has none.
         read = linear.all_input_nodes
         editor.replace(linear, call)
@@ -137,7 +135,7 @@ class RewritePass(ProgramPass):
         editor: ProgramEditor,
         before: Node,
         source: Node,
-        group: PackedGroup,
+        group: Input,
         shared: Mapping[str, Node],
     ) -> tuple[Node, Node | None]:
         """Rotation and down-projection of one input, placed before its first reader; the latent is None at rank 0."""
@@ -145,23 +143,23 @@ class RewritePass(ProgramPass):
         def add(kind: str, operands: Operands) -> Node:
             node = editor.add_operator(before, f"{kind}_{before.name}", operands, before)
             # Several modules read the value, so it belongs to the innermost one around them all.
-            if len(group.members) > 1 and "nn_module_stack" in node.meta:
-                node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], group.members)
+            if len(group.readers) > 1 and "nn_module_stack" in node.meta:
+                node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], group.readers)
             node.meta[META] = Mark(group=group.name)
             counters[f"rewrite.{kind}"] += 1
             return node
 
-        rotated = source
-        if group.rotates:
-            turn = {"perm": shared.get("perm"), "signs": shared.get("signs"), "block": group.block, "skip": group.skip}
-            rotated = add("rotate", Operands.of(ROTATE, x=source, **turn))
+        rotated, transform = source, group.transform
+        if not transform.is_identity:
+            turn = {"perm": shared.get("perm"), "signs": shared.get("signs")}
+            rotated = add("rotate", Operands.of(ROTATE, x=source, block=transform.block, skip=transform.skip, **turn))
         if "down" not in shared:
             return rotated, None
         project = Operands.of(PROJECT, x=rotated, down=shared["down"], scale=shared.get("down_scale"))
         return rotated, add("project", project)
 
 
-def _add_buffers(editor: ProgramEditor, owners: Mapping[str, PackedGroup] | Mapping[str, PackedSite]) -> _Buffers:
+def _add_buffers(editor: ProgramEditor, owners: Mapping[str, Input] | Mapping[str, Layer]) -> _Buffers:
     """Placeholders of the owners' tensors, by the names of owner and tensor."""
     return {
         name: {key: editor.add_buffer(f"{owner.name}.{key}", tensor) for key, tensor in owner.tensors.items()}
@@ -169,14 +167,13 @@ def _add_buffers(editor: ProgramEditor, owners: Mapping[str, PackedGroup] | Mapp
     }
 
 
-def _look_up(editor: ProgramEditor, embedding: Node, packed: PackedSite, own: Mapping[str, Node]) -> None:
-    table = {key: own[key] for key in ("codes", "scales", "zeros")}
+def _look_up(editor: ProgramEditor, embedding: Node, layer: Layer, own: Mapping[str, Node]) -> None:
     lookup = Operands.of(
-        PACKED_EMBEDDING, ids=embedding.args[1], bits=packed.bits, group_size=packed.group_size,
-        in_features=packed.in_features, dtype=embedding.meta["val"].dtype, **table,
+        operator_of(layer.weight.format, "embedding"), ids=embedding.args[1], in_features=layer.in_features,
+        dtype=embedding.meta["val"].dtype, **layer.weight.spec, **{key: own[key] for key in layer.weight.tensors},
     )  # fmt: skip
     call = editor.add_operator(embedding, f"packed_{embedding.name}", lookup, embedding)
-    call.meta[META] = Mark(site=packed.name, group=packed.group, bits=packed.bits)
+    call.meta[META] = Mark(site=layer.name, group=layer.input)
     editor.replace(embedding, call)
 
 

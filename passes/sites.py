@@ -90,7 +90,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Left:
+class Skipped:
     """A product with a parameter that stays as it is, with the reason."""
 
     name: str
@@ -101,10 +101,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `find_sites` decided: groups to rewrite, output projections to pack (each alone), and what is left."""
+    """What `find_sites` decided: groups to rewrite, output projections to pack (each alone), and what is skipped."""
 
     groups: list[Group]
-    left: list[Left]
+    skipped: list[Skipped]
     heads: list[Group] = field(default_factory=list)
 
     @property
@@ -138,7 +138,7 @@ def find_sites(
     # By the weight's FQN: Linears that share a weight are one site, named after the first.
     sites: dict[str, Site] = {}
     outputs: set[str] = set()
-    left: list[Left] = []
+    skipped: list[Skipped] = []
     rejected: set[str] = set()
     for node in program.graph.nodes:
         if node.op != "call_function" or (node.target is not _LINEAR and _packet(node) not in _PRODUCTS):
@@ -146,8 +146,8 @@ def find_sites(
         found = _weight_of(node, weights)
         if found is None:
             if node.target is _LINEAR:
-                left.append(
-                    Left(node.name, str(node.target), (), "its weight is computed in the graph, not a parameter")
+                skipped.append(
+                    Skipped(node.name, str(node.target), (), "its weight is computed in the graph, not a parameter")
                 )
             continue
         fqn = weights.fqn(found)
@@ -178,7 +178,7 @@ def find_sites(
             reason = output or _reason_to_keep(node, routers)
         if reason:
             rejected.add(fqn)
-            left.append(Left(name, str(node.target), tuple(tensor.shape), reason))
+            skipped.append(Skipped(name, str(node.target), tuple(tensor.shape), reason))
             continue
         matrix = tensor.t() if transposed else tensor
         bias = node.args[2] if len(node.args) > 2 else None
@@ -187,12 +187,12 @@ def find_sites(
         owners = [other.removesuffix(".weight") for other in tied]
         rows, width = matrix.shape
         sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed, owners)
-    left += [
-        Left(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
+    skipped += [
+        Skipped(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module, weights)
     ]
     grouped = _grouped(site for fqn, site in sites.items() if fqn not in outputs)
-    return Selection(grouped, left, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
+    return Selection(grouped, skipped, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
 
 
 def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:

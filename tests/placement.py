@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
 from lopro_fx import GPTQ, RTN, LoPRo, Method
-from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.methods.solve import solve
+from lopro_fx.methods.observers import Statistics
 from lopro_fx.models import export_causal_lm
 from tests.elsewhere import ELSEWHERE, placed
 from tests.helpers import generator
@@ -52,7 +51,7 @@ def check_same_result(name: str) -> None:
     batches = [torch.randint(97, (2, 20), generator=generator(seed)) for seed in range(2)]
     here = lopro_fx.calibrate(program, batches, config)
     there, placement = placed(lambda: lopro_fx.calibrate(program, batches, config, device=ELSEWHERE))
-    for kept, other in ((here.groups, there.groups), (here.sites, there.sites)):
+    for kept, other in ((here.inputs, there.inputs), (here.layers, there.layers)):
         for key, owner in kept.items():
             for tensor, value in owner.tensors.items():
                 found = other[key].tensors[tensor]
@@ -72,8 +71,8 @@ def check_reads(name: str) -> None:
 
         def solved(x: torch.Tensor = x, weight: torch.Tensor = weight) -> object:
             x, weight = x.to(ELSEWHERE), weight.to(ELSEWHERE)
-            stats = Statistics(x.T @ x / len(x), x.abs().mean(0), len(x), len(x))
-            return solve([weight], stats, config, generator())
+            stats = Statistics({"gram": x.T @ x / len(x), "magnitude": x.abs().mean(0)}, len(x), len(x))
+            return config.solution([weight], stats, generator())
 
         reads.append(placed(solved)[1].reads)
     assert reads[1] == reads[0], f"{name}: {reads}"

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx import GPTQ, RTN, ConfigError, LoPRo, Method
-from lopro_fx.config import BITS, GROUP_SIZES, HEAD_BITS, LOW_RANK, TRANSFORMS, from_dict
+from lopro_fx.methods.base import HEAD_BITS
+from lopro_fx.methods.lopro import LOW_RANK, TRANSFORMS
+from lopro_fx.methods.registry import from_dict
+from lopro_fx.methods.rounding import BITS, GROUP_SIZES
 
 names = st.lists(st.text("abc.*?", min_size=1, max_size=8), max_size=3).map(tuple)
 

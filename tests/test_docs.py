@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lopro_fx
 from benchmarks.tables import filled, pages
+from lopro_fx.layer import Input, Layer, dense_weight
 from lopro_fx.methods.rotation import as_index, random_signs
-from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
 from tests.helpers import assert_close, generator
 from tests.programs import decoder, ids
 
@@ -51,14 +51,14 @@ def _codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return codes
 
 
-def _read(group: PackedGroup, site: PackedSite) -> np.ndarray:
+def _read(group: Input, site: Layer) -> np.ndarray:
     """The weight in the rotated coordinates, then taken back to the input's, as docs/format.md tells."""
     t = {key: tensor.numpy() for key, tensor in {**group.tensors, **site.tensors}.items()}
     rows, width = site.out_features, site.in_features
-    size = width if site.group_size == -1 else site.group_size
+    size = width if site.weight.spec["group_size"] == -1 else site.weight.spec["group_size"]
     groups = -(-width // size)
-    zeros = _codes(t["zeros"], site.bits, rows * groups).reshape(rows, groups)
-    codes = np.stack([_codes(row, site.bits, width) for row in t["codes"]])
+    zeros = _codes(t["zeros"], site.weight.spec["bits"], rows * groups).reshape(rows, groups)
+    codes = np.stack([_codes(row, site.weight.spec["bits"], width) for row in t["codes"]])
     column = np.arange(width) // size
     weight = t["scales"].astype(np.float64)[:, column] * (codes - zeros[:, column] - 0.5)
     if "up" in t:
@@ -68,23 +68,23 @@ def _read(group: PackedGroup, site: PackedSite) -> np.ndarray:
         weight = weight + up @ down
     # x' = T x, column by column of the identity.
     turn = np.eye(width)[t["perm"]] if "perm" in t else np.eye(width)
-    if "signs" in t and group.block > 1:
+    if "signs" in t and group.transform.block > 1:
         negated = np.unpackbits(t["signs"], bitorder="little")[:width].astype(bool)
-        negated[: group.skip] = False
+        negated[: group.transform.skip] = False
         turn[negated] *= -1
     hadamard = np.ones((1, 1))
-    while len(hadamard) < group.block:
+    while len(hadamard) < group.transform.block:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    for start in range(group.skip, width, group.block) if group.block > 1 else ():
-        part = slice(start, start + group.block)
-        turn[part] = hadamard @ turn[part] / group.block**0.5
+    for start in range(group.transform.skip, width, group.transform.block) if group.transform.block > 1 else ():
+        part = slice(start, start + group.transform.block)
+        turn[part] = hadamard @ turn[part] / group.transform.block**0.5
     return weight @ turn
 
 
-def _layers(config: lopro_fx.LoPRo) -> list[tuple[PackedGroup, PackedSite]]:
+def _layers(config: lopro_fx.LoPRo) -> list[tuple[Input, Layer]]:
     _, program = decoder()
     state = lopro_fx.calibrate(program, [ids()], config)
-    return [(state.groups[site.group], site) for site in state.sites.values()]
+    return [(state.inputs[site.input], site) for site in state.layers.values()]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 import lopro_fx
 from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState
 from lopro_fx.evaluation.perplexity import perplexity
+from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm, load_model
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.state import state_of
 from tests.families import QUANTISED, as_stored, batches, causal_lm, family
 from tests.helpers import SHARED, TOLERANCE, assert_close
@@ -50,8 +50,8 @@ def _stored(program: ExportedProgram) -> dict[str, Tensor]:
 def _twin(name: str, state: QuantState) -> torch.nn.Module:
     """The family's program in fp32 with every packed weight as a dense one, each near the one that it stands for."""
     module = copy.deepcopy(family(name).program.module())
-    for site in state.sites.values():
-        dense, weight = dense_weight(state.groups[site.group], site), module.get_parameter(f"{site.name}.weight")
+    for site in state.layers.values():
+        dense, weight = dense_weight(state.inputs[site.input], site), module.get_parameter(f"{site.name}.weight")
         assert_close(site.name, weight, as_stored(name, site.name, dense), 0.2)
         weight.data = as_stored(name, site.name, dense)
     return module
@@ -79,10 +79,10 @@ def test_every_linear_is_taken_or_listed(name: str) -> None:
     program = _quantised(name)
     explained, reported = lopro_fx.explain(family(name).program, CONFIG), lopro_fx.report(program)
     assert {line.name for line in explained.taken} == {row["name"] for row in reported.rows}
-    assert all(line.reason for line in explained.left)
-    assert [(line.name, line.reason) for line in explained.left] == list(reported.left)
+    assert all(line.reason for line in explained.skipped)
+    assert [(line.name, line.reason) for line in explained.skipped] == list(reported.skipped)
     linears = list(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
-    assert len(linears) == len([line for line in explained.left if "aten.linear" not in line.reason])
+    assert len(linears) == len([line for line in explained.skipped if "aten.linear" not in line.reason])
     assert all(row["relative_loss"] < 0.1 for row in reported.rows)
     assert set(program.range_constraints.items()) == set(family(name).program.range_constraints.items())
 
@@ -125,14 +125,14 @@ def test_naming_a_tied_head_alone_takes_it_alone() -> None:
     config = LoPRo(bits=8, rank=0, group_size=32, include="lm_head")
     state = lopro_fx.calibrate(chosen.program, batches(chosen), config)
     taken = lopro_fx.apply(chosen.program, state)
-    assert [row["name"] for row in lopro_fx.report(taken).rows] == list(state.sites) == ["lm_head"]
+    assert [row["name"] for row in lopro_fx.report(taken).rows] == list(state.layers) == ["lm_head"]
     inputs = chosen.inputs(9, 3)
     with torch.no_grad():
         hidden: list[Tensor] = []
         twin = causal_lm("gpt2")
         twin.lm_head.register_forward_pre_hook(lambda _, seen: hidden.append(seen[0]))
         twin(*inputs, use_cache=False)
-        expected = hidden[0] @ dense_weight(state.groups[state.sites["lm_head"].group], state.sites["lm_head"]).T
+        expected = hidden[0] @ dense_weight(state.inputs[state.layers["lm_head"].group], state.layers["lm_head"]).T
     assert_close("logits", expected, _run(taken, inputs), 2e-5)
 
 

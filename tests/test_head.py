@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch.nn import functional
 
 import lopro_fx
 from lopro_fx import GPTQ, RTN, GraphError, LoPRo, QuantState
+from lopro_fx.layer import dense_weight, stored_bytes
 from lopro_fx.models import export_causal_lm, export_scorer
 from lopro_fx.passes.operands import operands
-from lopro_fx.passes.packed import dense_weight, stored_bytes
 from lopro_fx.passes.record import META
 from tests.families import VOCAB, as_stored, causal_lm, family
 from tests.helpers import assert_close, generator
@@ -57,9 +58,9 @@ def _case(tied: bool, head_bits: int = 8, dtype: torch.dtype = torch.float32) ->
 def _fake_quantised(model: nn.Module, state: QuantState, family_name: str = "llama") -> nn.Module:
     """The model with every packed weight as a dense one; a tied embedding stays tied."""
     twin = copy.deepcopy(model)
-    for name, site in state.sites.items():
+    for name, site in state.layers.items():
         weight = twin.get_parameter(f"{name}.weight")
-        weight.data = as_stored(family_name, name, dense_weight(state.groups[site.group], site)).to(weight.dtype)
+        weight.data = as_stored(family_name, name, dense_weight(state.inputs[site.input], site)).to(weight.dtype)
     return twin
 
 
@@ -114,13 +115,13 @@ def test_an_untied_embedding_stays_as_it_is() -> None:
 
 def test_other_layers_are_as_without_it() -> None:
     (_, state), (_, plain) = _case(tied=True), _case(tied=True, head_bits=0)
-    assert set(state.sites) - set(plain.sites) == {HEAD}
-    ((name, reason),) = plain.left
+    assert set(state.layers) - set(plain.sites) == {HEAD}
+    ((name, reason),) = plain.skipped
     assert name == HEAD
     assert "tied" in reason
-    assert state.left == []
+    assert state.skipped == []
     for name, site in plain.sites.items():
-        assert all(torch.equal(state.sites[name].tensors[key], tensor) for key, tensor in site.tensors.items())
+        assert all(torch.equal(state.layers[name].tensors[key], tensor) for key, tensor in site.tensors.items())
 
 
 def test_the_report_counts_it_once() -> None:
@@ -133,7 +134,9 @@ def test_the_report_counts_it_once() -> None:
     assert row["bits_per_weight"] == 8 * (VOCAB * (64 + 2 * 2) + 4 * words) / (VOCAB * 48)
     assert (row["name"], row["method"], row["bits"], row["rank"], row["transform"]) == (HEAD, "rtn", 8, 0, "identity")
     assert 0 < row["relative_loss"] < 1e-4
-    assert report.weights == state.weights == sum(site.out_features * site.in_features for site in state.sites.values())
+    assert (
+        report.weights == state.weights == sum(math.prod(site.weight.shape) for site in state.layers.values())
+    )
     assert report.packed_bytes == state.packed_bytes
     assert report.packed_bytes + report.kept_bytes == stored_bytes(result.state_dict.values())
     explanation = lopro_fx.explain(program, CONFIG)
@@ -188,10 +191,10 @@ def test_a_run_continues_from_its_folder(tmp_path: Path) -> None:
     program, state = _case(tied=True)
     for _ in range(2):
         again = lopro_fx.calibrate(program, [_tokens(2, 16)], CONFIG, resume=tmp_path)
-        assert list(again.sites) == list(state.sites)
-        assert again.sites[HEAD].embedding
-        for key, tensor in state.sites[HEAD].tensors.items():
-            assert torch.equal(again.sites[HEAD].tensors[key], tensor)
+        assert list(again.layers) == list(state.layers)
+        assert again.layers[HEAD].embedding
+        for key, tensor in state.layers[HEAD].tensors.items():
+            assert torch.equal(again.layers[HEAD].tensors[key], tensor)
     assert (tmp_path / f"{HEAD}.safetensors").is_file()
 
 
@@ -241,7 +244,7 @@ def test_other_families(name: str) -> None:
     config = RTN(bits=8, head_bits=8, group_size=32, clip_steps=0)
     state = lopro_fx.calibrate(chosen.program, None, config)
     result = lopro_fx.apply(chosen.program, state)
-    assert state.sites[HEAD].embedding
+    assert state.layers[HEAD].embedding
     assert len(_calls(result, LOOKUP)) == 1
     inputs = chosen.inputs(9, 3)
     with torch.no_grad():
@@ -254,22 +257,22 @@ def test_nothing_but_the_head() -> None:
     program, _ = _case(tied=True)
     for config in (RTN(include=(), head_bits=8), GPTQ(include=(), head_bits=8)):
         state = lopro_fx.calibrate(program, [_tokens(2, 16)], config)
-        assert list(state.sites) == [HEAD]
-        assert state.sites[HEAD].group_size == 64
+        assert list(state.layers) == [HEAD]
+        assert state.layers[HEAD].group_size == 64
 
 
 def test_exclude_wins() -> None:
     program, _ = _case(tied=True)
     result = lopro_fx.quantize(program, None, RTN(exclude=(HEAD,), head_bits=8))
     assert not _calls(result, LOOKUP)
-    assert "excluded" in dict(lopro_fx.report(result).left)[HEAD]
+    assert "excluded" in dict(lopro_fx.report(result).skipped)[HEAD]
     assert f"{HEAD}.weight" in result.state_dict
 
 
 def test_an_include_that_names_it_wins() -> None:
     program, _ = _case(tied=True)
     state = lopro_fx.calibrate(program, None, RTN(bits=4, include=("*", HEAD), head_bits=8))
-    assert (state.sites[HEAD].bits, state.sites[HEAD].embedding) == (4, False)
+    assert (state.layers[HEAD].bits, state.layers[HEAD].embedding) == (4, False)
     assert len(_calls(lopro_fx.apply(program, state), EMBEDDING)) == 1
 
 
@@ -286,13 +289,13 @@ def test_a_table_that_a_third_node_reads_is_left() -> None:
 
     program = export(seeded(Normed()), ids())
     result = lopro_fx.quantize(program, None, RTN(bits=4, head_bits=8))
-    (reason,) = (reason for name, reason in lopro_fx.report(result).left if name == HEAD)
+    (reason,) = (reason for name, reason in lopro_fx.report(result).skipped if name == HEAD)
     assert "'linalg_vector_norm'" in reason
     assert not _calls(result, LOOKUP)
     assert torch.isfinite(_run(result, ids())).all()
     # A state from a program without that reader still fits: the reader keeps the dense table.
     state = lopro_fx.calibrate(program, None, RTN(bits=4))
-    ((name, reason),) = state.left
+    ((name, reason),) = state.skipped
     assert name == HEAD
     assert "tied" in reason
 
@@ -313,7 +316,7 @@ def test_a_table_of_which_the_projection_is_a_part_is_left() -> None:
             return functional.linear(self.inner(functional.embedding(tokens, self.table)), self.weight)
 
     result = lopro_fx.quantize(export(Padded(), ids()), None, RTN(bits=4, head_bits=8))
-    (reason,) = (reason for _, reason in lopro_fx.report(result).left)
+    (reason,) = (reason for _, reason in lopro_fx.report(result).skipped)
     assert "'table'" in reason
 
 

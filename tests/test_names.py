@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx import RTN, LoPRo
-from lopro_fx.passes.packed import dense_weight
+from lopro_fx.layer import dense_weight
 from lopro_fx.state import state_of
 from tests.helpers import assert_close, generator
 from tests.programs import seeded
@@ -61,16 +61,16 @@ def _quantised(program: ExportedProgram, module: nn.Module) -> tuple[lopro_fx.Qu
     with tempfile.TemporaryDirectory() as folder:
         first, state = (lopro_fx.calibrate(program, [_x()], CONFIG, resume=folder) for _ in range(2))
         files = [file.name for file in Path(folder).iterdir()]
-        assert len({name.casefold() for name in files}) == len(files) == 1 + len(state.groups)
+        assert len({name.casefold() for name in files}) == len(files) == 1 + len(state.inputs)
         for name, site in first.sites.items():
-            assert torch.equal(site.tensors["codes"], state.sites[name].tensors["codes"])
+            assert torch.equal(site.tensors["codes"], state.layers[name].tensors["codes"])
             # Only what was read, and not solved again, has the same time.
-            assert site.row == state.sites[name].row
+            assert site.metrics == state.layers[name].metrics
         lopro_fx.save_state(state, Path(folder) / "state")
         state = lopro_fx.load_state(Path(folder) / "state")
     with torch.no_grad():
-        for name, site in state.sites.items():
-            module.get_submodule(name).weight.copy_(dense_weight(state.groups[site.group], site))
+        for name, site in state.layers.items():
+            module.get_submodule(name).weight.copy_(dense_weight(state.inputs[site.input], site))
         return state, module(_x())
 
 
@@ -102,14 +102,14 @@ def test_every_name_that_export_takes_is_taken(one: str, other: str) -> None:
         assume(False)
     runs = _runs(program, module)
     state, expected = _quantised(program, module)
-    assert set(state.sites) == {f"inside.{one}", f"inside.{other}", "outside"}
+    assert set(state.layers) == {f"inside.{one}", f"inside.{other}", "outside"}
     result = lopro_fx.apply(program, state)
     again = state_of(result)
     assert all(
-        torch.equal(again.sites[name].tensors["scales"], site.tensors["scales"]) for name, site in state.sites.items()
+        torch.equal(again.layers[name].tensors["scales"], site.tensors["scales"]) for name, site in state.layers.items()
     )
     fast = lopro_fx.optimize(result, target="cpu", activations="float")
-    assert {row["name"] for row in lopro_fx.report(fast).rows} == set(state.sites)
+    assert {row["name"] for row in lopro_fx.report(fast).rows} == set(state.layers)
     if not runs:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -164,8 +164,8 @@ def test_parameters_may_be_named_like_modules() -> None:
     state = lopro_fx.calibrate(program, None, RTN(bits=8, group_size=32))
     result = lopro_fx.apply(program, state)
     with torch.no_grad():
-        first, last = (dense_weight(state.groups[site.group], site)
-                       for site in (state.sites["w"], state.sites["w_"]))  # fmt: skip
+        first, last = (dense_weight(state.inputs[site.input], site)
+                       for site in (state.layers["w"], state.layers["w_"]))  # fmt: skip
         expected = torch.relu(_x() @ first.T) @ last.T * norm
         assert_close("output", expected, _run(result), 1e-5)
         assert result.state_dict["w"].norm().item() == norm

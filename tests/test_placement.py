@@ -12,7 +12,7 @@ import torch
 from torch.utils import backend_registration
 
 import lopro_fx
-from lopro_fx.config import RTN
+from lopro_fx import RTN
 from lopro_fx.devices import full_precision
 from lopro_fx.passes.to_device import to_device
 from tests.programs import decoder

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lopro_fx
 from lopro_fx import GPTQ, RTN, CalibrationError, GraphError, LoPRo
-from lopro_fx.passes.packed import dense_weight
+from lopro_fx.layer import dense_weight
 from tests.helpers import assert_close, generator
 from tests.programs import WIDTH, Cached, Nested, Scaled, Twice, decoder, export, ids, rows, seeded
 
@@ -60,9 +60,9 @@ def test_packed_and_fake_quantised_programs_are_one(name: str, transform: str) -
     program = export(module, *batches[0][0], **batches[0][1])
     config = LoPRo(bits=4, group_size=32, rank=2, clip_steps=4, salient=16, transforms=transform)
     state = lopro_fx.calibrate(program, batches, config)
-    assert all(site.row["transform"] == transform for site in state.sites.values())
-    for site in state.sites.values():
-        dense = dense_weight(state.groups[site.group], site)
+    assert all(site.metrics["transform"] == transform for site in state.layers.values())
+    for site in state.layers.values():
+        dense = dense_weight(state.inputs[site.input], site)
         assert_close(site.name, twin.get_submodule(site.name).weight, dense, 0.2)
         twin.get_submodule(site.name).weight = nn.Parameter(dense)
     with torch.no_grad():
@@ -85,18 +85,18 @@ def test_what_follows_is_measured_on_what_will_be_stored(transform: str) -> None
     config = LoPRo(bits=3, group_size=32, rank=1, clip_steps=4, salient=16, transforms=transform, token_clip=0)
     program = export(module, _wide(16))
     state = lopro_fx.calibrate(program, batches, config)
-    last = state.sites["4"]
+    last = state.layers["4"]
     twin = copy.deepcopy(module)
-    for site in (state.sites["0"], state.sites["2"]):
-        twin.get_submodule(site.name).weight = nn.Parameter(dense_weight(state.groups[site.group], site))
+    for site in (state.layers["0"], state.layers["2"]):
+        twin.get_submodule(site.name).weight = nn.Parameter(dense_weight(state.inputs[site.input], site))
     with torch.no_grad():
         x = torch.cat([twin[:4](batch[0][0]).flatten(0, -2) for batch in batches]).double()
-    error = dense_weight(state.groups["4"], last).double() - module[4].weight.double()
+    error = dense_weight(state.inputs["4"], last).double() - module[4].weight.double()
     weight, gram = module[4].weight.double(), x.T @ x
     # What is assumed of directions that few tokens show (methods/prior.py) counts in the reported loss.
     gram.diagonal().add_((x.shape[1] / x.shape[0]) ** 2 * gram.diagonal().mean())
     relative = (error @ gram * error).sum() / (weight @ gram * weight).sum()
-    assert last.row["relative_loss"] == pytest.approx(relative.item(), rel=2e-3)
+    assert last.metrics["relative_loss"] == pytest.approx(relative.item(), rel=2e-3)
 
 
 def test_a_state_fits_another_export_of_the_model() -> None:
@@ -115,18 +115,20 @@ def test_progress_grows_to_the_number_of_weights() -> None:
     assert done[0] == 0
     assert done[-1] == state.weights
     assert set(totals) == {state.weights}
-    assert list(labels[1:]) == list(state.groups)
+    assert list(labels[1:]) == list(state.inputs)
 
 
 def test_the_run_is_on_record() -> None:
     state = lopro_fx.calibrate(decoder()[1], [ids(2, 9), ids(3, 5)], CONFIG)
     assert state.info["calibration_tokens"] == 33
     assert state.config == CONFIG.to_dict()
-    ((name, reason),) = state.left
+    ((name, reason),) = state.skipped
     assert name == "lm_head"
     assert "tied" in reason
-    for site in state.sites.values():
-        assert {"bits", "group_size", "rank", "transform", "bits_per_weight", "relative_loss", "damp"} <= set(site.row)
+    for site in state.layers.values():
+        assert {"bits", "group_size", "rank", "transform", "bits_per_weight", "relative_loss", "damp"} <= set(
+            site.metrics
+        )
 
 
 def test_a_singular_gram_warns_and_is_on_record() -> None:
@@ -173,13 +175,13 @@ def test_what_is_excluded_does_not_change_the_others_seeds(batches: list[Tensor]
     _, program = decoder()
     whole = lopro_fx.calibrate(program, batches, CONFIG)
     part = lopro_fx.calibrate(program, batches, replace(CONFIG, exclude="blocks.0.*"))
-    assert part.groups.keys() == {name for name in whole.groups if name.startswith("blocks.1.")}
-    for name, group in part.groups.items():
-        assert torch.equal(group.tensors["signs"], whole.groups[name].tensors["signs"])
+    assert part.inputs.keys() == {name for name in whole.inputs if name.startswith("blocks.1.")}
+    for name, group in part.inputs.items():
+        assert torch.equal(group.tensors["signs"], whole.inputs[name].tensors["signs"])
     if batches is None:
-        for name, site in part.sites.items():
-            assert all(torch.equal(site.tensors[key], tensor) for key, tensor in whole.sites[name].tensors.items())
+        for name, site in part.layers.items():
+            assert all(torch.equal(site.tensors[key], tensor) for key, tensor in whole.layers[name].tensors.items())
     other = lopro_fx.calibrate(program, batches, replace(CONFIG, seed=1))
-    pairs = [(group.tensors["signs"], other.groups[name].tensors["signs"]) for name, group in whole.groups.items()]
+    pairs = [(group.tensors["signs"], other.inputs[name].tensors["signs"]) for name, group in whole.inputs.items()]
     assert not any(torch.equal(one, another) for one, another in pairs)
-    assert len({tuple(group.tensors["signs"].tolist()) for group in whole.groups.values()}) == len(whole.groups)
+    assert len({tuple(group.tensors["signs"].tolist()) for group in whole.inputs.values()}) == len(whole.inputs)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import lopro_fx
-from lopro_fx import GPTQ, RTN, GraphError, LoPRo
-from lopro_fx.config import Method
+from lopro_fx import GPTQ, RTN, GraphError, LoPRo, Method
+from lopro_fx.layer import dense_weight
 from lopro_fx.passes.calls import CPU_SITE
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.state import QuantState, state_of
 from tests.helpers import generator, relative_rms
 from tests.passes.quantised import run
@@ -52,7 +51,7 @@ def _state(unit: float, config: Method, both: bool = False) -> tuple[nn.Module, 
 
 
 def _errors(module: nn.Module, state: QuantState) -> dict[str, float]:
-    dense = {name: dense_weight(state.groups[site.group], site) for name, site in state.sites.items()}
+    dense = {name: dense_weight(state.inputs[site.input], site) for name, site in state.layers.items()}
     return {name: relative_rms(module.get_submodule(name).weight, weight) for name, weight in dense.items()}
 
 
@@ -86,11 +85,11 @@ def test_tiny_rows_beside_ordinary_ones_keep_their_error(method: str) -> None:
         module.first.weight[::5] *= 1e-9
         module.first.weight[3] = 0
     state = lopro_fx.calibrate(export(module, rows(200)), [rows(200)], METHODS[method])
-    site = state.sites["first"]
+    site = state.layers["first"]
     assert site.tensors["scales"].dtype == torch.float32
-    dense, weight = dense_weight(state.groups[site.group], site), module.first.weight.detach()
+    dense, weight = dense_weight(state.inputs[site.input], site), module.first.weight.detach()
     error = (dense - weight).double().norm(dim=1) / weight.double().norm(dim=1)
-    if "perm" not in state.groups[site.group].tensors and not method.startswith(("lopro", "fp16", "paper")):
+    if "perm" not in state.inputs[site.input].tensors and not method.startswith(("lopro", "fp16", "paper")):
         assert torch.equal(dense[3], torch.zeros(WIDTH))
     tiny, other = error[::5], error[1::5]
     assert tiny.max() < 2.5 * other[other.isfinite()].max()
@@ -99,7 +98,7 @@ def test_tiny_rows_beside_ordinary_ones_keep_their_error(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_ordinary_weights_cost_what_they_did(method: str) -> None:
     _, state = _state(1.0, METHODS[method])
-    for site in state.sites.values():
+    for site in state.layers.values():
         assert site.tensors["scales"].dtype == torch.float16
         assert site.tensors.get("up_scale", torch.zeros(0).half()).dtype == torch.float16
 
@@ -110,7 +109,7 @@ def test_every_form_computes_with_the_wide_scales(method: str, unit: float, tmp_
     module, state = _state(unit, METHODS[method])
     program = lopro_fx.apply(export(module, rows(200)), state)
     x = rows(5, seed=1)
-    dense = [dense_weight(state.groups[site.group], site) for site in state.sites.values()]
+    dense = [dense_weight(state.inputs[site.input], site) for site in state.layers.values()]
     want = [x @ weight.T for weight in dense]
 
     def check(got: tuple[Tensor, ...], ratio: float) -> None:
@@ -138,8 +137,8 @@ def test_heads_with_tiny_rows_keep_them() -> None:
         module.embed.weight[:4] *= 1e-20
     config = RTN(bits=4, group_size=32, head_bits=8)
     state = lopro_fx.calibrate(export(module, ids()), [ids()], config)
-    site = state.sites["lm_head"]
-    dense, weight = dense_weight(state.groups["lm_head"], site), module.embed.weight.detach()
+    site = state.layers["lm_head"]
+    dense, weight = dense_weight(state.inputs["lm_head"], site), module.embed.weight.detach()
     error = (dense - weight).double().norm(dim=1) / weight.double().norm(dim=1)
     assert error.max() < 0.01
 
@@ -166,5 +165,5 @@ def test_activations_of_any_size_calibrate_alike(method: str, unit: float) -> No
     want = lopro_fx.calibrate(export(module, x), [x], config)
     got = lopro_fx.calibrate(export(module, x), [x * unit], config)
     for name in want.sites:
-        pair = [state.sites[name].row["relative_loss"] for state in (want, got)]
+        pair = [state.layers[name].metrics["relative_loss"] for state in (want, got)]
         assert pair[1] == pytest.approx(pair[0], rel=0.15)

@@ -44,7 +44,7 @@ def _calibrate(folder: Path | None, config: LoPRo = CONFIG, progress: Progress |
 
 
 def _tensors(state: QuantState) -> dict[str, Tensor]:
-    owners = (*state.groups.values(), *state.sites.values())
+    owners = (*state.inputs.values(), *state.layers.values())
     return {f"{owner.name}.{key}": tensor for owner in owners for key, tensor in owner.tensors.items()}
 
 
@@ -75,8 +75,8 @@ def test_a_finished_run_is_read_back(whole: QuantState, tmp_path: Path) -> None:
     _calibrate(tmp_path)
     again = _calibrate(tmp_path)
     _same(again, whole)
-    assert {name: site.row["bits_per_weight"] for name, site in again.sites.items()} == {
-        name: site.row["bits_per_weight"] for name, site in whole.sites.items()
+    assert {name: site.metrics["bits_per_weight"] for name, site in again.layers.items()} == {
+        name: site.metrics["bits_per_weight"] for name, site in whole.layers.items()
     }
 
 

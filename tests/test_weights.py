@@ -13,8 +13,8 @@ from torch.nn import functional
 import lopro_fx
 from lopro_fx import RTN, LoPRo
 from lopro_fx.commands.target import Target
+from lopro_fx.layer import dense_weight
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.quantize import select
 from tests.helpers import TOLERANCE, assert_close
 from tests.programs import WIDTH, export, rows, seeded
@@ -62,7 +62,7 @@ def test_a_weight_may_be_a_buffer_or_a_constant(kind: str, tmp_path: Path) -> No
         twin = copy.deepcopy(module)
         with torch.no_grad():
             for site in states[1].sites.values():
-                dense = dense_weight(states[1].groups[site.group], site)
+                dense = dense_weight(states[1].inputs[site.input], site)
                 if kind == "constant" and site.name != "last":
                     twin.table = [dense]
                 else:
@@ -92,10 +92,10 @@ def test_linears_that_share_a_weight_keep_their_biases(strict: bool) -> None:
     module = seeded(Shared())
     program = torch.export.export(module, (rows(4),), strict=strict)
     state = lopro_fx.calibrate(program, [rows(4)], CONFIG)
-    (site,) = state.sites.values()
+    (site,) = state.layers.values()
     twin = copy.deepcopy(module)
     with torch.no_grad():
-        twin.one.weight.copy_(dense_weight(state.groups[site.group], site))
+        twin.one.weight.copy_(dense_weight(state.inputs[site.input], site))
         expected = twin(rows(4))
         for strictly in (False, True):
             again = torch.export.export(module, (rows(4),), strict=strictly)
@@ -121,12 +121,12 @@ def test_every_type_in_every_spelling(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         explanation = lopro_fx.explain(program)
         assert not explanation.taken
-        assert {line.name: "float64" in line.reason for line in explanation.left} == {"first": True, "last": True}
+        assert {line.name: "float64" in line.reason for line in explanation.skipped} == {"first": True, "last": True}
         return
     state = lopro_fx.calibrate(program, None, RTN(bits=8, group_size=32))
-    assert set(state.sites) == {"first", "last"}
+    assert set(state.layers) == {"first", "last"}
     result = lopro_fx.apply(program, state)
-    first, last = (dense_weight(state.groups[state.sites[name].group], state.sites[name]).double()
+    first, last = (dense_weight(state.inputs[state.layers[name].group], state.layers[name]).double()
                    for name in ("first", "last"))  # fmt: skip
     with torch.no_grad():
         got = result.module()(rows(4).to(dtype))

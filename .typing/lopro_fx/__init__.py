@@ -1,1 +1,75 @@
-../../lopro_fx/__init__.py
+"""lopro_fx: quantises language models to 2-4 bits after training, as a pass over torch.export programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lopro_fx.kernels.ops  # registers the lopro:: operators
+from lopro_fx.__about__ import __version__
+from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx.deploy import (
+    CacheSpec,
+    GenerationPrograms,
+    Generator,
+    export_aoti,
+    generate,
+    load,
+    load_package,
+    load_state,
+    package,
+    save,
+    save_state,
+)
+from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
+from lopro_fx.huggingface import pack_model, save_pretrained
+from lopro_fx.models.generation import export_for_generation
+from lopro_fx.passes.optimize import optimize
+from lopro_fx.quantize import apply, calibrate, quantize
+from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
+from lopro_fx.state import QuantState
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "BackendReport",
+    "CacheSpec",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "Explanation",
+    "GenerationPrograms",
+    "Generator",
+    "GraphError",
+    "LoPRo",
+    "LoProError",
+    "Method",
+    "ModelError",
+    "QuantState",
+    "Report",
+    "__version__",
+    "apply",
+    "backend_report",
+    "calibrate",
+    "explain",
+    "export_aoti",
+    "export_for_generation",
+    "generate",
+    "load",
+    "load_package",
+    "load_state",
+    "optimize",
+    "pack_model",
+    "package",
+    "quantize",
+    "report",
+    "save",
+    "save_pretrained",
+    "save_state",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Classes derived from those of transformers, which is imported when one of them is asked for.
+    if name in ("LoProConfig", "LoProQuantizer"):
+        return getattr(lopro_fx.huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

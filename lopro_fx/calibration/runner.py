@@ -1,8 +1,9 @@
 """Run an exported graph node by node on all batches in lockstep.
 
 Every value is dropped after its last use, so memory holds the live activations of all batches and no more. The runner
-stops at chosen nodes and hands out what they read; weights can be replaced there, so what follows sees them. It may run
-on another device than the one that holds the weights, which are then brought over for the node that reads them.
+stops at chosen nodes and hands out what they read; Linears can be replaced there, so what follows sees their results.
+It may run on another device than the one that holds the weights, which are then brought over for the node that reads
+them.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ _EMBEDDING = torch.ops.aten.embedding.default
 class LockstepRunner:
     """One pass of `program` over `batches` (flattened user inputs) on `device`.
 
-    `weights` maps a placeholder's name to the tensor to use in its place; the caller may change it at every stop.
+    `replaced` maps a Linear to what computes it in its place, from its input and bias; the caller may add to it at
+    every stop.
     """
 
     def __init__(
         self, program: ExportedProgram, batches: Sequence[Sequence[Any]], device: torch.device | None = None
     ) -> None:
-        self.weights: dict[str, Tensor] = {}
+        self.replaced: dict[Node, Callable[[Tensor, Tensor | None], Tensor]] = {}
         self.device = device or home_of(program)
         self._moves = self.device != home_of(program)
         self._program = program
@@ -109,11 +111,12 @@ class LockstepRunner:
             if node.target is _EMBEDDING:
                 self._check_indices(node, values, index)
             values[node] = self._call(node, values, brought)
+        # What was unpacked for it isn't needed any more.
+        self.replaced.pop(node, None)
 
     def _free(self, dead: Sequence[Node]) -> None:
         for node in dead:
             self._shared.pop(node, None)
-            self.weights.pop(node.name, None)
             for values in self._values:
                 values.pop(node, None)
 
@@ -123,10 +126,9 @@ class LockstepRunner:
     def _brought(self, node: Node) -> dict[Node, Any]:
         """Operands that are the same for every batch, where the node runs."""
         found = {}
+        unread = node.args[1] if node in self.replaced else None
         for operand in node.all_input_nodes:
-            if operand.name in self.weights:
-                found[operand] = self._near(self.weights[operand.name])
-            elif operand in self._shared:
+            if operand in self._shared and operand is not unread:
                 found[operand] = self._near(self._shared[operand])
         return found
 
@@ -140,8 +142,12 @@ class LockstepRunner:
         return map_aggregate(operands, load)
 
     def _call(self, node: Node, values: dict[Node, Any], brought: dict[Node, Any]) -> Any:
-        args, kwargs = self._resolve(node.args, values, brought), self._resolve(node.kwargs, values, brought)
-        target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
+        if node in self.replaced:
+            x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+            args, kwargs, target = self._resolve((x, bias), values, brought), {}, self.replaced[node]
+        else:
+            args, kwargs = self._resolve(node.args, values, brought), self._resolve(node.kwargs, values, brought)
+            target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
         try:
             return target(*args, **kwargs)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:

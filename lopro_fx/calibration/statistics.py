@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lopro_fx.calibration.padding import kept
 from lopro_fx.errors import CalibrationError
+from lopro_fx.methods.observers import Observer, Statistics
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """`gram` fp32 (n, n) = E[x xᵀ], `magnitude` fp32 (n,) = E|x|, `tokens` rows counted; tokens = 0 is data-free.
-
-    `distinct` counts tokens in different directions: no more than that are independent. Activations that are far from 1
-    are in another unit, a power of two, so that their squares are numbers in fp32.
-
-    `rows` fp32 (m,) weighs the error of each output feature of all Linears; None counts them the same.
-    """
-
-    gram: Tensor
-    magnitude: Tensor
-    tokens: int
-    distinct: int = 0
-    rows: Tensor | None = None
-
-
-def data_free(in_features: int, device: torch.device | str = "cpu") -> Statistics:
-    """Identity Gram: every input direction counts the same."""
-    return Statistics(
-        torch.eye(in_features, dtype=torch.float32, device=device),
-        torch.ones(in_features, dtype=torch.float32, device=device),
-        0,
-    )
+def data_free(in_features: int, observers: Iterable[Observer], device: torch.device | str = "cpu") -> Statistics:
+    """What stands for an input without data."""
+    return Statistics({observer.name: observer.data_free(in_features, device) for observer in observers}, 0)
 
 
 def measure(
     inputs: Sequence[Tensor],
     name: str,
     node: str,
+    observers: Sequence[Observer],
     token_clip: float = 0,
     importance: Sequence[Tensor] | None = None,
     visible: Sequence[Tensor | None] | None = None,
 ) -> Statistics:
-    """Accumulate over batches; each input is (..., n) of any float dtype.
+    """Show every token to the observers; each input is a batch (..., n) of any float dtype.
 
-    `importance`, fp32 (tokens,) for each batch, weighs tokens in the Gram. After that, a token whose squared norm is
-    above `token_clip` times the median is scaled down to that, again in the Gram only (0: no token is). One
+    `importance`, fp32 (tokens,) for each batch, weighs tokens. After that, the weight of a token whose squared norm is
+    above `token_clip` times the median is lowered to that (0: no token's is). One
     attention-sink token may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and the damping that is
     relative to it drowns every other token.
 
@@ -74,7 +54,7 @@ def measure(
     every = torch.cat(norms) * torch.cat(list(weights))
     # Zero tokens, such as padding, would make the median zero where they are the most.
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
-    gram, magnitude, tokens = norms[0].new_zeros(n, n), norms[0].new_zeros(n), 0
+    tokens = 0
     directions = _Directions(n)
     for index, (batch, text, norm, weight) in enumerate(zip(inputs, seen, norms, weights, strict=True)):
         if not torch.isfinite(norm).all():
@@ -85,15 +65,12 @@ def measure(
             )
         rows = tokens_of(batch, text)
         directions.add(rows, norm)
-        magnitude += rows.abs().sum(0)
         tokens += rows.shape[0]
         if token_clip:
             weight = weight * (limit / (norm * weight).clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
-        if token_clip or importance:
-            rows = rows * weight.sqrt().unsqueeze(1)
-        gram.addmm_(rows.T, rows)
-    count = max(tokens, 1)
-    return Statistics(gram / count, magnitude / count, tokens, directions.count)
+        for observer in observers:
+            observer.update(rows, weight if token_clip or importance else None)
+    return Statistics({observer.name: observer.result() for observer in observers}, tokens, directions.count)
 
 
 def _exponent(inputs: Sequence[Tensor]) -> int:

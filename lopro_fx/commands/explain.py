@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 import lopro_fx
 from lopro_fx.commands import output
 from lopro_fx.commands.source import add_model, open_model
-from lopro_fx.config import LoPRo
+from lopro_fx.methods.lopro import LoPRo
 
 
 def add(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.export import ExportedProgram
 import lopro_fx
 from lopro_fx.commands import data, output, target
 from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
-from lopro_fx.config import GROUP_SIZES, IMPORTANCE, METHODS, Method, from_dict
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.files import same_place
+from lopro_fx.methods.base import IMPORTANCE, Method
+from lopro_fx.methods.registry import METHODS, from_dict
+from lopro_fx.methods.rounding import GROUP_SIZES
 from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.models.positions import configured_limit
@@ -142,12 +145,11 @@ def run(args: Namespace) -> None:
 def _config(args: Namespace) -> Method:
     names = ("bits", "group_size", "rank", "importance", "include", "exclude", "head_bits", "seed")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.method != "lopro" and "rank" in values:
-        raise ConfigError(f"--rank {args.rank}: only lopro has a low-rank branch; leave it out for {args.method}")
-    # A language model's output is logits, which the gradient needs and a program in general needn't have.
-    if args.method == "lopro":
-        values.setdefault("importance", "gradient")
-    return from_dict({"method": args.method, **values})
+    known = {field.name for field in fields(METHODS[args.method])}
+    for name in values.keys() - known:
+        flag = name.replace("_", "-")
+        raise ConfigError(f"--{flag} {values[name]}: {args.method} has no such setting; leave it out")
+    return from_dict({"method": args.method, **METHODS[args.method].of_language_models, **values})
 
 
 def _quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -14,14 +15,14 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from lopro_fx.commands.output import write_result
-from lopro_fx.config import Method
 from lopro_fx.deploy.checkpoint import save
 from lopro_fx.deploy.manifest import JOURNAL, require_ours
 from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import replacing
+from lopro_fx.layer import stored_bytes
+from lopro_fx.methods.base import Method
 from lopro_fx.models.quiet import quiet
-from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.sites import Selection
 from lopro_fx.passes.ties import identity
 from lopro_fx.passes.weights import tensor_of
@@ -60,11 +61,12 @@ class Target:
         """
         taken = {identity(tensor_of(program, site.weight)) for site in selection.sites}
         kept = stored_bytes(tensor for _, tensor in unique(program.state_dict) if identity(tensor) not in taken)
-        widths = {site.name: config.head_bits for head in selection.heads for site in head.sites}
-        # Scales, zeros and factors take up to a bit a weight; packed tensors are in the journal and in the result.
-        packed = sum(site.out_features * site.in_features * (widths.get(site.name, config.bits) + 1) // 8
+        heads = {site.name for head in selection.heads for site in head.sites}
+        # Packed tensors are in the journal and in the result.
+        packed = sum(site.out_features * site.in_features
+                     * (config.head_bits + 1 if site.name in heads else config.most_bits()) / 8
                      for site in selection.sites)  # fmt: skip
-        needed = kept + 2 * packed
+        needed = kept + 2 * math.ceil(packed)
         free = shutil.disk_usage(self.journal.parent).free
         if free < needed:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")

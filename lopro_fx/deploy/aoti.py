@@ -17,13 +17,12 @@ from torch.export import ExportedProgram
 from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, GraphError, first_line
 from lopro_fx.files import reason_of, replacing, require_writable
-from lopro_fx.kernels.cpu_site.aoti import inductor_options
-from lopro_fx.kernels.cpu_site.build import BuildError
+from lopro_fx.kernels.errors import BuildError
 from lopro_fx.kernels.scratch import compiler_folder
+from lopro_fx.layer import stored_bytes
 from lopro_fx.passes import compat
-from lopro_fx.passes.calls import CPU_SITE
+from lopro_fx.passes.calls import format_of, packed_calls
 from lopro_fx.passes.mutation import clean_constants
-from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.record import is_quantised
 from lopro_fx.report.report import report
 
@@ -149,7 +148,7 @@ def compile_program(
             files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
     except BuildError as error:
         raise GraphError(
-            f"the program holds lopro::cpu_site, whose kernel can't be built: {error}; or optimise without target='cpu'"
+            f"the program calls a compiled kernel, which can't be built: {error}; or optimise without target='cpu'"
         ) from error
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
         if any(words in str(error) for words in _FULL):
@@ -163,7 +162,11 @@ def compile_program(
 
 
 def _kernel_options(program: ExportedProgram, folder: Path) -> AbstractContextManager[dict[str, Any]]:
-    if any(program.graph.find_nodes(op="call_function", target=CPU_SITE)):
-        folder.mkdir()
-        return inductor_options(folder)
-    return nullcontext({})
+    formats = {format_of(node) for node in packed_calls(program.graph, "cpu")}
+    if not formats:
+        return nullcontext({})
+    if len(formats) > 1:
+        names = ", ".join(sorted(format.name for format in formats))
+        raise GraphError(f"a package holds the compiled kernels of one format, and the program has {names}")
+    folder.mkdir()
+    return formats.pop().inductor_options(folder)

@@ -116,14 +116,14 @@ def save_state(state: QuantState, folder: str | Path) -> None:
     """
     folder = Path(folder)
     require_ours(folder)
-    groups, sites = state.groups.values(), state.sites.values()
-    unique, layout = tensors.split(records.tensors_of(groups, sites))
+    inputs, layers = state.inputs.values(), state.layers.values()
+    unique, layout = tensors.split(records.tensors_of(inputs, layers))
     record = {
         "layout": layout,
         "config": state.config,
-        "left": state.left,
+        "skipped": state.skipped,
         "info": state.info,
-        **records.describe(groups, sites),
+        **records.describe(inputs, layers),
     }
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -139,20 +139,17 @@ def load_state(folder: str | Path) -> QuantState:
         CheckpointError: as `load`.
     """
     folder = Path(folder)
-    read_manifest(folder, "state", _STATE_FILES)
+    manifest = read_manifest(folder, "state", _STATE_FILES)
     record = _read(folder / RECORD)
+    if manifest["version"] == 2:
+        record = {**records.from_version_2(record), "skipped": record["left"]}
     try:
-        groups, sites = records.restore(record, tensors.join(tensors.read(folder / TENSORS), record["layout"]))
+        values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
+        inputs, layers = records.restore(record, records.among(values))
     except KeyError as error:
         raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the state again") from error
-    left = [(name, reason) for name, reason in record["left"]]
-    return QuantState(
-        record["config"],
-        {group.name: group for group in groups},
-        {site.name: site for site in sites},
-        left,
-        record["info"],
-    )
+    skipped = [(name, reason) for name, reason in record["skipped"]]
+    return QuantState(record["config"], inputs, layers, skipped, record["info"])
 
 
 def _values(program: ExportedProgram) -> dict[str, Tensor]:

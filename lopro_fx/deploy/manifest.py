@@ -17,7 +17,9 @@ from lopro_fx.files import require_writable, write_json
 MANIFEST = "lopro_fx.json"
 JOURNAL = ".partial"  # of an unfinished run, in a folder beside which nothing can be put
 FORMAT = "lopro_fx checkpoint"
-VERSION = 2
+VERSION = 3
+# Versions that are read: a program is the same in both.
+_READ = (2, VERSION)
 
 
 def write_manifest(folder: Path, kind: str, files: Sequence[str]) -> None:
@@ -47,10 +49,10 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {first_line(error)}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} was not written by lopro_fx: its {MANIFEST} does not name the format")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in _READ:
         raise CheckpointError(
             f"{folder} has format version {manifest.get('version')}, but lopro_fx {__version__} reads version "
-            f"{VERSION}: use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
+            f"{' and '.join(map(str, _READ))}: use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
         )
     if manifest.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {manifest.get('kind')}, not a {kind}")

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
 
-from lopro_fx.config import LoPRo, Method
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.passes.fingerprint import Digest
 from lopro_fx.quantize import apply, calibrate
 from lopro_fx.state import QuantState

@@ -1,12 +1,7 @@
 """The part of a quantised state that its tensors don't tell, as the JSON that stands in `config.json`.
 
-    groups  by name, which is that of the Linear whose module holds what they share: block and skip of the rotation,
-            rank, dtypes of the factors and of the down factor's scales (null for none), and whether there are a
-            permutation and signs
-    sites   by name: the group, bits, group_size, dtypes of the scales and of the up factor's scales (null for none),
-            the embedding that holds the tensors, if one does, and others that read them too
-
-Shapes follow from these and from the sizes of the Linear.
+It is what `records.describe` gives, without the metrics, and for each layer the embedding that holds its weight, if one
+does ("embedding"), and others that read it too ("readers").
 """
 
 from __future__ import annotations
@@ -14,116 +9,77 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lopro_fx.kernels.packing.format import group_count, packed_words
-from lopro_fx.methods.rotation import as_index
-from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx import records
+from lopro_fx.layer import Input, Layer
 from lopro_fx.state import QuantState
-
-_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
 
 
 def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JSON of every group and of every site, by name: what `restore` reads.
+    """JSON of every input and of every layer, by name: what `restore` reads.
 
     Args:
         state: what to describe.
-        embeddings: names of the embeddings that read a site's weight, by the site's name; the first holds it.
+        embeddings: names of the embeddings that read a layer's weight, by the layer's name; the first holds it.
     """
-    groups = {name: _group(group) for name, group in state.groups.items()}
-    sites = {
-        name: {
-            "group": site.group,
-            "bits": site.bits,
-            "group_size": site.group_size,
-            "scales": _dtype(site.tensors["scales"]),
-            "up_scale": _dtype(site.tensors.get("up_scale")),
-            "embedding": next(iter(embeddings.get(name, ())), None),
-            "readers": list(embeddings.get(name, ())[1:]),
-        }
-        for name, site in state.sites.items()
-    }
-    return groups, sites
+    record = records.describe(state.inputs.values(), state.layers.values())
+    for name, entry in record["layers"].items():
+        del entry["metrics"]
+        readers = list(embeddings.get(name, ()))
+        entry |= {"embedding": readers[0] if readers else None, "readers": readers[1:]}
+    return record["inputs"], record["layers"]
 
 
-def restore(
+def restore(inputs: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[dict[str, Input], dict[str, Layer]]:
+    """Inputs and layers of a description, their tensors on the meta device.
+
+    Readers of an input that are none of the layers are left out, and inputs without readers.
+
+    Raises:
+        KeyError: an entry is missing.
+        ConfigError: a format isn't registered.
+    """
+    readers: dict[str, list[str]] = {}
+    for name, entry in layers.items():
+        readers.setdefault(entry["input"], []).append(name)
+    found = {name: {**inputs[name], "readers": own} for name, own in readers.items()}
+    return records.restore({"inputs": found, "layers": layers}, records.on_meta)
+
+
+def from_version_1(
     groups: Mapping[str, Any], sites: Mapping[str, Any], size: Callable[[str], tuple[int, int]]
-) -> tuple[list[PackedGroup], dict[str, PackedSite]]:
-    """Groups and sites of a description, their tensors on the meta device.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Descriptions of what lopro_fx 0.1 wrote, whose weights are all "affine".
 
     Args:
-        groups, sites: what `describe` gave.
-        size: (out_features, in_features) of a Linear by name.
+        groups, sites: as they stand in `config.json`.
+        size: (out_features, in_features) of a Linear of the model by name.
 
     Raises:
         KeyError: an entry is missing.
     """
-    made = {}
+    inputs, layers = {}, {}
     for name, entry in sites.items():
-        group, (rows, width) = groups[entry["group"]], size(name)
-        tensors = _site_tensors(entry, rows, width)
-        tensors |= _factor("up", (rows, group["rank"]), group, entry.get("up_scale", _scale_before(group)))
-        sizes = entry["bits"], entry["group_size"], rows, width
-        made[name] = PackedSite(name, entry["group"], *sizes, tensors, embedding=entry["embedding"] is not None)
-    members: dict[str, list[str]] = {}
-    for site in made.values():
-        members.setdefault(site.group, []).append(site.name)
-    packed = []
-    for name, sites_of_it in members.items():
-        entry, width = groups[name], made[sites_of_it[0]].in_features
-        tensors = _group_tensors(entry, width)
-        packed.append(PackedGroup(name, tuple(sites_of_it), width, entry["block"], entry["skip"], tensors))
-    return packed, made
+        group, (rows, columns) = groups[entry["group"]], size(name)
+        # The first folders don't name the dtypes of scales.
+        scale = "float16" if group["factors"] == "int8" else None
+        narrow = "int16" if columns <= 2**15 else "int32"
+        shared = {"perm": narrow if group["perm"] else None, "signs": "uint8" if group["signs"] else None,
+                  "down": group["factors"], "down_scale": group.get("down_scale", scale)}  # fmt: skip
+        own = {"codes": "int32", "scales": entry.get("scales", "float16"), "zeros": "int32",
+               "up": group["factors"], "up_scale": entry.get("up_scale", scale)}  # fmt: skip
+        sizes = {key: group[key] for key in ("block", "skip", "rank")}
+        inputs[entry["group"]] = {"readers": [], "in_features": columns, **sizes, "tensors": _given(shared)}
+        layers[name] = {
+            "input": entry["group"],
+            "format": "affine",
+            "shape": [rows, columns],
+            "spec": {"bits": entry["bits"], "group_size": entry["group_size"]},
+            "tensors": _given(own),
+            "embedding": entry["embedding"],
+            "readers": entry.get("readers", []),
+        }
+    return inputs, layers
 
 
-def _group(group: PackedGroup) -> dict[str, Any]:
-    down = group.tensors.get("down")
-    return {
-        "block": group.block,
-        "skip": group.skip,
-        "rank": 0 if down is None else down.shape[0],
-        "factors": _dtype(down),
-        "down_scale": _dtype(group.tensors.get("down_scale")),
-        "perm": "perm" in group.tensors,
-        "signs": "signs" in group.tensors,
-    }
-
-
-def _group_tensors(entry: Mapping[str, Any], width: int) -> dict[str, Tensor]:
-    tensors = {}
-    if entry["perm"]:
-        tensors["perm"] = as_index(_meta(width, torch.int32))
-    if entry["signs"]:
-        tensors["signs"] = _meta(-(-width // 8), torch.uint8)
-    return tensors | _factor("down", (entry["rank"], width), entry, entry.get("down_scale", _scale_before(entry)))
-
-
-def _site_tensors(entry: Mapping[str, Any], rows: int, width: int) -> dict[str, Tensor]:
-    bits, count = entry["bits"], group_count(width, entry["group_size"])
-    return {
-        "codes": _meta((rows, packed_words(width, bits)), torch.int32),
-        "scales": _meta((rows, count), _DTYPES[entry.get("scales", "float16")]),
-        "zeros": _meta(packed_words(rows * count, bits), torch.int32),
-    }
-
-
-def _factor(key: str, shape: tuple[int, int], group: Mapping[str, Any], scale: str | None) -> dict[str, Tensor]:
-    if group["factors"] is None:
-        return {}
-    scales = {} if scale is None else {f"{key}_scale": _meta(group["rank"], _DTYPES[scale])}
-    return {key: _meta(shape, _DTYPES[group["factors"]]), **scales}
-
-
-def _scale_before(group: Mapping[str, Any]) -> str | None:
-    """Type of a factor's scales in folders that don't name it, which the first versions wrote."""
-    return "float16" if group["factors"] == "int8" else None
-
-
-def _dtype(tensor: Tensor | None) -> str | None:
-    return None if tensor is None else str(tensor.dtype).removeprefix("torch.")
-
-
-def _meta(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _given(dtypes: Mapping[str, str | None]) -> dict[str, str]:
+    return {key: dtype for key, dtype in dtypes.items() if dtype is not None}

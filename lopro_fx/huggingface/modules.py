@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopro_fx.errors import ModelError
-from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS
-from lopro_fx.kernels.packing.format import dequantize
-from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.kernels.activations import ACTIVATIONS
+from lopro_fx.kernels.formats.base import Packed, Scalar
+from lopro_fx.kernels.formats.registry import dequantize, operator_of
+from lopro_fx.layer import Input, Layer, Transform, dense_weight, factor_of
 
-_TABLE, _BRANCH, _SHARED = ("codes", "scales", "zeros"), ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
+_BRANCH, _SHARED = ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
 
 
-class Packed(nn.Module):
+class PackedModule(nn.Module):
     """Buffers that keep their dtype when the model is cast, because it is part of the packed format.
 
     `dtypes` is what they are to be, by name. Other modules get them by this one's `forward`, never by its attributes:
@@ -47,18 +49,15 @@ class Packed(nn.Module):
         return super()._apply(move, recurse)
 
 
-class PackedWeight(Packed):
+class PackedWeight(PackedModule):
     """A packed module whose `weight` reads like that of the module it stands for; `dtype` is that of the model.
 
-    Its codes, scales and zeros are its own, or those of an embedding that shares the weight.
+    The tensors of its weight are its own, or those of an embedding that shares the weight.
     """
 
     dtype: torch.dtype
-    bits: int
-    group_size: int
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
+    # The weight without its values.
+    layout: Packed
     # A tuple of at most one, where nn.Module doesn't look for modules.
     _table: tuple[PackedEmbedding, ...]
 
@@ -68,9 +67,26 @@ class PackedWeight(Packed):
         return self._table[0] if self._table else self
 
     def table_tensors(self) -> tuple[Any, ...]:
-        """Codes, scales and zeros."""
+        """Tensors of the weight, in the format's order."""
         # accelerate wraps `forward`. Hooks of the embedding itself are those of a lookup, and this is none.
-        return self._table[0].forward() if self._table else self.held(_TABLE)
+        return self._table[0].forward() if self._table else self.held(tuple(self.layout.tensors))
+
+    def packed(self) -> Packed:
+        """The weight."""
+        return replace(self.layout, tensors=dict(zip(self.layout.tensors, self.table_tensors(), strict=True)))
+
+    def operator(self, kind: str) -> Any:
+        """The format's operator of this kind; None if it has none."""
+        return operator_of(self.layout.format, kind)
+
+    @property
+    def numbers(self) -> tuple[Scalar, ...]:
+        """The format's scalars, as its operators take them."""
+        return tuple(self.layout.spec.values())
+
+    def describe(self) -> str:
+        """Format and its scalars, for a module's line."""
+        return ", ".join(f"{key}={value}" for key, value in {"format": self.layout.format, **self.layout.spec}.items())
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +99,7 @@ class PackedWeight(Packed):
 
     def place(self) -> tuple[tuple[int, int], torch.device]:
         """Shape and device of the weight."""
-        raise NotImplementedError
+        return self.layout.shape, getattr(self.table, next(iter(self.layout.tensors))).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
@@ -137,27 +153,23 @@ class DenseWeight(Tensor):
 class PackedEmbedding(PackedWeight, nn.Embedding):
     """Rows of a packed weight, in the dtype of the model: ids (...) int64 to (..., embedding_dim).
 
-    Called without ids, it gives its codes, scales and zeros. Made by `packed_embedding`.
+    Called without ids, it gives the tensors of its weight. Made by `packed_embedding`.
     """
 
     def forward(self, ids: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         table = self.table_tensors()
         if ids is None:
             return table
-        return torch.ops.lopro.packed_embedding(ids, *table, self.bits, self.group_size, self.embedding_dim, self.dtype)
+        return self.operator("embedding")(ids, *table, *self.numbers, self.embedding_dim, self.dtype)
 
     def dense(self) -> Tensor:
-        codes, scales, zeros = self.forward()
-        return dequantize(codes, scales, zeros, self.bits, self.group_size, self.embedding_dim, self.dtype)
-
-    def place(self) -> tuple[tuple[int, int], torch.device]:
-        return (self.num_embeddings, self.embedding_dim), self.table.codes.device
+        return dequantize(self.packed(), self.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+        return f"{super().extra_repr()}, {self.describe()}"
 
 
-def packed_embedding(site: PackedSite, plain: nn.Embedding, table: PackedEmbedding | None = None) -> PackedEmbedding:
+def packed_embedding(layer: Layer, plain: nn.Embedding, table: PackedEmbedding | None = None) -> PackedEmbedding:
     """What stands for an embedding whose weight is packed, with all that its class computes around the lookup.
 
     `table` is another one that holds the weight, if one does.
@@ -165,9 +177,9 @@ def packed_embedding(site: PackedSite, plain: nn.Embedding, table: PackedEmbeddi
     made = _rebuilt(type(plain))
     made.__dict__.update(_state(plain))
     del made._parameters["weight"]
-    made.bits, made.group_size, made.dtype = site.bits, site.group_size, plain.weight.dtype
+    made.layout, made.dtype = _layout(layer), plain.weight.dtype
     made._table = () if table is None else (table,)
-    made._hold(site.tensors, () if table else _TABLE)
+    made._hold(layer.tensors, () if table else tuple(layer.weight.tensors))
     return made
 
 
@@ -178,7 +190,7 @@ def plain_embedding(packed: PackedEmbedding, weight: nn.Parameter) -> nn.Embeddi
     made.__dict__.update(_state(packed))
     for key in packed.dtypes:
         del made._buffers[key]
-    for attribute in ("bits", "group_size", "dtype", "dtypes", "_table"):
+    for attribute in ("layout", "dtype", "dtypes", "_table"):
         delattr(made, attribute)
     made.weight = weight
     return made
@@ -209,7 +221,7 @@ def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
     return type(f"Packed{kind.__name__}", bases, {"forward": forward, "__reduce__": reduced})
 
 
-class PackedInput(Packed):
+class PackedInput(PackedModule):
     """Permutation, signs and down factor that the Linears of a group apply to the tensor that they share.
 
     It lies in the Linear that the group is named after, under `input`, so that a checkpoint holds it once; the others
@@ -221,10 +233,10 @@ class PackedInput(Packed):
     down: Tensor | None
     down_scale: Tensor | None
 
-    def __init__(self, group: PackedGroup) -> None:
+    def __init__(self, shared: Input) -> None:
         super().__init__()
-        self.block, self.skip = group.block, group.skip
-        self._hold(group.tensors, _SHARED)
+        self.block, self.skip = shared.transform.block, shared.transform.skip
+        self._hold(shared.tensors, _SHARED)
 
     def forward(self) -> tuple[Tensor | None, ...]:
         return self.held(_SHARED)
@@ -239,8 +251,8 @@ class PackedLinear(PackedWeight, nn.Linear):
     Each rotates its input itself, also where several share it.
 
     Args:
-        site: packed tensors and their layout.
-        shared: the group's side of it.
+        layer: packed tensors and their layout.
+        shared: the input's side of it.
         owner: whether this is the Linear whose state holds `shared`.
         plain: the Linear that it stands for, whose bias it keeps.
         activations: "float", or "int8" to round the rotated input per token on a CPU. Where gradients are asked for it
@@ -255,7 +267,7 @@ class PackedLinear(PackedWeight, nn.Linear):
 
     def __init__(
         self,
-        site: PackedSite,
+        layer: Layer,
         shared: PackedInput,
         owner: bool,
         plain: nn.Linear,
@@ -263,10 +275,10 @@ class PackedLinear(PackedWeight, nn.Linear):
         table: PackedEmbedding | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = site.in_features, site.out_features
-        self.bits, self.group_size, self.dtype = site.bits, site.group_size, plain.weight.dtype
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.layout, self.dtype = _layout(layer), plain.weight.dtype
         self.act_bits = ACTIVATIONS[activations]
-        self._hold(site.tensors, _BRANCH if table else (*_TABLE, *_BRANCH))
+        self._hold(layer.tensors, _BRANCH if table else (*layer.weight.tensors, *_BRANCH))
         self.register_parameter("bias", plain.bias)
         if owner:
             self.input = shared
@@ -280,31 +292,32 @@ class PackedLinear(PackedWeight, nn.Linear):
         shared = self.shared
         perm, signs, down, down_scale = shared()
         operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
-                    self.up, self.up_scale, self.bits, self.group_size)  # fmt: skip
-        # The CPU's operator has no derivative.
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() and _asks_for_gradients(operands)):
-            return torch.ops.lopro.cpu_site(*operands, self.act_bits)
-        return torch.ops.lopro.packed_site(*operands)
+                    self.up, self.up_scale, *self.numbers)  # fmt: skip
+        native = self.operator("cpu") if x.device.type == "cpu" else None
+        # It has no derivative.
+        if native is None or (torch.is_grad_enabled() and _asks_for_gradients(operands)):
+            return self.operator("site")(*operands)
+        return native(*operands, self.act_bits)
 
     def dense(self) -> Tensor:
         return dense_weight(*self.as_packed("")).to(self.dtype)
 
-    def place(self) -> tuple[tuple[int, int], torch.device]:
-        return (self.out_features, self.in_features), self.table.codes.device
-
-    def as_packed(self, name: str) -> tuple[PackedGroup, PackedSite]:
-        """The tensors as passes take them; the group has this site alone."""
-        shared = self.shared
-        own = _given((*_TABLE, *_BRANCH), (*self.table_tensors(), *self.held(_BRANCH)))
-        group = PackedGroup(name, (name,), self.in_features, shared.block, shared.skip, _given(_SHARED, shared()))
-        sizes = (self.bits, self.group_size, self.out_features, self.in_features)
-        return group, PackedSite(name, name, *sizes, own)
+    def as_packed(self, name: str) -> tuple[Input, Layer]:
+        """The tensors as passes take them; the input has this layer alone."""
+        shared, own, branch = self.shared, _given(_SHARED, self.shared()), _given(_BRANCH, self.held(_BRANCH))
+        transform = Transform(own.get("perm"), own.get("signs"), shared.block, shared.skip)
+        input = Input(name, (name,), self.in_features, transform, factor_of("down", own, 0))
+        return input, Layer(name, name, self.packed(), factor_of("up", branch, 1))
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, act_bits={self.act_bits}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}, "
+            f"act_bits={self.act_bits}, bias={self.bias is not None}"
         )
+
+
+def _layout(layer: Layer) -> Packed:
+    return layer.weight.map(lambda tensor: tensor.to("meta"))
 
 
 def _packed_is_fixed() -> ModelError:

@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
-from lopro_fx.huggingface.modules import Packed, PackedWeight
-from lopro_fx.huggingface.renaming import HELD, STORED, PackedNames, rename_on_saving
+from lopro_fx.huggingface.modules import PackedModule, PackedWeight
+from lopro_fx.huggingface.renaming import STORED, PackedNames, first_tensor, rename_on_saving
 from lopro_fx.huggingface.replace import (
     embedding_of,
     has_module,
@@ -29,10 +29,11 @@ from lopro_fx.huggingface.replace import (
     untie,
 )
 from lopro_fx.huggingface.versions import require_transformers
-from lopro_fx.kernels.cpu_site.activations import ACTIVATIONS, DEFAULT
+from lopro_fx.kernels.activations import ACTIVATIONS, DEFAULT
 
 METHOD = "lopro_fx"
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)
 
 
 class LoProConfig(QuantizationConfigMixin):
@@ -45,7 +46,8 @@ class LoProConfig(QuantizationConfigMixin):
         activations: "int8" to round each token's rotated activations inside the CPU kernel, or "float" to keep them; a
             GPU rounds none.
         method: the method and its parameters, as `Method.to_dict` gives them.
-        groups, sites: see `lopro_fx/huggingface/layout.py`.
+        inputs, layers: see `lopro_fx/huggingface/layout.py`.
+        groups, sites: the same in format 1.
         lopro_fx: version that wrote the folder.
         format: version of this layout.
 
@@ -59,21 +61,26 @@ class LoProConfig(QuantizationConfigMixin):
         activations: str = DEFAULT,
         *,
         method: dict[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
+        layers: dict[str, Any] | None = None,
         groups: dict[str, Any] | None = None,
         sites: dict[str, Any] | None = None,
         lopro_fx: str = __version__,
-        format: int = FORMAT,  # noqa: A002  the name in config.json
+        format: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
-        if format != FORMAT:
+        if format not in _READ:
             raise CheckpointError(
-                f"the model has format version {format}, but lopro_fx {__version__} reads version {FORMAT}: use the "
-                f"lopro_fx that wrote it ({lopro_fx})"
+                f"the model has format version {format}, but lopro_fx {__version__} reads version "
+                f"{' and '.join(map(str, _READ))}: use the lopro_fx that wrote it ({lopro_fx})"
             )
         if activations not in ACTIVATIONS:
             raise ConfigError(f"LoProConfig(activations={activations!r}): allowed are {', '.join(ACTIVATIONS)}")
         self.quant_method: Any = quant_method
-        self.activations, self.method, self.groups, self.sites = activations, method, groups or {}, sites or {}
+        self.activations, self.method = activations, method
+        self.inputs, self.layers = inputs or {}, layers or {}
+        if format == 1:
+            self.groups, self.sites = groups or {}, sites or {}
         self.lopro_fx, self.format = lopro_fx, format
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -98,27 +105,20 @@ class LoProHfQuantizer(HfQuantizer):
             _require_readable(path)
         config, place = self.quantization_config, _Place(model)
         try:
-            sites = {place(name): {**entry, "group": place(entry["group"])}
-                     for name, entry in config.sites.items() if place.has(name, entry["embedding"])}  # fmt: skip
-            embeddings = {name: [place(entry["embedding"]), *map(place, entry.get("readers", ()))]
-                          for name, entry in sites.items() if entry["embedding"]}  # fmt: skip
-
-            def size(name: str) -> tuple[int, int]:
-                if name in embeddings:
-                    table = embedding_of(model, embeddings[name][0])
-                    return table.num_embeddings, table.embedding_dim
-                linear = linear_of(model, name)
-                return linear.out_features, linear.in_features
-
-            groups = {place(name): entry for name, entry in config.groups.items()}
-            packed, made = layout.restore(groups, sites, size)
+            if config.format == 1:
+                _upgrade(config, place)
+            layers = {place(name): {**entry, "input": place(entry["input"])}
+                      for name, entry in config.layers.items() if place.has(name, entry["embedding"])}  # fmt: skip
+            embeddings = {name: [place(reader) for reader in (entry["embedding"], *entry["readers"])]
+                          for name, entry in layers.items() if entry["embedding"]}  # fmt: skip
+            shared, made = layout.restore({place(name): entry for name, entry in config.inputs.items()}, layers)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the quantization_config is damaged: {first_line(error)}") from error
         if embeddings:
             # Folders of lopro_fx 0.1.0 say that nothing is tied, other ties than those of packed weights included.
             set_tied(model, True)
         untie(model, {*made, *chain(*embeddings.values())})
-        replace_modules(model, packed, made, embeddings, config.activations)
+        replace_modules(model, shared, made, embeddings, config.activations)
         _refuse_resizing(model)
         self._names = PackedNames.of(model)
 
@@ -127,14 +127,15 @@ class LoProHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
-            if not isinstance(module, Packed):
+            if not isinstance(module, PackedModule):
                 continue
+            first = first_tensor(module)
             held = {
                 **dict(module.named_parameters(recurse=False)),
                 **{key: getattr(module, key) for key in module.dtypes},
             }
             for key, tensor in held.items():
-                stored = f"{name}.{STORED if key == HELD else key}"
+                stored = f"{name}.{STORED if key == first else key}"
                 # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"the model's files lack the tensor '{stored}': save the model again")
@@ -197,12 +198,30 @@ class _Place:
     def __call__(self, name: str) -> str:
         return name.removeprefix(self._prefix) if self._is_base else name
 
+    def size(self, name: str, embedding: str | None) -> tuple[int, int]:
+        """Size of the weight that a Linear has, or an embedding that holds it."""
+        if embedding is not None:
+            table = embedding_of(self._model, self(embedding))
+            return table.num_embeddings, table.embedding_dim
+        linear = linear_of(self._model, self(name))
+        return linear.out_features, linear.in_features
+
     def has(self, name: str, embedding: str | None) -> bool:
         """Whether there is something to replace: a base model lacks the head, which is no error."""
         found = any(has_module(self._model, self(owner)) for owner in (name, embedding) if owner is not None)
         if not found and (name.startswith(self._prefix) or not self._is_base):
             raise ModelError(f"{type(self._model).__name__} has no module '{name}', which was quantised")
         return found
+
+
+def _upgrade(config: LoProConfig, place: _Place) -> None:
+    """Make a configuration of format 1 one of today's, for a model whose sizes tell those of its tensors."""
+    sites = {name: entry for name, entry in config.sites.items() if place.has(name, entry["embedding"])}
+    config.inputs, config.layers = layout.from_version_1(
+        config.groups, sites, lambda name: place.size(name, sites[name]["embedding"])
+    )
+    del config.groups, config.sites
+    config.format = FORMAT
 
 
 def _require_readable(path: str) -> None:

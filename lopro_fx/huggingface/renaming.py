@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
 
-from lopro_fx.huggingface.modules import Packed, PackedWeight
+from lopro_fx.huggingface.modules import PackedModule, PackedWeight
 
 # A reader that doesn't know the format stops at the shape of a `weight`, instead of taking the layer for one without
 # weights and filling it with random ones.
-STORED, HELD = "weight", "codes"
+STORED = "weight"
 
 
-class CodesRenaming(WeightRenaming):
-    """From `weight` in files to `codes` in the model, for the modules of these names; reversed, the way back."""
+class PackedRenaming(WeightRenaming):
+    """From `weight` in files to the first tensor of a format, for modules of these names; reversed, the way back."""
 
-    __slots__ = ("_ends", "_owners")
+    __slots__ = ("_held", "_to_files")
 
-    def __init__(self, owners: Collection[str], ends: tuple[str, str] = (STORED, HELD)) -> None:
-        super().__init__(*ends)
-        self._owners, self._ends = frozenset(owners), ends
+    def __init__(self, held: Mapping[str, str], to_files: bool = False) -> None:
+        super().__init__(*(("packed", STORED) if to_files else (STORED, "packed")))
+        self._held, self._to_files = dict(held), to_files
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         owner, _, key = source_key.rpartition(".")
-        if key != self._ends[0] or owner not in self._owners:
+        ends = (STORED, self._held.get(owner))
+        before, after = reversed(ends) if self._to_files else ends
+        if owner not in self._held or key != before:
             return source_key, None
         self._was_used = True
-        return f"{owner}.{self._ends[1]}", key
+        return f"{owner}.{after}", key
 
-    def reverse_transform(self) -> CodesRenaming:
-        return CodesRenaming(self._owners, (self._ends[1], self._ends[0]))
+    def reverse_transform(self) -> PackedRenaming:
+        return PackedRenaming(self._held, not self._to_files)
 
 
 @dataclass(frozen=True)
 class PackedNames:
-    """Names of packed modules that hold codes, and of all packed tensors, with and without the base model's prefix."""
+    """The first tensor of each module that holds a packed weight, and names of all packed tensors, with and without the
+    base model's prefix."""
 
-    owners: frozenset[str]
+    held: dict[str, str]
     tensors: frozenset[str]
 
     @classmethod
     def of(cls, model: Any) -> PackedNames:
         """Those of a model whose modules were replaced."""
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
-        owners = [name for name, module in packed.items() if isinstance(module, PackedWeight) and HELD in module.dtypes]
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+        held = {name: key for name, module in packed.items() if (key := first_tensor(module)) is not None}
         tensors = [f"{name}.{key}" for name, module in packed.items() for key in module.dtypes]
-        tensors += [f"{name}.{STORED}" for name in owners]
-        return cls(_in_files(model, owners), _in_files(model, tensors))
+        tensors += [f"{name}.{STORED}" for name in held]
+        held = {form: key for name, key in held.items() for form in _in_files(model, [name])}
+        return cls(held, _in_files(model, tensors))
 
     def conversions(self, known: Iterable[Any]) -> list[Any]:
         """transformers' conversions between files and a model, for one with packed modules.
@@ -58,7 +62,13 @@ class PackedNames:
         What renames weights, or joins and splits those of several Linears, leaves packed tensors alone: they have the
         names of the model's modules in files too.
         """
-        return [*(_sparing(entry, self.tensors) for entry in known), CodesRenaming(self.owners)]
+        return [*(_sparing(entry, self.tensors) for entry in known), PackedRenaming(self.held)]
+
+
+def first_tensor(module: PackedModule) -> str | None:
+    """Name of the first tensor of the packed weight that a module holds; None if it holds none."""
+    key = next(iter(module.layout.tensors)) if isinstance(module, PackedWeight) else None
+    return key if key in module.dtypes else None
 
 
 def _in_files(model: Any, names: Iterable[str]) -> frozenset[str]:
@@ -96,7 +106,7 @@ def _copy_slots(source: Any, target: Any) -> None:
 
 
 def rename_on_saving(model: Any) -> None:
-    """Make `save_pretrained` write the names of files, for a model that wasn't loaded with `codes_renaming`."""
+    """Make `save_pretrained` write the names of files, for a model that wasn't loaded with these names."""
     known = getattr(model, "_weight_conversions", None)
     if known is None:
         # As transformers does for a model that it didn't load.

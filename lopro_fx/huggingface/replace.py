@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lopro_fx.errors import ModelError
 from lopro_fx.huggingface.linears import as_linear, restored, stand_in
 from lopro_fx.huggingface.modules import PackedEmbedding, PackedInput, PackedLinear, packed_embedding, plain_embedding
-from lopro_fx.passes.packed import PackedGroup, PackedSite
+from lopro_fx.layer import Input, Layer
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
@@ -43,50 +43,51 @@ def embedding_of(model: nn.Module, name: str) -> nn.Embedding:
     return embedding
 
 
-def tied_embeddings(model: nn.Module, sites: Mapping[str, PackedSite]) -> dict[str, list[str]]:
-    """Names of the embeddings that are to read the packed weight of a site, for those sites that have any.
+def tied_embeddings(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, list[str]]:
+    """Names of the embeddings that are to read the packed weight of a layer, for those layers that have any.
 
     Raises:
-        ModelError: a site is no Linear of the model.
+        ModelError: a layer is no Linear of the model.
     """
     tables: dict[Tensor, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             tables.setdefault(module.weight, []).append(name)
-    weights = {name: linear_of(model, name).weight for name, site in sites.items() if site.embedding}
+    weights = {name: linear_of(model, name).weight for name, layer in layers.items() if layer.embedding}
     return {name: tables[weight] for name, weight in weights.items() if weight in tables}
 
 
 def replace_modules(
     model: nn.Module,
-    groups: Iterable[PackedGroup],
-    sites: Mapping[str, PackedSite],
+    inputs: Mapping[str, Input],
+    layers: Mapping[str, Layer],
     embeddings: Mapping[str, Sequence[str]],
     activations: str,
 ) -> None:
-    """Replace, in place, each Linear that `sites` names, keeping its bias, and each embedding of `embeddings`, of which
-    the first of a site holds the weight.
+    """Replace, in place, each Linear that `layers` names, keeping its bias, and each embedding of `embeddings`.
+
+    Of a layer's embeddings the first holds the weight.
 
     A Linear with an embedding may be absent: the base model of a causal language model has no output projection.
 
     Raises:
         ModelError: a name is not that of a Linear or an embedding, or its size differs.
     """
-    for group in groups:
-        shared = PackedInput(group)
-        for name in group.members:
-            site, table = sites[name], None
+    for first, shared in inputs.items():
+        module = PackedInput(shared)
+        for name in shared.readers:
+            layer, table = layers[name], None
             for reader in embeddings.get(name, ()):
                 embedding = embedding_of(model, reader)
-                _require_size(reader, (embedding.num_embeddings, embedding.embedding_dim), site)
-                packed = packed_embedding(site, embedding, table)
+                _require_size(reader, (embedding.num_embeddings, embedding.embedding_dim), layer)
+                packed = packed_embedding(layer, embedding, table)
                 model.set_submodule(reader, packed)
                 table = table or packed
             if table and not has_module(model, name):
                 continue
             linear = linear_of(model, name)
-            _require_size(name, (linear.out_features, linear.in_features), site)
-            packed = PackedLinear(site, shared, name == group.name, linear, activations, table)
+            _require_size(name, (linear.out_features, linear.in_features), layer)
+            packed = PackedLinear(layer, module, name == first, linear, activations, table)
             model.set_submodule(name, stand_in(packed, model.get_submodule(name)))
 
 
@@ -178,6 +179,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
 
-def _require_size(name: str, have: tuple[int, int], site: PackedSite) -> None:
-    if have != (want := (site.out_features, site.in_features)):
+def _require_size(name: str, have: tuple[int, int], layer: Layer) -> None:
+    if have != (want := tuple(layer.weight.shape)):
         raise ModelError(f"the weight of '{name}' is {have}, but was quantised as {want}")

@@ -16,7 +16,7 @@ from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.unpacked import beside_packed, put_weights, without_others
 from lopro_fx.huggingface.versions import require_transformers
-from lopro_fx.kernels.cpu_site.activations import DEFAULT
+from lopro_fx.kernels.activations import DEFAULT
 from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
 
@@ -90,7 +90,7 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
     from lopro_fx.huggingface.quantizer import LoProConfig, attach
 
     state, dense = without_others(model, state)
-    embeddings = tied_embeddings(model, state.sites)
+    embeddings = tied_embeddings(model, state.layers)
     dense |= beside_packed(model, state, embeddings)
     if dense:
         warnings.warn(
@@ -98,14 +98,14 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
             f"'{next(iter(dense))}'; exclude them to keep them as they were",
             stacklevel=3,
         )
-    groups, sites = layout.describe(state, embeddings)
-    config = LoProConfig(activations, method=state.config, groups=groups, sites=sites)
+    inputs, layers = layout.describe(state, embeddings)
+    config = LoProConfig(activations, method=state.config, inputs=inputs, layers=layers)
     # Tensors that the copy finds in its memo are not copied: only modules are.
     kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     packed = copy.deepcopy(model, kept)
     put_weights(packed, dense)
-    untie(packed, {*state.sites, *chain(*embeddings.values())})
-    replace_modules(packed, state.groups.values(), state.sites, embeddings, activations)
+    untie(packed, {*state.layers, *chain(*embeddings.values())})
+    replace_modules(packed, state.inputs, state.layers, embeddings, activations)
     attach(packed, config)
     return packed.eval(), state
 
@@ -114,8 +114,8 @@ def _report(state: QuantState) -> dict[str, Any]:
     return {
         "config": state.config,
         "info": state.info,
-        "layers": [{"name": name, **site.row} for name, site in state.sites.items()],
-        "left": [list(item) for item in state.left],
+        "layers": [{"name": name, **layer.metrics} for name, layer in state.layers.items()],
+        "skipped": [list(item) for item in state.skipped],
         "weights": state.weights,
         "packed_bytes": state.packed_bytes,
         "bits_per_weight": state.bits_per_weight,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lopro_fx.errors import ModelError
 from lopro_fx.huggingface.linears import as_linear
 from lopro_fx.huggingface.replace import has_module
-from lopro_fx.passes.packed import PackedGroup, PackedSite, dense_weight
+from lopro_fx.layer import Input, Layer, dense_weight
 from lopro_fx.state import QuantState
 
 
@@ -25,19 +25,20 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
     Raises:
         ModelError: the model has no such weight, or it isn't there to be replaced because it is offloaded.
     """
-    others = [name for name in state.sites if not _is_linear(model, name)]
+    others = [name for name in state.layers if not _is_linear(model, name)]
     if not others:
         return state, {}
-    groups: dict[str, PackedGroup] = {}
-    sites: dict[str, PackedSite] = {}
-    for group in state.groups.values():
-        members = tuple(name for name in group.members if name not in others)
-        if members:
-            groups[members[0]] = replace(group, name=members[0], members=members)
-            sites |= {name: replace(state.sites[name], group=members[0]) for name in members}
+    inputs: dict[str, Input] = {}
+    layers: dict[str, Layer] = {}
+    for shared in state.inputs.values():
+        readers = tuple(name for name in shared.readers if name not in others)
+        if readers:
+            inputs[readers[0]] = replace(shared, name=readers[0], readers=readers)
+            layers |= {name: replace(state.layers[name], input=readers[0]) for name in readers}
     reason = "quantised and stored dense: transformers has no Linear of that name to pack"
-    left = [*state.left, *((name, reason) for name in others)]
-    return replace(state, groups=groups, sites=sites, left=left), dict(_dense(model, state, name) for name in others)
+    skipped = [*state.skipped, *((name, reason) for name in others)]
+    dense = dict(_dense(model, state, name) for name in others)
+    return replace(state, inputs=inputs, layers=layers, skipped=skipped), dense
 
 
 def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
@@ -51,15 +52,15 @@ def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, 
         embeddings: names of the embeddings that read a site's weight packed, by the site's name.
     """
     tensors, found = _tensors(model), {}
-    for name, site in state.sites.items():
+    for name, layer in state.layers.items():
         readers = {f"{reader}.weight" for reader in (name, *embeddings.get(name, ()))}
         weight = tensors[f"{name}.weight"]
         others = [fqn for fqn, tensor in tensors.items() if tensor is weight and fqn not in readers]
-        others = [fqn for fqn in others if fqn.removesuffix(".weight") not in state.sites]
-        if not site.embedding:
+        others = [fqn for fqn in others if fqn.removesuffix(".weight") not in state.layers]
+        if not layer.embedding:
             others = [fqn for fqn in others if _is_linear(model, fqn.removesuffix(".weight"))]
         if others:
-            found |= dict.fromkeys(others, _as_stored(dense_weight(state.groups[site.group], site), weight))
+            found |= dict.fromkeys(others, _as_stored(dense_weight(state.inputs[layer.input], layer), weight))
     return found
 
 
@@ -79,7 +80,7 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 
 
 def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]:
-    tensors, site = _tensors(model), state.sites[name]
+    tensors, layer = _tensors(model), state.layers[name]
     fqn = next((fqn for fqn in (f"{name}.weight", name) if fqn in tensors), None)
     if fqn is None:
         raise ModelError(f"{type(model).__name__} has no weight of '{name}', which was quantised")
@@ -89,7 +90,7 @@ def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]
             f"'{fqn}' is offloaded, and stored dense, since it is no Linear's: load the model on one device, or "
             f"quantise with exclude='{name}'"
         )
-    dense = dense_weight(state.groups[site.group], site)
+    dense = dense_weight(state.inputs[layer.input], layer)
     if old.shape not in (dense.shape, dense.T.shape):
         raise ModelError(f"the weight of '{name}' is {tuple(old.shape)}, but was quantised as {tuple(dense.shape)}")
     return fqn, _as_stored(dense, old)

@@ -1,1 +1,1 @@
-"""Quantisation maths: tensors in, tensors out. Nothing here knows a graph, a model or a file."""
+"""Quantisation methods and their maths: tensors in, layers out. Nothing here knows a graph, a model or a file."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.packing.format import ZERO_OFFSET
-from lopro_fx.methods.gptq import Rounded, damped
+from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
 from lopro_fx.methods.grid import MAX_SCALE, MIN_SCALE
+from lopro_fx.methods.ldlq import damped
+from lopro_fx.methods.rounded import Rounded
 from lopro_fx.methods.units import rounded_scale
 
 # Rows whose scales are solved together; each takes groups² numbers.

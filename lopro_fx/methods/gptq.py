@@ -1,155 +1,66 @@
-"""GPTQ as sequential rounding with error feedback.
-
-With H = U diag(d) Uᵀ, U unit upper triangular, the proxy loss of an error row e is Σ_j d_j ((e U)_j)². Rounding
-w_j + Σ_{k<j} e_k U_kj makes (e U)_j the rounding error itself, so the loss is the sum of d_j times squared rounding
-errors. This is GPTQ (Frantar et al. 2210.17323) in the form of LDLQ (Chee et al. 2307.13304); H is never inverted.
-"""
+"""GPTQ."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.packing.format import ZERO_OFFSET, group_count
-from lopro_fx.methods.grid import Grid, fit_grid
-
-MAX_DAMP = 1e6
-# Columns whose feedback is applied one at a time before the rest is updated by a matrix product.
-_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A rounded matrix: `codes` uint8 (m, n), `scales` fp32 (m, groups), `zeros` uint8 codes (m, groups)."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group_size: int
-
-    def dense(self) -> Tensor:
-        """fp32 (m, n)."""
-        n = self.codes.shape[1]
-        size = n if self.group_size == -1 else self.group_size
-        group = torch.arange(n, dtype=torch.int64, device=self.codes.device) // size
-        zero = self.zeros.to(torch.float32) + ZERO_OFFSET
-        return (self.codes.to(torch.float32) - zero[:, group]) * self.scales[:, group]
+from lopro_fx.layer import Transform
+from lopro_fx.methods import checks
+from lopro_fx.methods.ldlq import feedback, proxy_loss, relative_loss, round_with_feedback
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.rotation import as_index, energy_order, group_order
+from lopro_fx.methods.rounding import Rounding
+from lopro_fx.methods.solution import GroupSolution
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is what was needed."""
-
-    upper: Tensor
-    pivots: Tensor
-    damp: float
-
-
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp * mean(diag H) I; an all-zero H becomes the identity, which is rounding to nearest."""
-    mean = hessian.diagonal().mean().item()
-    result = hessian.clone()
-    result.diagonal().add_(damp * mean if mean > 0 else 1.0)
-    return result
-
-
-def cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of the damped H in H's dtype, and the damping used: ten times more at each failure."""
-    while damp <= MAX_DAMP:
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, damp))
-        if not info.item() and torch.isfinite(factor.diagonal()).all():
-            return factor, damp
-        damp = max(damp * 10, 1e-6)
-    raise ArithmeticError(
-        f"the Gram matrix has no Cholesky factor even with {MAX_DAMP:g} times its mean diagonal added"
-    )
-
-
-def feedback(hessian: Tensor, damp: float) -> Feedback:
-    """Factor H (n, n) as U diag(d) Uᵀ by a Cholesky factorisation of the matrix read backwards."""
-    factor, used = cholesky(hessian.flip(0, 1), damp)
-    upper = factor.flip(0, 1)
-    root = upper.diagonal().clone()
-    return Feedback(upper / root, root.square(), used)
-
-
-def round_with_feedback(
-    weight: Tensor,
-    fb: Feedback,
-    bits: int,
-    group_size: int,
-    *,
-    order: Tensor | None = None,
-    static: bool = False,
-    clip_steps: int = 24,
-) -> Rounded:
-    """Round W (m, n) fp32 to `bits` bits, rows in units of their own.
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Rounding):
+    """Rounding with error feedback (Frantar et al., 2210.17323).
 
     Args:
-        weight: fp32 (m, n).
-        fb: feedback of the Gram, its columns already in `order`.
-        bits: width of a code.
-        group_size: columns that share a scale; -1 is the whole row.
-        order: int64 (n,) columns in the sequence in which to round them, or None for storage order. Whole groups must
-            stay together unless `static`, because a group's grid is fitted when its first column is reached.
-        static: fit all grids to W before any rounding, so that `order` may be any permutation.
-        clip_steps: candidate clipping ranges of a group, 0 for none.
-
-    Returns:
-        `Rounded`, in storage order whatever `order` is.
+        damp: part of the Gram's mean diagonal added to its diagonal; raised tenfold until a factorisation exists.
+        act_order: round columns in order of falling activation energy. "column" also stores them in that order, with a
+            permutation that gathers the activation; "static" fits every grid before rounding and needs none; "group"
+            ranks whole groups and needs none; "none" keeps storage order.
+        token_clip: off by default, as in the original method.
     """
-    m, n = weight.shape
-    size = n if group_size == -1 else group_size
-    storage = torch.arange(n, dtype=torch.int64, device=weight.device) if order is None else order
-    columns, group = weight.T[storage], storage // size
-    codes = weight.new_empty(n, m)
-    error = weight.new_empty(n, m)
-    scales = weight.new_empty(group_count(n, group_size), m)
-    zeros = torch.empty_like(scales)
-    ranks = group.cpu()  # read once: each read waits for the device
-    if static:
-        pivots = torch.empty_like(fb.pivots).index_copy_(0, storage, fb.pivots)
-        for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
-            grid = fit_grid(block, bits, weights, clip_steps)
-            scales[i], zeros[i] = grid.scale, grid.zero
-        starts = [*range(0, n, _BLOCK), n]
-    else:
-        starts = [0, *(torch.nonzero(ranks[1:] != ranks[:-1]).flatten() + 1).tolist(), n]
-    for start, end in pairwise(starts):
-        part = slice(start, end)
-        target = columns[part] + fb.upper[:start, part].T @ error[:start]
-        if not static:
-            grid = fit_grid(target, bits, fb.pivots[part], clip_steps)
-            scales[int(ranks[start])], zeros[int(ranks[start])] = grid.scale, grid.zero
-        grid = Grid(scales[group[part]], zeros[group[part]], 1 << bits)
-        _round_block(columns[part], target, fb.upper[part, part], grid, codes[part], error[part])
-    codes = torch.empty_like(codes).index_copy_(0, storage, codes)
-    as_code = torch.uint8
-    return Rounded(
-        codes.T.to(as_code).contiguous(),
-        scales.T.contiguous(),
-        (zeros - ZERO_OFFSET).T.to(as_code).contiguous(),
-        group_size,
-    )
 
+    damp: float = 0.01
+    act_order: str = "static"
+    token_clip: float = 0.0
+    name: ClassVar[str] = "gptq"
 
-def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
-    """Fill `codes` and `error` (width, m) of consecutive columns, each with its row of `grid`; `target` is consumed."""
-    width = columns.shape[0]
-    inverse = 1.0 / grid.scale
-    for j in range(width):
-        code = (target[j] * inverse[j]).add_(grid.zero[j]).round_().clamp_(0, grid.levels - 1)
-        codes[j] = code
-        torch.sub(columns[j], (code - grid.zero[j]).mul_(grid.scale[j]), out=error[j])
-        if j + 1 < width:
-            target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.at_least(self, "damp", 0, 10)
+        checks.choice(self, "act_order", ("none", "group", "static", "column"))
 
-
-def proxy_loss(error: Tensor, hessian: Tensor) -> float:
-    """tr(E H Eᵀ) for E (m, n) and the undamped H (n, n)."""
-    loss = ((error @ hessian) * error).sum().item()
-    return loss if math.isfinite(loss) else math.inf
+    def solve_rows(
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+    ) -> GroupSolution:
+        gram = stats.gram
+        transform, order = Transform(), None
+        if self.act_order == "column":
+            transform = Transform(perm=as_index(energy_order(gram)))
+        elif self.act_order == "static":
+            order = energy_order(gram)
+        elif self.act_order == "group":
+            order = group_order(gram, self.group_size)
+        target, moved = transform.forward(joint), transform.gram(gram)
+        fb = feedback(moved if order is None else moved[order][:, order], self.damp)
+        static = self.act_order == "static"
+        rounded = round_with_feedback(
+            target, fb, self.bits, self.group_size, order=order, static=static, clip_steps=self.clip_steps
+        )
+        loss = proxy_loss((target - rounded.dense()) * share, moved)
+        relative = relative_loss(loss, joint * share, gram)
+        return GroupSolution(transform, rounded, None, (), loss, relative, fb.damp, f"act_order={self.act_order}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.packing.format import ZERO_OFFSET
+from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
 from lopro_fx.methods.units import rounded_scale
 
 # Of rows in units of their largest magnitude: a group of zeros has the smallest.

@@ -7,23 +7,111 @@ at run time only x' = Tᵀ x is needed (the paper's low-rank branch reads the ra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.config import LoPRo
-from lopro_fx.methods import rotation
+from lopro_fx.errors import ConfigError
+from lopro_fx.layer import Factor, Transform
+from lopro_fx.methods import checks, rotation
 from lopro_fx.methods.descent import descend
-from lopro_fx.methods.gptq import Feedback, feedback, proxy_loss, round_with_feedback
-from lopro_fx.methods.lowrank import Factor, correction, fit_up, gram_components, r1_sketch, round_factor
-from lopro_fx.methods.rotation import Transform
+from lopro_fx.methods.ldlq import Feedback, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided
 
 # Exponent of the activation scale in the released code (LoPRo section 3.2).
 _SCALE_POWER = 2.4
+FACTOR_BITS = (8, 16)
+TRANSFORMS = ("identity", "act_order", "partial", "full")
+LOW_RANK = ("block_svd", "r1_sketch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoPRo(Rounding):
+    """Permuted block-wise rotation with a low-rank branch (arXiv 2601.19675).
+
+    Args:
+        rank: components of the low-rank branch; 0 leaves it out.
+        factor_bits: 8 (int8, one fp16 scale a component) or 16 (fp16).
+        transforms: candidates among "identity" (no permutation, no rotation), "act_order" (columns by energy, not
+            rotated), "partial" (permuted by importance, the salient block not rotated) and "full" (random signs, every
+            column rotated). With several, each group keeps the one of least proxy loss; "full" alone measured better
+            than that guard, whose loss on the calibration text misjudges "partial" (see benchmarks/results).
+        block_size: largest Hadamard block; the block used is the largest power of two that divides the width.
+        salient: columns that "partial" leaves alone (the paper's b_I).
+        signs: random signs before the Hadamard blocks of "partial".
+        low_rank: "block_svd" (randomised subspace iteration) or "r1_sketch" (the paper's rank-one deflation).
+        power_iterations: of the sketch, each two passes over the matrix.
+        refits: times the factors are solved again for the rounding error and the weights rounded again around them;
+            the best iterate is kept. 0 is the paper: factors once, from the weights alone.
+        sweeps: coordinate-descent passes over the codes, each with a fit of the scales, after each rounding.
+        damp: as in GPTQ.
+    """
+
+    rank: int = 16
+    factor_bits: int = 8
+    transforms: tuple[str, ...] = ("full",)
+    block_size: int = 256
+    salient: int = 64
+    signs: bool = True
+    low_rank: str = "block_svd"
+    power_iterations: int = 2
+    refits: int = 2
+    sweeps: int = 2
+    damp: float = 0.01
+    name: ClassVar[str] = "lopro"
+    of_language_models: ClassVar[Mapping[str, Any]] = {"importance": "gradient"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.transforms
+        object.__setattr__(self, "transforms", (value,) if isinstance(value, str) else tuple(value))
+        if not self.transforms:
+            raise ConfigError(f"LoPRo(transforms=()): name at least one of {', '.join(TRANSFORMS)}")
+        for name in self.transforms:
+            if name not in TRANSFORMS:
+                raise ConfigError(
+                    f"LoPRo(transforms={self.transforms!r}): {name!r} is not one of {', '.join(TRANSFORMS)}"
+                )
+        checks.whole(self, "rank", 0, 4096)
+        checks.choice(self, "factor_bits", FACTOR_BITS)
+        checks.choice(self, "block_size", tuple(1 << i for i in range(11)))
+        checks.whole(self, "salient", 0, 1 << 20)
+        checks.flag(self, "signs")
+        checks.choice(self, "low_rank", LOW_RANK)
+        checks.whole(self, "power_iterations", 0, 64)
+        checks.whole(self, "refits", 0, 32)
+        checks.whole(self, "sweeps", 0, 32)
+        checks.at_least(self, "damp", 0, 10)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> LoPRo:
+        """The paper's choices: partial rotation of 256-wide blocks after 256 salient columns without signs, R1-sketch
+        factors from the scaled weights, no refit, groups of 128."""
+        choices: dict[str, Any] = {
+            "group_size": 128,
+            "transforms": ("partial",),
+            "salient": 256,
+            "signs": False,
+            "low_rank": "r1_sketch",
+            "power_iterations": 8,
+            "refits": 0,
+            "sweeps": 0,
+            "clip_steps": 90,
+            "token_clip": 0,
+        }
+        return cls(**{**choices, **changes})
+
+    def solve_rows(
+        self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator
+    ) -> GroupSolution:
+        return solve(joint, share, rows, stats, self, generator)
 
 
 @dataclass(frozen=True)

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.project.reference import dense_factor
-from lopro_fx.methods.gptq import cholesky, damped
+from lopro_fx.layer import Factor
+from lopro_fx.methods.ldlq import cholesky, damped
 from lopro_fx.methods.prior import FACTOR_DAMP
 from lopro_fx.methods.units import rounded_scale
 
 # Units of a weight in which fp16 holds its up factors as they are.
 _NEAR_ONE = 2.0**-10, 2.0**10
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A stored factor: int8 codes or fp16 values, with an fp32 scale per component, which fp16 values needn't have.
-
-    `values` is (rank, n) for the down and (m, rank) for the up factor; `dim` is the component dimension.
-    """
-
-    values: Tensor
-    scale: Tensor | None
-    dim: int
-
-    def dense(self) -> Tensor:
-        """fp32, exactly what the operators compute with."""
-        return dense_factor(self.values, self.scale, self.dim)
 
 
 def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:

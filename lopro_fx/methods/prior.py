@@ -11,8 +11,9 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.methods.observers import Gram, Statistics
 
 # Part of the mean diagonal that both factors of a low-rank branch are fitted with. It is ten times that of the
 # rounding: a factor grows without bound in directions that calibration hardly saw, and other text does see them.
@@ -24,8 +25,12 @@ def informed(stats: Statistics) -> Statistics:
     gram, n = stats.gram, stats.gram.shape[0]
     mean = gram.diagonal().mean().item()
     if not mean > 0:
-        return replace(stats, gram=torch.eye(n, dtype=gram.dtype, device=gram.device))
+        return _with(stats, torch.eye(n, dtype=gram.dtype, device=gram.device))
     gram = gram * 2.0 ** (1 - math.frexp(mean)[1])
     if stats.tokens:
         gram.diagonal().add_((n / max(stats.distinct, 1)) ** 2 * gram.diagonal().mean())
-    return replace(stats, gram=gram)
+    return _with(stats, gram)
+
+
+def _with(stats: Statistics, gram: Tensor) -> Statistics:
+    return replace(stats, values={**stats.values, Gram.name: gram})

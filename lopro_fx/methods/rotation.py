@@ -1,39 +1,11 @@
-"""The orthogonal transform T = P S D of a group of Linears that share an input, and how its parts are chosen."""
+"""How the parts of an orthogonal transform T = P S D are chosen for a group of Linears that share an input."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.rotate.reference import pack_signs, rotate, unrotate
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Arguments of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, skip."""
-
-    perm: Tensor | None = None
-    signs: Tensor | None = None
-    block: int = 1
-    skip: int = 0
-
-    @property
-    def is_identity(self) -> bool:
-        return self.perm is None and self.block == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) to Tᵀ x; applied to the rows of W it gives W T."""
-        return x if self.is_identity else rotate(x, self.perm, self.signs, self.block, self.skip)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Undo `forward`: W T back to W."""
-        return x if self.is_identity else unrotate(x, self.perm, self.signs, self.block, self.skip)
-
-    def gram(self, hessian: Tensor) -> Tensor:
-        """Tᵀ H T for symmetric H (n, n)."""
-        return self.forward(self.forward(hessian).T.contiguous())
+from lopro_fx.kernels.rotate.reference import pack_signs
 
 
 def largest_block(width: int, limit: int) -> int:

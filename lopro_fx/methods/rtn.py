@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.packing.format import ZERO_OFFSET
-from lopro_fx.methods.gptq import Rounded
+from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
+from lopro_fx.layer import Transform
 from lopro_fx.methods.grid import fit_grid
-from lopro_fx.methods.rotation import Transform
+from lopro_fx.methods.ldlq import proxy_loss, relative_loss
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.rounded import Rounded
+from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided, row_units
 
@@ -18,8 +22,29 @@ from lopro_fx.methods.units import divided, row_units
 _ROWS = 8192
 
 
+@dataclass(frozen=True, kw_only=True)
+class RTN(Rounding):
+    """Rounding to nearest. Needs no calibration; with one, it is only used to report errors."""
+
+    name: ClassVar[str] = "rtn"
+    needs_data: ClassVar[bool] = False
+
+    def solve_rows(
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+    ) -> GroupSolution:
+        rounded = round_to_nearest(joint, self.bits, self.group_size, self.clip_steps)
+        loss = proxy_loss((joint - rounded.dense()) * share, stats.gram)
+        relative = relative_loss(loss, joint * share, stats.gram)
+        return GroupSolution(Transform(), rounded, None, (), loss, relative, 0.0, "identity")
+
+
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, clip_steps: int) -> Rounded:
-    """Round W (m, n) fp32, rows in units of their own; arguments as in `gptq.round_with_feedback`."""
+    """Round W (m, n) fp32, rows in units of their own; arguments as in `ldlq.round_with_feedback`."""
     codes, scales, zeros = [], [], []
     for block in weight.T.split(weight.shape[1] if group_size == -1 else group_size):
         grid = fit_grid(block, bits, None, clip_steps)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lopro_fx.methods.gptq import Rounded
-from lopro_fx.methods.lowrank import Factor
-from lopro_fx.methods.rotation import Transform
+from lopro_fx.layer import Factor, Transform
+from lopro_fx.methods.rounded import Rounded
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from torch.fx import Node
 
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.plan import Kernel, plan
-from lopro_fx.passes.calls import CPU_SITE, PACKED_LINEAR, PACKED_SITE, PROJECT, ROTATE
+from lopro_fx.passes.calls import PROJECT, ROTATE, kind_of, out_features
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.report.table import render
 
 _DEVICES = ("cuda", "cpu")
-_PACKED = (PACKED_LINEAR, PACKED_SITE, CPU_SITE)
+# Kinds of operators that multiply with a packed weight.
+_PACKED = ("linear", "site", "cpu", "int8")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def backend_report(
     if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise ConfigError(f"bandwidth is {bandwidth}; give bytes per second, more than 0")
     record_of(program, "report")
-    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT, *_PACKED)]
-    if not any(node.target in _PACKED for node in nodes):
+    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT) or kind_of(node) in _PACKED]
+    if not any(kind_of(node) in _PACKED for node in nodes):
         raise GraphError("this program holds no packed Linear; report before it is decomposed")
     plans: dict[Any, tuple[Kernel, ...]] = {}
     rows = tuple(_row(node, tokens, device, bandwidth, plans) for node in nodes)
@@ -123,9 +124,9 @@ def _row(
     call = operands(node)
     # A node stands for the tensor that it makes, without data.
     named = {name: value.meta["val"] if isinstance(value, Node) else value for name, value in call.named.items()}
-    rows = math.prod(named["x"].shape[:-1])
-    free = tokens is None and not isinstance(rows, int)
-    count = tokens or (1 if free else rows)
+    own = math.prod(named["x"].shape[:-1])
+    free = tokens is None and not isinstance(own, int)
+    count = tokens or (1 if free else own)
     # Layers of one shape run the same kernels, and models have hundreds of them.
     key = (node.target, count, free, *[_shape(value) for value in named.values()])
     if key not in plans:
@@ -133,11 +134,11 @@ def _row(
     kernels = plans[key]
     read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
     moved = sum(read.values()) + sum(written.values())
-    packed = node.target in _PACKED
+    rows = out_features(node) if kind_of(node) in _PACKED else 0
     row = {
         "operator": call.operator.overloadpacket.__name__,
-        "layers": list(sites_of(node)) if packed else [group_of(node)],
-        "shape": _rows_of(named),
+        "layers": list(sites_of(node)) if rows else [group_of(node)],
+        "shape": _shape_of(named, rows),
         "bits": named.get("bits", ""),
         "tokens": count,
         "free": free,
@@ -146,7 +147,7 @@ def _row(
         "read": read,
         "written": written,
         "bytes": moved,
-        "flops": _flops(named, count),
+        "flops": _flops(named, rows, count),
     }
     return row if bandwidth is None else {**row, "microseconds": _microseconds(moved, bandwidth)}
 
@@ -158,19 +159,16 @@ def _shape(value: Any) -> Any:
     return value.dtype, tuple(size for size in value.shape if isinstance(size, int))
 
 
-def _rows_of(named: dict[str, Any]) -> list[int]:
-    columns = named["x"].shape[-1]
-    for key in ("scales", "down"):
-        if named.get(key) is not None:
-            return [named[key].shape[0], columns]
-    return [columns]
+def _shape_of(named: dict[str, Any], rows: int) -> list[int]:
+    columns, down = named["x"].shape[-1], named.get("down")
+    rows = rows or (0 if down is None else down.shape[0])
+    return [rows, columns] if rows else [columns]
 
 
-def _flops(named: dict[str, Any], tokens: int) -> int:
+def _flops(named: dict[str, Any], rows: int, tokens: int) -> int:
     columns, block = named["x"].shape[-1], named.get("block", 1)
     flops = tokens * (columns - named.get("skip", 0)) * (block.bit_length() - 1)
-    if "scales" in named:
-        flops += 2 * tokens * named["scales"].shape[0] * columns
+    flops += 2 * tokens * rows * columns
     for factor in (named.get("down"), named.get("up")):
         if factor is not None:
             flops += 2 * tokens * factor.numel()

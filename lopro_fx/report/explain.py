@@ -1,4 +1,4 @@
-"""`explain`: every product with a parameter in a program, taken or left, and why."""
+"""`explain`: every product with a parameter in a program, taken or skipped, and why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.config import LoPRo, Method
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import require_program
 from lopro_fx.passes.sites import Selection, find_sites
@@ -16,7 +17,7 @@ from lopro_fx.report.table import render
 
 @dataclass(frozen=True)
 class Line:
-    """One weight: `taken` with the group that it shares an input with, or left with the `reason`."""
+    """One weight: `taken` with the group that it shares an input with, or skipped with the `reason`."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,14 +37,14 @@ class Explanation:
         return tuple(line for line in self.lines if line.taken)
 
     @property
-    def left(self) -> tuple[Line, ...]:
+    def skipped(self) -> tuple[Line, ...]:
         return tuple(line for line in self.lines if not line.taken)
 
     def __str__(self) -> str:
         weights = sum(torch.Size(line.shape).numel() for line in self.taken)
-        title = f"{len(self.taken)} Linears taken ({weights:,} weights), {len(self.left)} left"
+        title = f"{len(self.taken)} Linears taken ({weights:,} weights), {len(self.skipped)} skipped"
         rows = [
-            (line.name, "x".join(map(str, line.shape)), "taken" if line.taken else "left", line.reason or line.group)
+            (line.name, "x".join(map(str, line.shape)), "taken" if line.taken else "skipped", line.reason or line.group)
             for line in self.lines
         ]
         return render(title, ("layer", "shape", "", "group, or reason"), rows)
@@ -62,5 +63,5 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
         for group in (*selection.groups, *selection.heads)
         for site in group.sites
     ]
-    lines += [Line(item.name, item.shape, False, "", item.reason) for item in selection.left]
+    lines += [Line(item.name, item.shape, False, "", item.reason) for item in selection.skipped]
     return Explanation(tuple(lines))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from lopro_fx.layer import stored_bytes
 from lopro_fx.passes.calls import packed_names
-from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.record import record_of
 from lopro_fx.report.table import render
 
@@ -26,7 +26,7 @@ class Report:
 
     config: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
-    left: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
     info: dict[str, Any]
     weights: int
     packed_bytes: int
@@ -38,7 +38,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return {**vars(self), "rows": list(self.rows), "left": list(self.left), "bits_per_weight": self.bits_per_weight}
+        lists = {"rows": list(self.rows), "skipped": list(self.skipped)}
+        return {**vars(self), **lists, "bits_per_weight": self.bits_per_weight}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, sort_keys=True)
@@ -79,7 +80,7 @@ def report(program: ExportedProgram) -> Report:
     return Report(
         config=record["config"],
         rows=rows,
-        left=tuple((name, reason) for name, reason in record["left"]),
+        skipped=tuple((name, reason) for name, reason in record["left"]),
         info=record["info"],
         weights=sum(torch.Size(row["shape"]).numel() for row in rows),
         packed_bytes=packed,

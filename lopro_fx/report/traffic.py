@@ -9,12 +9,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.passes.calls import PACKED_EMBEDDING
+from lopro_fx.passes.calls import kind_of
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.ties import identity
-
-# Operators that read some rows of a table, to the name of the row numbers; everything else that they read is a table.
-_LOOKUPS = {torch.ops.aten.embedding.default: "indices", PACKED_EMBEDDING: "ids"}
 
 
 def weight_bytes(program: ExportedProgram) -> int:
@@ -44,8 +41,11 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 def _looked_up(user: Node, table: Node, tensor: Tensor) -> int | None:
     """Bytes of the rows that `user` looks up in `table`; None if it reads the whole."""
-    rows = _LOOKUPS.get(user.target)  # pyright: ignore[reportArgumentType]
-    if rows is None or (asked := operands(user).named[rows]) is table:
+    packed = kind_of(user) == "embedding"
+    if not packed and user.target is not torch.ops.aten.embedding.default:
+        return None
+    asked = operands(user).ids if packed else operands(user).indices
+    if asked is table:
         return None
     count = asked.meta["val"].numel()
     return int(count) * tensor[0].numel() * tensor.element_size() if isinstance(count, int) else None

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 import lopro_fx
-from lopro_fx.config import GPTQ, RTN, LoPRo, Method
+from lopro_fx import GPTQ, RTN, LoPRo, Method
 from lopro_fx.models import export_causal_lm, load_model
 from tests.helpers import SHARED
 from tests.programs import decoder, ids
@@ -70,7 +70,7 @@ def test_few_tokens_are_said_once(config: Method) -> None:
         said = [str(item.message) for item in caught if "distinct tokens" in str(item.message)]
         assert len(said) == count, said
         assert all("8 of 8 groups" in text and "blocks." in text for text in said)
-        assert all(("warning" in site.row) == bool(count) for site in state.sites.values())
+        assert all(("warning" in site.metrics) == bool(count) for site in state.layers.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lopro_fx.calibrate(program, [ids(1, 4)], RTN(bits=4, group_size=32))

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 import lopro_fx
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import measure_importance
-from lopro_fx.calibration.schedule import run_calibrated
-from lopro_fx.calibration.statistics import Statistics
+from lopro_fx.calibration.replay import Replay
+from lopro_fx.methods.observers import Statistics
 from lopro_fx.passes.sites import find_sites
 from tests.helpers import assert_close
 from tests.huggingface.models import case, token_ids
@@ -49,16 +49,11 @@ def _program(dtype: torch.dtype) -> ExportedProgram:
 
 
 def _measured(program: ExportedProgram, batches: list[dict[str, Any]], importance: bool) -> dict[str, Statistics]:
-    groups, found = find_sites(program).groups, {}
+    groups = find_sites(program).groups
     flat = flatten_batches(program, batches)
     weights = measure_importance(program, groups, flat, 0) if importance else None
-
-    def solve(group, stats, originals):
-        found[group.name] = stats
-        return originals
-
-    run_calibrated(program, groups, flat, solve, lopro_fx.LoPRo(), weights)
-    return found
+    replay = Replay(program, groups, flat, lopro_fx.LoPRo(), weights, torch.device("cpu"))
+    return {unit.name: seen for unit, seen in replay.units()}
 
 
 @pytest.mark.parametrize("importance", [False, True], ids=["even", "by gradient"])

@@ -6,25 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lopro_fx.calibration.replay import Replay
 from lopro_fx.calibration.runner import LockstepRunner
-from lopro_fx.calibration.schedule import run_calibrated, run_data_free
-from lopro_fx.calibration.statistics import Statistics
-from lopro_fx.config import RTN
 from lopro_fx.errors import CalibrationError
-from lopro_fx.passes.sites import Group, find_sites
+from lopro_fx.methods.base import Context
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.passes.sites import find_sites
+from tests.guests import Multiplied
 from tests.helpers import assert_close, gram_of
 from tests.programs import decoder, export, ids
-
-
-class _Recorder:
-    """Halves every weight, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.stats: dict[str, Statistics] = {}
-
-    def __call__(self, group: Group, stats: Statistics, weights: list[Tensor]) -> list[Tensor]:
-        self.stats[group.name] = stats
-        return [weight / 2 for weight in weights]
 
 
 @pytest.fixture
@@ -32,23 +22,26 @@ def case():
     return decoder(bias=True)
 
 
-def _run(program, sequential: bool, batches: list[list[Tensor]]) -> _Recorder:
-    recorder = _Recorder()
-    run_calibrated(program, find_sites(program).groups, batches, recorder, RTN(sequential=sequential))
-    return recorder
+def _run(program, sequential: bool, batches: list[list[Tensor]] | None, **options) -> dict[str, Statistics]:
+    """What a method was given that halves every weight."""
+    method = Multiplied(factor=0.5, sequential=sequential, **options)
+    replay = Replay(program, find_sites(program).groups, batches, method, None, torch.device("cpu"))
+    for unit, seen in replay.units():
+        replay.install(method.solve(unit, seen, Context(torch.device("cpu"), torch.Generator())))
+    return method.given
 
 
 def test_every_group_is_solved_once_in_graph_order(case) -> None:
     _, program = case
-    recorder = _run(program, True, [[ids()], [ids(3, 5)]])
-    assert list(recorder.stats) == [f"blocks.{i}.{name}" for i in range(2) for name in ("q", "o", "gate", "down")]
-    assert {stats.tokens for stats in recorder.stats.values()} == {2 * 9 + 3 * 5}
+    given = _run(program, True, [[ids()], [ids(3, 5)]])
+    assert list(given) == [f"blocks.{i}.{name}" for i in range(2) for name in ("q", "o", "gate", "down")]
+    assert {stats.tokens for stats in given.values()} == {2 * 9 + 3 * 5}
 
 
 @pytest.mark.parametrize("sequential", [True, False])
 def test_sequential_feeds_results_forward_and_the_other_does_not(case, sequential: bool) -> None:
     module, program = case
-    recorder = _run(program, sequential, [[ids()]])
+    given = _run(program, sequential, [[ids()]])
     seen: list[Tensor] = []
     if sequential:
         with torch.no_grad():
@@ -60,20 +53,15 @@ def test_sequential_feeds_results_forward_and_the_other_does_not(case, sequentia
         module(ids())
     hook.remove()
     x = seen[0].flatten(0, 1)
-    assert_close("magnitude", x.abs().mean(0), recorder.stats["blocks.1.down"].magnitude, 1e-5)
+    assert_close("magnitude", x.abs().mean(0), given["blocks.1.down"].magnitude, 1e-5)
 
 
 @pytest.mark.parametrize("clip", [0, 1.0])
 def test_the_config_decides_how_far_large_tokens_count(case, clip: float) -> None:
     _, program = case
-    stats, seen = {}, {}
-
-    def keep(group: Group, measured: Statistics, weights: list[Tensor]) -> list[Tensor]:
-        stats[group.name] = measured
-        return weights
-
+    seen = {}
     groups, batch = find_sites(program).groups, ids()
-    run_calibrated(program, groups, [[batch]], keep, RTN(token_clip=clip))
+    stats = _run(program, False, [[batch]], token_clip=clip)
     for node, (x,) in LockstepRunner(program, [[batch]]).stops({group.sites[0].nodes[0] for group in groups}):
         seen[node] = x
     clipped = 0
@@ -98,12 +86,9 @@ def test_the_program_is_not_changed(case) -> None:
 
 def test_without_data_nothing_runs(case) -> None:
     _, program = case
-    recorder = _Recorder()
-    run_data_free(program, find_sites(program).groups, recorder)
-    assert len(recorder.stats) == 8
-    assert all(
-        stats.tokens == 0 and torch.equal(stats.gram, torch.eye(len(stats.gram))) for stats in recorder.stats.values()
-    )
+    given = _run(program, True, None)
+    assert len(given) == 8
+    assert all(stats.tokens == 0 and torch.equal(stats.gram, torch.eye(len(stats.gram))) for stats in given.values())
 
 
 def test_an_activation_that_is_not_finite_names_node_and_layer() -> None:

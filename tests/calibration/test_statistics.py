@@ -9,9 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx.calibration.statistics import data_free, measure
+from lopro_fx.calibration import statistics
 from lopro_fx.errors import CalibrationError
+from lopro_fx.methods.observers import Gram, Magnitude, Statistics
 from tests.helpers import assert_close, generator, heavy_tailed
+
+
+def measure(inputs: list[torch.Tensor], name: str, node: str, **options) -> Statistics:
+    return statistics.measure(inputs, name, node, [Gram(), Magnitude()], **options)
 
 
 @given(st.integers(1, 40), st.lists(st.integers(0, 60), max_size=4), st.integers(0, 99), st.sampled_from((None, 16.0)))
@@ -71,7 +76,7 @@ def test_tokens_that_are_mostly_zero_keep_the_others() -> None:
 
 
 def test_no_data_is_an_identity_gram() -> None:
-    stats = data_free(5)
+    stats = statistics.data_free(5, [Gram(), Magnitude()])
     assert torch.equal(stats.gram, torch.eye(5))
     assert torch.equal(stats.magnitude, torch.ones(5))
     assert stats.tokens == 0

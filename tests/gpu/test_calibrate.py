@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lopro_fx
-from lopro_fx.passes.packed import dense_weight
+from lopro_fx.layer import dense_weight
 from lopro_fx.passes.to_device import to_device
 from tests.helpers import relative_rms
 from tests.huggingface.models import case, token_ids
@@ -19,18 +19,18 @@ def test_weights_stay_on_the_host_and_results_agree() -> None:
     program, batches = case("tied").program, [token_ids(2, 24, seed) for seed in range(2)]
     here = lopro_fx.calibrate(program, batches, CONFIG)
     there = lopro_fx.calibrate(program, batches, CONFIG, device="cuda")
-    assert {tensor.device.type for site in there.sites.values() for tensor in site.tensors.values()} == {"cpu"}
-    for name, site in here.sites.items():
-        other = there.sites[name]
-        mine, theirs = (dense_weight(state.groups[at.group], at) for state, at in ((here, site), (there, other)))
+    assert {tensor.device.type for site in there.layers.values() for tensor in site.tensors.values()} == {"cpu"}
+    for name, site in here.layers.items():
+        other = there.layers[name]
+        mine, theirs = (dense_weight(state.inputs[at.group], at) for state, at in ((here, site), (there, other)))
         assert relative_rms(mine, theirs) < 0.1, name
-        assert other.row["relative_loss"] == pytest.approx(site.row["relative_loss"], rel=0.1), name
+        assert other.metrics["relative_loss"] == pytest.approx(site.metrics["relative_loss"], rel=0.1), name
 
 
 def test_a_program_on_the_gpu_is_solved_there() -> None:
     program = to_device(case("tied").program, torch.device("cuda", 0))
     state = lopro_fx.calibrate(program, [token_ids(2, 24)], CONFIG)
-    assert {tensor.device.type for site in state.sites.values() for tensor in site.tensors.values()} == {"cuda"}
+    assert {tensor.device.type for site in state.layers.values() for tensor in site.tensors.values()} == {"cuda"}
     ids = token_ids(2, 9).cuda()
     quantized = lopro_fx.apply(program, state).module()(ids)
     assert quantized.device.type == "cuda"

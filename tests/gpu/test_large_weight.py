@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.kernels.formats.affine.packing.format import dequantize
 from tests.helpers import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +52,7 @@ def _rows(packed: Packed, first: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("first", [0, ROWS // 2, ROWS - SLICE])
 def test_dequantize(packed: Packed, first: int) -> None:
-    from lopro_fx.kernels.packing.device import dequantize_device
+    from lopro_fx.kernels.formats.affine.packing.device import dequantize_device
 
     dense = dequantize_device(*packed, BITS, GROUP, COLUMNS, torch.bfloat16)
     assert torch.equal(dense[first : first + SLICE], _rows(packed, first, torch.bfloat16))

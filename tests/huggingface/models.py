@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lopro_fx
+from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm
-from lopro_fx.passes.packed import dense_weight
 from tests.helpers import generator
 
 VOCAB = 97
@@ -70,6 +70,6 @@ def fake_quantised(chosen: Case) -> Any:
     model = type(chosen.model)(chosen.model.config).to(chosen.model.dtype).eval()
     model.load_state_dict(chosen.model.state_dict())
     with torch.no_grad():
-        for name, site in chosen.state.sites.items():
-            model.get_submodule(name).weight.copy_(dense_weight(chosen.state.groups[site.group], site))
+        for name, site in chosen.state.layers.items():
+            model.get_submodule(name).weight.copy_(dense_weight(chosen.state.inputs[site.input], site))
     return model

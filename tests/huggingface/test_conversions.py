@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 import lopro_fx
+from lopro_fx.layer import dense_weight
 from lopro_fx.models.export import export_causal_lm, export_view
-from lopro_fx.passes.packed import dense_weight
 from tests.helpers import assert_close, generator
 
 _SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -36,8 +36,8 @@ def test_joined_projections_survive_a_folder_twice(head_bits: int, tmp_path) -> 
     state = lopro_fx.calibrate(program, [(ids,)], config)
     twin = type(model)(model.config).eval()
     twin.load_state_dict(model.state_dict())
-    for name, site in state.sites.items():
-        twin.get_submodule(name).weight.copy_(dense_weight(state.groups[site.group], site))
+    for name, site in state.layers.items():
+        twin.get_submodule(name).weight.copy_(dense_weight(state.inputs[site.input], site))
     expected = twin(input_ids=ids).logits
     lopro_fx.save_pretrained(model, state, tmp_path / "first", activations="float")
     loaded = type(model).from_pretrained(tmp_path / "first")

@@ -39,14 +39,14 @@ def test_generates_the_tokens_of_the_same_weights_unpacked(chosen, loaded):
 
 def test_every_quantised_linear_is_packed_and_its_group_stored_once(chosen, loaded, folder):
     packed = {name for name, module in loaded.named_modules() if isinstance(module, PackedLinear)}
-    assert packed == set(chosen.state.sites)
+    assert packed == set(chosen.state.layers)
     inputs = [module for module in loaded.modules() if isinstance(module, PackedInput)]
-    assert len(inputs) == len(chosen.state.groups)
+    assert len(inputs) == len(chosen.state.inputs)
     attention = loaded.model.layers[1].self_attn
     assert attention.v_proj.shared is attention.q_proj.input
     stored = _stored(folder)
-    assert sum(name.endswith("input.signs") for name in stored) == len(chosen.state.groups)
-    size = sum(stored[f"{name}.{key}"].nbytes for name in chosen.state.sites
+    assert sum(name.endswith("input.signs") for name in stored) == len(chosen.state.inputs)
+    size = sum(stored[f"{name}.{key}"].nbytes for name in chosen.state.layers
                for key in ("weight", "scales", "zeros", "up", "up_scale"))  # fmt: skip
     size += sum(tensor.nbytes for name, tensor in stored.items() if ".input." in name)
     assert size == chosen.state.packed_bytes
@@ -92,7 +92,7 @@ def test_source_model_is_left_as_it_was(chosen, folder):
 def test_report_and_tokenizer_travel_with_the_model(tied_folder):
     chosen = case("tied")
     report = json.loads((tied_folder / "lopro_fx_report.json").read_text())
-    assert {layer["name"]: layer["bits"] for layer in report["layers"]} == dict.fromkeys(chosen.state.sites, 3)
+    assert {layer["name"]: layer["bits"] for layer in report["layers"]} == dict.fromkeys(chosen.state.layers, 3)
     assert report["config"] == chosen.state.config
     assert report["bits_per_weight"] == chosen.state.bits_per_weight
     assert AutoTokenizer.from_pretrained(tied_folder)("w5 w9")["input_ids"] == [5, 9]
@@ -169,7 +169,7 @@ def test_output_projection_that_was_quantised_is_no_longer_tied(tmp_path):
     chosen = case("tied")
     config = lopro_fx.RTN(bits=4, group_size=32, include=("*", "lm_head"))
     state = lopro_fx.calibrate(chosen.program, None, config)
-    assert "lm_head" in state.sites
+    assert "lm_head" in state.layers
     lopro_fx.save_pretrained(chosen.model, state, tmp_path / "model", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.lm_head, PackedLinear)

@@ -96,7 +96,7 @@ def test_a_folder_computes_what_the_program_does(name: str, head_bits: int, tmp_
     state = _state(name, head_bits)
     with torch.no_grad():
         expected = lopro_fx.apply(_program(name), state).module()(_ids())
-    assert any(site.embedding for site in state.sites.values()) == bool(head_bits)
+    assert any(site.embedding for site in state.layers.values()) == bool(head_bits)
     assert_close("packed", expected, _logits(lopro_fx.pack_model(_model(name), state, activations="float")), TOLERANCE)
     loaded = type(_model(name)).from_pretrained(_saved(name, tmp_path / "model", head_bits))
     assert_close("loaded", expected, _logits(loaded), TOLERANCE)
@@ -156,7 +156,7 @@ def test_a_folder_that_says_nothing_is_tied_still_loads(tmp_path) -> None:
 def test_a_head_solved_on_its_own_keeps_the_tie_of_its_bias(tmp_path) -> None:
     name, head = "BertForMaskedLM", "cls.predictions.decoder"
     state = lopro_fx.calibrate(_program(name), None, RTN(bits=3, group_size=32, include=("*", head)))
-    assert not state.sites[head].embedding
+    assert not state.layers[head].embedding
     with torch.no_grad():
         expected = lopro_fx.apply(_program(name), state).module()(_ids())
     lopro_fx.save_pretrained(_model(name), state, tmp_path / "model", activations="float")
@@ -174,9 +174,9 @@ def test_a_state_that_calls_a_head_by_its_embedding_still_applies() -> None:
     """As version 0.1.0 named it, where the embedding was made last."""
     name, head, table = "XLMRobertaForMaskedLM", "lm_head.decoder", "roberta.embeddings.word_embeddings"
     state = _state(name, 8)
-    assert head in state.sites
-    groups = {**state.groups, table: replace(state.groups[head], name=table, members=(table,))}
-    sites = {**state.sites, table: replace(state.sites[head], name=table, group=table)}
+    assert head in state.layers
+    groups = {**state.inputs, table: replace(state.inputs[head], name=table, members=(table,))}
+    sites = {**state.layers, table: replace(state.layers[head], name=table, group=table)}
     old = replace(state, groups=groups, sites=sites)
     del groups[head], sites[head]
     with torch.no_grad():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lopro_fx
 from lopro_fx.huggingface.linears import as_linear
+from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm
-from lopro_fx.passes.packed import dense_weight
 from tests.families import VOCAB, as_stored, causal_lm
 from tests.helpers import assert_close, generator
 
@@ -35,8 +35,8 @@ def _case(name: str) -> tuple[Any, lopro_fx.QuantState, Any]:
     twin: Any = causal_lm(name)
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
-        for site in state.sites.values():
-            dense = dense_weight(state.groups[site.group], site)
+        for site in state.layers.values():
+            dense = dense_weight(state.inputs[site.input], site)
             twin.get_submodule(site.name).weight.copy_(as_stored(name, site.name, dense))
     return model, state, twin
 
@@ -49,7 +49,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])
 def test_a_folder_gives_the_logits_of_the_dense_weights(name: str, tmp_path) -> None:
     model, state, twin = _case(name)
-    assert {site.rpartition(".")[2] for site in state.sites} == {
+    assert {site.rpartition(".")[2] for site in state.layers} == {
         "gpt2": {"c_attn", "c_proj", "c_fc"},
         "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     }[name]
@@ -65,7 +65,7 @@ def test_a_folder_gives_the_logits_of_the_dense_weights(name: str, tmp_path) -> 
     assert torch.equal(_logits(second, _ids(2, 9)), _logits(loaded, _ids(2, 9)))
     loaded.dequantize()
     assert_close(f"{name}, dense", _logits(twin, _ids(2, 9)), _logits(loaded, _ids(2, 9)), 2e-5)
-    for site in state.sites:
+    for site in state.layers:
         assert loaded.get_submodule(site).weight.shape == model.get_submodule(site).weight.shape
 
 
@@ -74,7 +74,7 @@ def test_generation_programs_take_the_same_state(name: str) -> None:
     model, state, twin = _case(name)
     programs = lopro_fx.export_for_generation(model, max_cache_len=16)
     programs = programs.map(lambda program: lopro_fx.apply(program, state))
-    assert not [fqn for fqn in programs.decode.state_dict if any(fqn == f"{site}.weight" for site in state.sites)]
+    assert not [fqn for fqn in programs.decode.state_dict if any(fqn == f"{site}.weight" for site in state.layers)]
     generator = lopro_fx.Generator.from_programs(programs)
     ids = _ids(1, 9)
     expected = _logits(twin, ids)
@@ -85,16 +85,16 @@ def test_generation_programs_take_the_same_state(name: str) -> None:
 
 def test_what_computes_more_than_a_linear_is_none() -> None:
     class Spelled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor) -> Tensor:
             out = input @ self.weight.T
             return out if self.bias is None else out + self.bias
 
     class Scaled(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) * 2
 
     class Silent(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) if self.in_features > 3 else input
 
     for bias in (True, False):

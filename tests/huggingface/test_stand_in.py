@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lopro_fx
 from lopro_fx.errors import ModelError
+from lopro_fx.layer import dense_weight
 from lopro_fx.models.export import export_view
-from lopro_fx.passes.packed import dense_weight
 from tests.helpers import TOLERANCE, assert_close, generator
 from tests.huggingface.models import CONFIG, case, fake_quantised, token_ids
 
@@ -34,8 +34,8 @@ def _packed(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _dense(name: str) -> Tensor:
-    site = _state().sites[name]
-    return dense_weight(_state().groups[site.group], site)
+    site = _state().layers[name]
+    return dense_weight(_state().inputs[site.input], site)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
 from lopro_fx.huggingface.save import REPORT
+from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm
-from lopro_fx.passes.packed import dense_weight
 from tests.helpers import assert_close, generator
 from tests.huggingface.models import CONFIG, VOCAB, token_ids
 
@@ -56,8 +56,8 @@ def _model() -> Any:
 def _twin(state: lopro_fx.QuantState) -> Any:
     model = _model()
     with torch.no_grad():
-        for name, site in state.sites.items():
-            dense = dense_weight(state.groups[site.group], site)
+        for name, site in state.layers.items():
+            dense = dense_weight(state.inputs[site.input], site)
             if name == _ODD[0]:
                 model.get_parameter(name).copy_(dense.T)
             else:
@@ -70,8 +70,8 @@ def test_they_are_stored_dense_with_a_warning_and_compute_what_was_solved(tmp_pa
     model = _model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = lopro_fx.calibrate(export_causal_lm(model), [token_ids(2, 16)], CONFIG)
-    assert set(_ODD) < set(state.sites)
-    assert state.sites["model.layers.0.mlp.plain"].group == _ODD[0]
+    assert set(_ODD) < set(state.layers)
+    assert state.layers["model.layers.0.mlp.plain"].group == _ODD[0]
     with pytest.warns(UserWarning, match=r"\b2\b.*dense.*mlp\.fn"):
         lopro_fx.save_pretrained(model, state, tmp_path / "packed", activations="float")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -81,8 +81,8 @@ def test_they_are_stored_dense_with_a_warning_and_compute_what_was_solved(tmp_pa
     assert_close("loaded", expected, loaded(ids).logits, 2e-5)
     assert loaded.get_submodule("model.layers.0.mlp.plain").shared.down is not None
     report = json.loads((tmp_path / "packed" / REPORT).read_text())
-    assert [name for name, reason in report["left"] if "dense" in reason] == list(_ODD)
-    assert {row["name"] for row in report["layers"]} == set(state.sites) - set(_ODD)
+    assert [name for name, reason in report["skipped"] if "dense" in reason] == list(_ODD)
+    assert {row["name"] for row in report["layers"]} == set(state.layers) - set(_ODD)
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(_Model.from_pretrained(tmp_path / "again")(ids).logits, loaded(ids).logits)
 
@@ -92,7 +92,7 @@ def test_a_state_of_nothing_else_makes_a_plain_folder(tmp_path) -> None:
     model = _model()
     program = export_causal_lm(model)
     state = lopro_fx.calibrate(program, None, lopro_fx.RTN(bits=4, group_size=32, include=_ODD))
-    assert set(state.sites) == set(_ODD)
+    assert set(state.layers) == set(_ODD)
     with pytest.warns(UserWarning, match=r"\b2\b.*dense"):
         lopro_fx.save_pretrained(model, state, tmp_path / "packed")
     ids = token_ids(2, 9)

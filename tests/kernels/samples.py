@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lopro_fx.kernels
-from lopro_fx.kernels.packing.format import dequantize, group_count, pack
+from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
 from tests.helpers import generator
 from tests.triton.problems import Problem, problem
 
@@ -202,7 +202,7 @@ def _dequantize_device(device: str) -> Samples:
 
 
 def _round_device(device: str) -> Samples:
-    from lopro_fx.kernels.packed_int8.device import columns
+    from lopro_fx.kernels.formats.affine.packed_int8.device import columns
 
     x, perm, signs, block = _device_site(device, 3)[:4]
     return {f"{group} columns": (x, perm, signs, block, 8, group, columns(64, group)) for group in (-1, 64)}

@@ -26,7 +26,7 @@ _FILES = 6
 _ASK = """
 import sys, threading, logging
 logging.basicConfig(format="%(message)s")
-from lopro_fx.kernels.cpu_site import native
+from lopro_fx.kernels.formats.affine.cpu_site import native
 paths = []
 threads = [threading.Thread(target=lambda: paths.append(native.active_path())) for _ in range(int(sys.argv[1]))]
 for thread in threads: thread.start()

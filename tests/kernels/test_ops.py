@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.packing.format import dequantize, group_count, pack
+from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
 from lopro_fx.kernels.project.reference import dense_factor
 from lopro_fx.kernels.rotate.reference import pack_signs, unrotate
 from tests.helpers import TOLERANCE, assert_close, generator

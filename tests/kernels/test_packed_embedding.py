@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.packing.format import dequantize, group_count, pack
+from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
 from tests.helpers import generator
 
 ROWS = 37

@@ -8,8 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx.kernels.packing import oracle
-from lopro_fx.kernels.packing.format import dequantize, group_count, pack, packed_words, unpack, unpack_at
+from lopro_fx.kernels.formats.affine.packing import oracle
+from lopro_fx.kernels.formats.affine.packing.format import (
+    dequantize,
+    group_count,
+    pack,
+    packed_words,
+    unpack,
+    unpack_at,
+)
 from tests.helpers import generator
 
 BITS = (2, 3, 4, 8)

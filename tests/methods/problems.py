@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopro_fx.calibration.statistics import Statistics, measure
-from lopro_fx.config import Method
+from lopro_fx.calibration.statistics import measure
+from lopro_fx.methods.observers import Gram, Magnitude, Statistics
 from lopro_fx.methods.prior import informed
+from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
-from lopro_fx.methods.solve import solve
 from lopro_fx.methods.units import stored_scales
 from tests.helpers import generator, heavy_tailed
 
@@ -66,12 +66,12 @@ EDGES: dict[str, Problem] = {
 
 
 def statistics(x: Tensor) -> Statistics:
-    return measure([x], "layer", "node")
+    return measure([x], "layer", "node", [Gram(), Magnitude()])
 
 
-def run(problem: Problem, config: Method, seed: int = 0) -> GroupSolution:
+def run(problem: Problem, config: Rounding, seed: int = 0) -> GroupSolution:
     weights, x = problem
-    return solve(weights, statistics(x), config, generator(seed))
+    return config.solution(weights, statistics(x), generator(seed))
 
 
 def approximation(solution: GroupSolution) -> Tensor:
@@ -82,7 +82,7 @@ def approximation(solution: GroupSolution) -> Tensor:
     return solution.transform.inverse(dense)
 
 
-def check(solution: GroupSolution, problem: Problem, config: Method) -> None:
+def check(solution: GroupSolution, problem: Problem, config: Rounding) -> None:
     """What holds for every solution of every method."""
     weights, x = problem
     joint, gram = torch.cat(weights), informed(statistics(x)).gram

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx.config import GPTQ, LoPRo
-from lopro_fx.methods.gptq import proxy_loss
+from lopro_fx import GPTQ, LoPRo
+from lopro_fx.methods.ldlq import proxy_loss
 from lopro_fx.methods.lopro import column_scale, initial_factors, transform_for
-from lopro_fx.methods.solve import solve
 from tests.helpers import assert_close, generator
 from tests.methods.problems import approximation, check, ordinary, run, same, statistics
 
@@ -117,7 +116,7 @@ def test_the_branch_goes_to_the_rows_that_matter(low_rank: str) -> None:
 
     def losses(rows: torch.Tensor | None) -> list[float]:
         weighed = replace(stats, rows=rows)
-        solution = solve([first, second], weighed, config, generator())
+        solution = config.solution([first, second], weighed, generator())
         error = torch.cat([first, second]) - approximation(solution)
         return [proxy_loss(part, stats.gram) for part in error.split(24)]
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lopro_fx import GPTQ, RTN, LoPRo
 from lopro_fx.calibration.statistics import data_free
-from lopro_fx.config import GPTQ, RTN, LoPRo, Method
 from lopro_fx.errors import ConfigError
-from lopro_fx.methods.solve import solve
+from lopro_fx.methods.rounding import Rounding
 from tests.helpers import generator, relative_rms
 from tests.methods.problems import EDGES, approximation, check, ordinary, run, same, statistics
 
 ALL = ("identity", "act_order", "partial", "full")
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Rounding] = {
     "rtn": RTN(bits=3, group_size=32, clip_steps=4),
     "gptq": GPTQ(bits=3, group_size=32, clip_steps=4, act_order="none"),
     "gptq by group": GPTQ(bits=4, group_size=64, clip_steps=4, act_order="group"),
@@ -61,7 +61,7 @@ def test_units_of_weights_and_inputs_do_not_matter(method: str, weight_unit: flo
 @pytest.mark.parametrize("method", METHODS)
 def test_data_free_is_solved_on_an_identity_gram(method: str) -> None:
     weights, _ = ordinary()
-    solution = solve(weights, data_free(128), METHODS[method], generator())
+    solution = METHODS[method].solution(weights, data_free(128, METHODS[method].observers()), generator())
     # On an identity Gram the loss is the squared error of the weights.
     assert solution.relative == pytest.approx(relative_rms(torch.cat(weights), approximation(solution)) ** 2, rel=1e-3)
     assert solution.relative < 0.3
@@ -87,7 +87,7 @@ def test_a_singular_gram_raises_the_damping_and_says_so(method: str) -> None:
     config = type(METHODS[method])(**{**_fields(METHODS[method]), "damp": 0})
     # So many tokens, all of three directions, that nothing is assumed of the others.
     stats = replace(statistics(x[:3]), tokens=10**9, distinct=10**9)
-    solution = solve(weights, stats, config, generator())
+    solution = config.solution(weights, stats, generator())
     assert solution.damp > 0
     assert torch.isfinite(approximation(solution)).all()
 
@@ -100,7 +100,7 @@ def test_narrow_weights_are_solved_in_fp32(dtype: torch.dtype) -> None:
     assert same(run((narrow, x), config), run(([weight.float() for weight in narrow], x), config))
 
 
-def _fields(config: Method) -> dict:
+def _fields(config: Rounding) -> dict:
     return {name: value for name, value in config.to_dict().items() if name != "method"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ def rewritten(module: nn.Module, *args: Any, dynamic: bool = False, **options: A
     """The exported module with random packed contents in all Linears; each site's up factor has scales of its own."""
     program = export(module, *args, dynamic=dynamic)
     groups, sites = packed(program, **{"keep": False, **options})
-    for index, site in enumerate(sites.values()):
-        if "up_scale" in site.tensors:
-            site.tensors["up_scale"] = site.tensors["up_scale"] * (1 + index)
-    record = {"sites": {name: site.row for name, site in sites.items()}, "groups": {name: [] for name in groups}}
+    for index, (name, layer) in enumerate(sites.items()):
+        if layer.up is not None:
+            sites[name] = replace(layer, up=replace(layer.up, scale=layer.up.scale * (1 + index)))
+    record = {"sites": {name: site.metrics for name, site in sites.items()}, "groups": {name: [] for name in groups}}
     return RewritePass(groups, sites, {"config": {"method": "test"}, "left": [], "info": {}, **record})(program)
 
 

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 import lopro_fx
-from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.kernels.formats.affine.packing.format import dequantize
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.fold_permutation import FoldPermutationPass
 from lopro_fx.passes.merge import MergeLinearsPass

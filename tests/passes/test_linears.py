@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import lopro_fx
 from lopro_fx import LoPRo
+from lopro_fx.layer import dense_weight
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.passes.sites import find_sites
 from tests.helpers import assert_close, generator
 from tests.programs import seeded
@@ -146,8 +146,8 @@ def test_what_is_quantised_computes_with_the_packed_weight(name: str) -> None:
     state = lopro_fx.calibrate(program, [_x(case.rank, seed) for seed in range(6)], CONFIG)
     quantised = lopro_fx.apply(program, state)
     twin = seeded(Spelled(case.call, case.shape))
-    for site in state.sites.values():
-        dense = dense_weight(state.groups[site.group], site)
+    for site in state.layers.values():
+        dense = dense_weight(state.inputs[site.input], site)
         stored = dense.T if site.name == "middle" and case.shape == TURNED else dense
         twin.get_submodule(site.name).weight = nn.Parameter(stored)
     with torch.no_grad():
@@ -165,8 +165,8 @@ def test_what_cannot_be_taken_is_listed_and_kept(name: str) -> None:
     program = torch.export.export(module, (x,), strict=False)
     explanation = lopro_fx.explain(program)
     assert {line.name for line in explanation.taken} == {"first", "last"}
-    assert "middle" in {line.name for line in explanation.left}
-    assert all(line.reason for line in explanation.left)
+    assert "middle" in {line.name for line in explanation.skipped}
+    assert all(line.reason for line in explanation.skipped)
     quantised = lopro_fx.quantize(program, [x], LoPRo(bits=8, group_size=32, rank=0, clip_steps=4))
     with torch.no_grad():
         assert_close(name, module(x), _run(quantised, x), 0.05)
@@ -177,20 +177,20 @@ def test_what_follows_is_measured_on_the_packed_weight() -> None:
     module = seeded(Spelled(lambda x, w, b: _conv1d(x, w, b) + torch.einsum("bsi,io->bso", x, w), TURNED))
     config, x = LoPRo(bits=3, group_size=32, rank=1, clip_steps=4, token_clip=0), [_x(3, seed) for seed in range(6)]
     state = lopro_fx.calibrate(_export(module, x[0]), x, config)
-    twin, last = copy.deepcopy(module), state.sites["last"]
-    for site in (state.sites["first"], state.sites["middle"]):
-        dense = dense_weight(state.groups[site.group], site)
+    twin, last = copy.deepcopy(module), state.layers["last"]
+    for site in (state.layers["first"], state.layers["middle"]):
+        dense = dense_weight(state.inputs[site.input], site)
         twin.get_submodule(site.name).weight = nn.Parameter(dense.T if site.name == "middle" else dense)
     twin.last = nn.Identity()
     with torch.no_grad():
         read = torch.cat([twin(batch).flatten(0, -2) for batch in x]).double()
     weight = module.last.weight.double()
-    error = dense_weight(state.groups["last"], last).double() - weight
+    error = dense_weight(state.inputs["last"], last).double() - weight
     gram = read.T @ read
     # What is assumed of directions that few tokens show (methods/prior.py) counts in the reported loss.
     gram.diagonal().add_((read.shape[1] / read.shape[0]) ** 2 * gram.diagonal().mean())
     relative = (error @ gram * error).sum() / (weight @ gram * weight).sum()
-    assert last.row["relative_loss"] == pytest.approx(relative.item(), rel=2e-3)
+    assert last.metrics["relative_loss"] == pytest.approx(relative.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -201,11 +201,11 @@ def test_casts_of_the_weight_are_seen_through(dtype: torch.dtype) -> None:
     module, x = seeded(Spelled(call, (OUT, IN))), _x(3)
     program = _export(module, x)
     state = lopro_fx.calibrate(program, [x], CONFIG)
-    assert set(state.sites) == {"first", "middle", "last"}
+    assert set(state.layers) == {"first", "middle", "last"}
     quantised = lopro_fx.apply(program, state)
     assert "middle.weight" not in quantised.state_dict
-    for site in state.sites.values():
-        module.get_submodule(site.name).weight = nn.Parameter(dense_weight(state.groups[site.group], site))
+    for site in state.layers.values():
+        module.get_submodule(site.name).weight = nn.Parameter(dense_weight(state.inputs[site.input], site))
     with torch.no_grad():
         assert_close("output", module(x), _run(quantised, x), 2e-2 if dtype is torch.bfloat16 else 2e-3)
 
@@ -240,9 +240,9 @@ def test_a_router_or_head_is_kept_in_every_spelling() -> None:
     program = torch.export.export(seeded(Model()), (torch.arange(6)[None],), strict=False)
     selection = find_sites(as_linears(program))
     assert [site.name for site in selection.sites] == ["body"]
-    assert {item.name for item in selection.left} == {"router", "gate", "embed"}
+    assert {item.name for item in selection.skipped} == {"router", "gate", "embed"}
     state = lopro_fx.calibrate(program, [torch.arange(6)[None]], LoPRo(bits=8, group_size=32, rank=0, head_bits=8))
-    assert set(state.sites) == {"body", "embed"}
+    assert set(state.layers) == {"body", "embed"}
     quantised = lopro_fx.apply(program, state)
     assert "embed.weight" not in quantised.state_dict
     ids = torch.arange(20).view(2, 10)[:1, :6]
@@ -267,7 +267,7 @@ def test_tables_and_caches_are_no_weights() -> None:
     program = torch.export.export(seeded(Model()), (_x(3),), strict=False)
     explanation = lopro_fx.explain(program)
     assert [line.name for line in explanation.taken] == ["body"]
-    assert not [line for line in explanation.left if line.name == "inverse"]
+    assert not [line for line in explanation.skipped if line.name == "inverse"]
 
 
 @pytest.mark.parametrize("kind", ["autocast", "cond"])
@@ -286,6 +286,6 @@ def test_linears_of_nested_graphs_are_listed_in_every_spelling(kind: str) -> Non
 
     explanation = lopro_fx.explain(torch.export.export(seeded(Nested()), (_x(3),), strict=False))
     assert [line.name for line in explanation.taken] == ["first"]
-    reasons = {line.name: line.reason for line in explanation.left}
+    reasons = {line.name: line.reason for line in explanation.skipped}
     assert set(reasons) == {"one", "two"}
     assert all("nested graph" in reason for reason in reasons.values())

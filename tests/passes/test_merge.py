@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lopro_fx.kernels.packing.format import dequantize
+from lopro_fx.kernels.formats.affine.packing.format import dequantize
 from lopro_fx.kernels.project.reference import dense_factor
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.editor import ProgramEditor

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import lopro_fx
 from lopro_fx import GraphError
+from lopro_fx.layer import stored_bytes
 from lopro_fx.passes.operands import operands
-from lopro_fx.passes.packed import stored_bytes
 from lopro_fx.passes.record import META
 from tests.helpers import assert_close, generator
 from tests.passes.quantised import (

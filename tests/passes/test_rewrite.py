@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from lopro_fx.errors import GraphError
+from lopro_fx.layer import dense_weight
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.packed import dense_weight
 from lopro_fx.passes.record import META
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import find_sites
@@ -44,7 +44,7 @@ def _dense_twin(module: nn.Module, groups: dict, sites: dict) -> nn.Module:
     """The eager model with every packed weight put back as a dense one."""
     for name, site in sites.items():
         owner = module.get_submodule(name) if name else module
-        owner.weight = nn.Parameter(dense_weight(groups[site.group], site))
+        owner.weight = nn.Parameter(dense_weight(groups[site.input], site))
     return module
 
 

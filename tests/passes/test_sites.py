@@ -17,7 +17,7 @@ def program():
 
 
 def _reasons(selection: Selection) -> dict[str, str]:
-    return {item.name: item.reason for item in selection.left}
+    return {item.name: item.reason for item in selection.skipped}
 
 
 def test_sites_that_read_one_tensor_form_a_group(program) -> None:
@@ -40,7 +40,7 @@ def test_a_site_says_what_it_is(program) -> None:
 
 
 def test_a_tied_output_projection_is_left(program) -> None:
-    left = find_sites(program).left
+    left = find_sites(program).skipped
     assert _reasons(find_sites(program)) == {"lm_head": "its weight is tied to an embedding"}
     assert left[0].shape == (50, 32)
 
@@ -54,7 +54,7 @@ def test_an_untied_output_projection_is_left_by_name() -> None:
 def test_naming_the_output_projection_takes_it(tied: bool) -> None:
     selection = find_sites(decoder(tied=tied)[1], include=("*", "lm_head"))
     assert "lm_head" in {site.name for site in selection.sites}
-    assert not selection.left
+    assert not selection.skipped
 
 
 def test_include_and_exclude(program) -> None:
@@ -93,7 +93,7 @@ def test_a_module_used_twice_is_one_site_with_two_nodes() -> None:
 def test_a_product_is_listed_before_it_is_written_as_a_linear() -> None:
     selection = find_sites(export(seeded(Product()), rows(4)))
     assert [site.name for site in selection.sites] == ["linear"]
-    (left,) = selection.left
+    (left,) = selection.skipped
     assert (left.name, left.target, left.shape) == ("weight", "aten.addmm.default", (WIDTH, WIDTH))
     assert left.reason.startswith("aten.addmm.default is not aten.linear")
 
@@ -182,7 +182,7 @@ def test_weights_that_are_no_matrix_of_floats_are_left() -> None:
 def test_linears_of_nested_graphs_are_listed(autocast: bool | None) -> None:
     selection = find_sites(export(seeded(Nested(autocast)), rows(4)))
     assert {site.name for site in selection.sites} == {"first", "last"}
-    (left,) = selection.left
+    (left,) = selection.skipped
     assert left.reason.startswith("inside the nested graph of submod_")
 
 

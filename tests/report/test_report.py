@@ -11,7 +11,7 @@ import torch
 
 import lopro_fx
 from lopro_fx import GPTQ, RTN, GraphError, LoPRo
-from lopro_fx.passes.packed import stored_bytes
+from lopro_fx.layer import stored_bytes
 from lopro_fx.state import QuantState, state_of
 from tests.passes.packs import packed
 from tests.programs import Product, decoder, export, ids, rows, seeded
@@ -59,7 +59,7 @@ def test_an_unquantised_program_has_no_report() -> None:
 def test_explain_lists_what_is_taken_and_why_the_rest_is_not() -> None:
     explanation = lopro_fx.explain(export(seeded(Product()), rows(4)), GPTQ(exclude=("weight",)))
     assert [line.name for line in explanation.taken] == ["linear"]
-    assert [line.name for line in explanation.left] == ["weight"]
+    assert [line.name for line in explanation.skipped] == ["weight"]
     text = str(explanation)
     assert re.search(r"\b1 Linears taken\b.*\b1,024 weights\b.*\b1 left\b", text)
     assert "excluded" in text
@@ -85,7 +85,7 @@ def test_a_state_without_rows_is_applied_and_read_back() -> None:
     assert report.packed_bytes == state.packed_bytes
     for row in report.rows:
         site = sites[row["name"]]
-        assert (row["bits"], row["group_size"], row["rank"]) == (site.bits, site.group_size, 2)
+        assert (row["bits"], row["group_size"], row["rank"]) == (*site.weight.spec.values(), 2)
         assert row["shape"] == [site.out_features, site.in_features]
     assert "quantised: 14 layers" in str(report)
     again = lopro_fx.apply(program, state)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.packing.format import group_count, pack
+from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
 from lopro_fx.kernels.rotate.reference import pack_signs
 from tests.helpers import generator
 

@@ -10,12 +10,14 @@ import torch
 
 import lopro_fx  # noqa: F401  registers the operators
 from lopro_fx.kernels import dispatch
-from lopro_fx.kernels.packed_int8.reference import packed_int8
-from lopro_fx.kernels.packed_site.reference import packed_site
+from lopro_fx.kernels.formats.affine.packed_int8.reference import packed_int8
+from lopro_fx.kernels.formats.registry import reference
 from tests.helpers import TOLERANCE, assert_close, generator
 from tests.triton.conftest import INTERPRETED
 from tests.triton.problems import problem
 from tests.triton.test_kernels import DTYPES
+
+packed_site = reference("affine", "site")
 
 ops = torch.ops.lopro
 

@@ -11,17 +11,16 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from lopro_fx.kernels.decode import reference as decode_reference
-from lopro_fx.kernels.decode.device import activation_group, decode_prepare, decode_product
-from lopro_fx.kernels.dense_int8.device import dense_int8_device
-from lopro_fx.kernels.dense_int8.reference import dense_int8, doubled
+from lopro_fx.kernels.formats.affine.decode import reference as decode_reference
+from lopro_fx.kernels.formats.affine.decode.device import activation_group, decode_prepare, decode_product
+from lopro_fx.kernels.formats.affine.dense_int8.device import dense_int8_device
+from lopro_fx.kernels.formats.affine.dense_int8.reference import dense_int8, doubled
+from lopro_fx.kernels.formats.affine.linear.device import packed_linear_device
+from lopro_fx.kernels.formats.affine.packed_int8.reference import round_activation
+from lopro_fx.kernels.formats.affine.packing.device import dequantize_device
+from lopro_fx.kernels.formats.affine.packing.format import dequantize, pack
+from lopro_fx.kernels.formats.registry import reference
 from lopro_fx.kernels.fragments import centred_codes, in_order, load_words, reordered
-from lopro_fx.kernels.packed_int8.reference import round_activation
-from lopro_fx.kernels.packed_linear.device import packed_linear_device
-from lopro_fx.kernels.packed_linear.reference import packed_linear
-from lopro_fx.kernels.packed_site.reference import packed_site
-from lopro_fx.kernels.packing.device import dequantize_device
-from lopro_fx.kernels.packing.format import dequantize, pack
 from lopro_fx.kernels.project.reference import dense_factor, project
 from lopro_fx.kernels.rotate.device import chunk_for, rotate_device, rotate_project
 from lopro_fx.kernels.rotate.reference import rotate
@@ -29,6 +28,9 @@ from lopro_fx.kernels.tiles import dot4, main_width
 from tests.helpers import TOLERANCE, assert_close, generator
 from tests.triton.conftest import INTERPRETED
 from tests.triton.problems import problem
+
+packed_linear = reference("affine", "linear")
+packed_site = reference("affine", "site")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # bf16 has no NumPy type, so the interpreter can't multiply it.

@@ -1,0 +1,1 @@
+"""Formats of packed weights, and the operators that compute with them."""

@@ -1,0 +1,48 @@
+"""What AOTInductor needs to call the kernel by its C function and to link it into the model's own library.
+
+The kernel goes into the artifact as machine code, for every processor path, so that the artifact runs in a process
+that has torch, or libtorch, and nothing else. A registered operator would need its library beside the artifact, and a
+Python one this package; a template of Inductor's would be private code of torch that moves with each release.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopro_fx.kernels.formats.affine.cpu_site import build
+from lopro_fx.kernels.scratch import variable
+
+_C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
+
+
+@contextmanager
+def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
+    """Options for `torch._inductor.aot_compile` of a program with `lopro::cpu_site`, to be used inside.
+
+    Args:
+        folder: empty, with a path that a command line takes; the linker finds the kernel there.
+
+    Raises: BuildError if the archive could not be built.
+    """
+    archive = build.archive()
+    operator = torch.ops.lopro.cpu_site.default
+    # The cache may be in a folder whose name holds what separates folders.
+    (folder / archive.name).symlink_to(archive.absolute())
+    # gcc and clang look for libraries here; Inductor has no option for a folder.
+    with variable("LIBRARY_PATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("LIBRARY_PATH"))))):
+        yield {
+            "aot_inductor.custom_ops_to_c_shims": {operator: [_declaration(operator)]},
+            "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
+        }
+
+
+def _declaration(operator: torch._ops.OpOverload) -> str:
+    """The C function by the name that Inductor gives it, as `shim.h` declares it."""
+    arguments = [f"{_C_TYPES[str(argument.type)]} {argument.name}" for argument in operator._schema.arguments]
+    return f"AOTITorchError aoti_torch_cpu_cpu_site({', '.join(arguments)}, AtenTensorHandle* y)"

@@ -1,0 +1,67 @@
+"""The compiled kernel in this process: loaded once, at its first use."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from lopro_fx.kernels.formats.affine.cpu_site import build
+
+PATHS = ("avx512", "avx2", "portable")
+
+_lock = threading.RLock()
+_log = logging.getLogger(__name__)
+
+
+def load() -> bool:
+    """Whether the kernel serves CPU tensors; builds and loads it if that wasn't tried yet."""
+    return _loaded() is not None
+
+
+def active_path() -> str:
+    """ "avx512", "avx2" or "portable", whichever the kernel runs here; "aten" where it could not be built.
+
+    The environment variable LOPRO_FX_CPU_ISA names a lower path than the processor's best one.
+    """
+    library = _loaded()
+    return "aten" if library is None else library.lopro_cpu_site_path().decode()
+
+
+@contextmanager
+def forced(path: str) -> Iterator[bool]:
+    """Run `path` inside; gives False, and changes nothing, where the processor or the kernel doesn't have it."""
+    library = _loaded()
+    before = active_path()
+    found = library is not None and library.lopro_cpu_site_set_path(path.encode())
+    try:
+        yield bool(found)
+    finally:
+        if library is not None and found:
+            library.lopro_cpu_site_set_path(before.encode())
+
+
+def _loaded() -> ctypes.CDLL | None:
+    # Threads that come together wait for one build, and share its result or its one warning.
+    with _lock:
+        return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        path = str(build.shared_library())
+        torch.ops.load_library(path)
+    except (build.BuildError, OSError) as error:
+        _log.warning("packed Linears run as ATen operators, many times slower than compiled code: %s", error)
+        return None
+    library = ctypes.CDLL(path)
+    library.lopro_cpu_site_path.restype = ctypes.c_char_p
+    library.lopro_cpu_site_set_path.restype = ctypes.c_bool
+    library.lopro_cpu_site_set_path.argtypes = [ctypes.c_char_p]
+    return library

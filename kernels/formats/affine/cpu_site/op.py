@@ -1,0 +1,54 @@
+"""Registration of `lopro::cpu_site`.
+
+It is no composite operator: a program for a CPU keeps it as one node, so that AOTInductor can call the compiled kernel
+by its C function (see `aoti.py`). In eager mode the first call on a CPU tensor loads the kernel, which torch's
+dispatcher then calls without Python; where there is none, the definition in ATen runs. It has no derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels import registry
+from lopro_fx.kernels.formats.affine.cpu_site import native, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cpu_site(
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
+    down_scale: Tensor | None, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, up: Tensor | None,
+    up_scale: Tensor | None, bits: int, group_size: int, act_bits: int,
+) -> Tensor:  # fmt: skip
+    """`reference.cpu_site`, after an attempt to load the kernel that takes its place on the CPU."""
+    args = (x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size,
+            act_bits)  # fmt: skip
+    _check(x, group_size, act_bits)
+    if x.device.type == "cpu" and native.load():
+        return torch.ops.lopro.cpu_site.default(*args)
+    return reference.cpu_site(*args)
+
+
+def _check(x: Tensor, group_size: int, act_bits: int) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"lopro::cpu_site: x is {x.dtype}; it takes float32, bfloat16 or float16")
+    if group_size != -1 and (group_size <= 0 or group_size % 32):
+        raise ValueError(f"lopro::cpu_site: group_size is {group_size}; give -1 or a multiple of 32")
+    if act_bits not in (0, 8):
+        raise ValueError(f"lopro::cpu_site: act_bits is {act_bits}; give 0 or 8")
+
+
+def _fake(x: Tensor, *args: object) -> Tensor:
+    scales = args[7]
+    assert isinstance(scales, Tensor)
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+registry.register_opaque(
+    "cpu_site(Tensor x, Tensor? perm, Tensor? signs, int block, int skip, Tensor? down, Tensor? down_scale, "
+    "Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, Tensor? up, Tensor? up_scale, int bits, int group_size, "
+    "int act_bits) -> Tensor",
+    cpu_site,
+    _fake,
+)

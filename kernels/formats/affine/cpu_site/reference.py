@@ -1,0 +1,76 @@
+"""The definition of `lopro::cpu_site`, plain ATen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.formats.affine.packing.format import group_count
+from lopro_fx.kernels.formats.registry import reference
+from lopro_fx.kernels.project.reference import project
+from lopro_fx.kernels.rotate.reference import rotate
+
+# Most columns that share a step. Rotation spreads outliers over the columns; without it they cost the others bits.
+ROTATED_BLOCK, PLAIN_BLOCK = 128, 32
+TOP = 127.0
+# Blocks whose largest magnitude is below this are zero; the step of smaller ones would be subnormal.
+LEAST = 1e-30
+
+
+def activation_block(in_features: int, group_size: int, rotated: bool) -> int:
+    """Columns that share a step: 128, or 32 of an activation that isn't rotated, or the largest smaller power of two
+    that divides the weight's groups."""
+    most = ROTATED_BLOCK if rotated else PLAIN_BLOCK
+    return most if group_count(in_features, group_size) == 1 else min(most, group_size & -group_size)
+
+
+def round_activation(x: Tensor, block: int) -> Tensor:
+    """fp32 (..., n) rounded to the nearest multiple of a step per run of `block` columns: largest magnitude / 127."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    top = padded.abs().amax(-1, keepdim=True)
+    small = top <= LEAST
+    inverse = torch.where(small, 0.0, TOP / top)
+    rounded = torch.round(padded * inverse) * torch.where(small, 0.0, top * (1.0 / TOP))
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def cpu_site(
+    x: Tensor,
+    perm: Tensor | None,
+    signs: Tensor | None,
+    block: int,
+    skip: int,
+    down: Tensor | None,
+    down_scale: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+) -> Tensor:
+    """`lopro::packed_site` in fp32, rounded once to x's dtype; the packed product may take rounded activations.
+
+    Args:
+        x: (..., in_features) float32, bfloat16 or float16.
+        perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits: as in
+            `lopro::packed_site`.
+        group_size: -1 or a multiple of 32.
+        act_bits: 8 rounds the rotated activation to int8 per token and block of columns for the packed product; the
+            low-rank branch takes it as it is. 0 rounds nothing.
+
+    Returns:
+        (..., out_features) of x's dtype.
+    """
+    wide = x.to(torch.float32)
+    if perm is not None or block > 1:
+        wide = rotate(wide, perm, signs, block, skip)
+    latent = None if down is None else project(wide, down, down_scale)
+    if act_bits:
+        wide = round_activation(wide, activation_block(x.shape[-1], group_size, block > 1))
+    bias = None if bias is None else bias.to(torch.float32)
+    y = reference("affine", "linear")(wide, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
+    return y.to(x.dtype)

@@ -1,0 +1,39 @@
+"""The definition of the decode operators, plain ATen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.formats.affine.packing.format import WORD
+from lopro_fx.kernels.rotate.reference import rotate
+
+FIXED_TOP = 32767
+
+
+def fixed_point(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """16-bit block fixed point of x (M, K), zero-padded to whole groups.
+
+    Returns:
+        int32 (M, groups, group) in [-32767, 32767], and the step fp32 (M, groups).
+    """
+    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    top = padded.abs().amax(-1)
+    step = torch.where(top > 0, top, torch.ones_like(top)) * (1.0 / FIXED_TOP)
+    return torch.floor(padded / step.unsqueeze(-1) + 0.5).to(torch.int32), step
+
+
+def prepare(
+    x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, bits: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """`words` and `steps` of `lopro::decode_prepare`."""
+    m, k = x.shape
+    fixed, step = fixed_point(rotate(x.to(torch.float32), perm, signs, block, 0), group)
+    steps = torch.stack([step, step * fixed.sum(-1)], 1)
+    width = 2 if bits == 3 else bits
+    count, fields = -(-k // WORD) * width, 8 // width
+    flat = torch.nn.functional.pad(fixed.flatten(1), (0, 4 * fields * count))[:, : 4 * fields * count]
+    flat = flat.view(m, count, 4, fields)
+    place = 8 * torch.arange(4, dtype=torch.int32, device=x.device).view(4, 1)
+    high, low = (((part & 255).to(torch.int64) << place).sum(2) for part in (flat >> 8, flat))
+    return torch.stack([high, low], 1).transpose(2, 3).to(torch.int32).contiguous(), steps

@@ -1,0 +1,148 @@
+"""What a packed weight is, and what a format has to say about it.
+
+A format is one class: `empty` and `dequantize` define it. The rest has defaults that hold for any format whose tensors
+have one row an output feature; another one overrides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+Scalar = int | float | str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight.
+
+    Args:
+        format: name of its format, a key of `registry.FORMATS`.
+        shape: (out_features, in_features).
+        spec: numbers and names that its format needs to read the tensors, ready for JSON.
+        tensors: by name, in the format's order; buffers of a program and operands of an operator.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    spec: Mapping[str, Scalar]
+    tensors: Mapping[str, Tensor]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        """The same with each tensor changed."""
+        return replace(self, tensors={name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+class Format:
+    """A way to store a weight (out_features, in_features). Register one object of a subclass.
+
+    `spec` holds the names of what `empty` needs beside the shape, with defaults whose types are those of the operators'
+    scalars. The first tensor has a row for each output feature.
+    """
+
+    name: ClassVar[str]
+    spec: ClassVar[Mapping[str, Scalar]] = {}
+    # Operators beside those that follow from it, which passes know by these kinds: "cpu", compiled code for CPUs, takes
+    # what `_site` takes, but nothing around it, and `act_bits`.
+    operators: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its operators: `lopro::<prefix>_linear`, `_site` and `_embedding`."""
+        return self.name
+
+    def empty(self, shape: tuple[int, int], spec: Mapping[str, Scalar]) -> Packed:
+        """Tensors of the right shapes and dtypes on the meta device, in the order of the operators' operands.
+
+        A tensor whose dtype depends on the weight has the usual one here.
+        """
+        raise NotImplementedError
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) of `dtype`: the definition, against which every kernel is tested."""
+        raise NotImplementedError
+
+    def lookup(self, packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` (any shape) of `dequantize`: (*ids.shape, in_features)."""
+        self._require_rows("looked up in", packed)
+        rows = {name: embedding(ids.flatten(), tensor) if tensor.dim() == 2 else tensor[ids.flatten()]
+                for name, tensor in packed.tensors.items()}  # fmt: skip
+        part = replace(packed, shape=(ids.numel(), packed.shape[1]), tensors=rows)
+        return self.dequantize(part, dtype).view(*ids.shape, packed.shape[1])
+
+    def cat(self, parts: Sequence[Packed]) -> Packed | str:
+        """The weights of several Linears of one input and spec below each other, or the reason why that can't be."""
+        if not self.has_rows(parts[0]):
+            return f"the rows of a weight in format '{self.name}' can't be joined"
+        rows = sum(part.shape[0] for part in parts)
+        names = parts[0].tensors
+        return replace(
+            parts[0],
+            shape=(rows, parts[0].shape[1]),
+            tensors={name: torch.cat([part.tensors[name] for part in parts]) for name in names},
+        )
+
+    def permute_rows(self, packed: Packed, order: Tensor) -> Packed | str:
+        """The weight with its rows in another order, int64 (out_features,), or the reason why that can't be."""
+        if not self.has_rows(packed):
+            return f"the rows of a weight in format '{self.name}' can't be reordered"
+        return packed.map(lambda tensor: tensor[order])
+
+    def kernels(self) -> Sequence[Kernel]:
+        """Faster ways to compute the operators, best first. Where all of them refuse, `dequantize` does it."""
+        return ()
+
+    def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:  # noqa: ARG002
+        """Options for AOTInductor of a program with its "cpu" operator, to be used inside.
+
+        Args:
+            folder: empty, with a path that a command line takes, for libraries to link.
+
+        Raises:
+            BuildError: the kernel could not be built.
+        """
+        return nullcontext({})
+
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Operands of its operators, in order."""
+        return tuple(self.empty((32, 32), self.spec).tensors)
+
+    def of(self, named: Mapping[str, Any], in_features: int) -> Packed:
+        """The packed weight among the operands of an operator, by their names."""
+        tensors = {name: named[name] for name in self.tensor_names}
+        rows = next(iter(tensors.values())).shape[0]
+        return Packed(self.name, (rows, in_features), {key: named[key] for key in self.spec}, tensors)
+
+    def has_rows(self, packed: Packed) -> bool:
+        """Whether each tensor has one row an output feature."""
+        return all(tensor.dim() > 0 and tensor.shape[0] == packed.shape[0] for tensor in packed.tensors.values())
+
+    def _require_rows(self, what: str, packed: Packed) -> None:
+        if not self.has_rows(packed):
+            raise NotImplementedError(f"rows can't be {what} a weight in format '{self.name}': it has no `lookup`")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an operator of a format.
+
+    Args:
+        name: as reports show it.
+        operator: "linear", "site" or "embedding".
+        run: takes the operator's operands by name.
+        refuses: the reason why it can't take these operands, by name; None if it can.
+    """
+
+    name: str
+    operator: str
+    run: Callable[..., Tensor]
+    refuses: Callable[[Mapping[str, Any]], str | None]

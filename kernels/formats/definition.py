@@ -1,0 +1,80 @@
+"""The definitions of a format's operators, plain ATen, from what the format says a weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from lopro_fx.kernels.formats.base import Format
+from lopro_fx.kernels.project.reference import dense_factor, project
+from lopro_fx.kernels.prologue.reference import prologue
+from lopro_fx.kernels.rotate.reference import rotate
+
+
+def linear(format: Format, named: Mapping[str, Any]) -> Tensor:
+    """Matrix product with a packed weight, and the low-rank branch.
+
+    Args:
+        format: of the weight.
+        named: operands by name:
+            x: (..., in_features) rotated activation.
+            the format's tensors and the names of its spec: the packed weight.
+            bias: (out_features,) or None.
+            latent: (..., rank), the output of `lopro::project`, or None.
+            up: int8 or fp16 (out_features, rank), with `latent`.
+            up_scale: (rank,), or (parts, rank) where `parts` runs of equally many rows of `up` have scales of their
+                own (merged Linears), or None for fp16 factors.
+
+    Returns:
+        (..., out_features) of x's dtype.
+    """
+    x, latent = named["x"], named["latent"]
+    weight = format.dequantize(format.of(named, x.shape[-1]), x.dtype)
+    y = functional.linear(x, weight, named["bias"])
+    if latent is not None and named["up"] is not None:
+        y = y + functional.linear(latent, dense_factor(named["up"], named["up_scale"], 1).to(x.dtype))
+    return y
+
+
+def site(format: Format, named: Mapping[str, Any]) -> Tensor:
+    """`linear` of `rotate` and `project`, where nothing else reads them, with what stands around it in a model.
+
+    Args:
+        format: of the weight.
+        named: operands by name:
+            x: (..., in_features), not rotated.
+            perm, signs, block, skip: as in `lopro::rotate`; no permutation and a block of 1 leave x as it is.
+            down, down_scale: as in `lopro::project`, or None at rank 0.
+            norm, eps, gate, activation: applied to x first, as in `prologue/reference.py`.
+            residual: (..., out_features), added to the result, or None.
+            all others: as in `linear`.
+
+    Returns:
+        (..., out_features) of x's dtype.
+    """
+    x, perm = prologue(*(named[key] for key in ("x", "perm", "norm", "eps", "gate", "activation")))
+    if perm is not None or named["block"] > 1:
+        x = rotate(x, perm, named["signs"], named["block"], named["skip"])
+    latent = None if named["down"] is None else project(x, named["down"], named["down_scale"])
+    y = linear(format, {**named, "x": x, "latent": latent})
+    return y if named["residual"] is None else y + named["residual"]
+
+
+def embedding(format: Format, named: Mapping[str, Any]) -> Tensor:
+    """Rows of a packed table.
+
+    Args:
+        format: of the table.
+        named: operands by name:
+            ids: int64 or int32, any shape, each in [0, rows).
+            the format's tensors and the names of its spec: the packed table.
+            in_features: columns of the table.
+            dtype: of the result.
+
+    Returns:
+        (*ids.shape, in_features) of `dtype`.
+    """
+    return format.lookup(format.of(named, named["in_features"]), named["ids"], named["dtype"])

@@ -1,0 +1,129 @@
+"""The formats there are, and the operators that each of them brings.
+
+Schemas follow from a format's tensors and spec:
+
+    <prefix>_linear     x, tensors, bias, latent, up, up_scale, spec
+    <prefix>_site       x, perm, signs, block, skip, down, down_scale, tensors, bias, up, up_scale, spec,
+                        norm, eps, gate, activation, residual
+    <prefix>_embedding  ids, tensors, spec, in_features, dtype
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels import registry
+from lopro_fx.kernels.errors import ConfigError
+from lopro_fx.kernels.formats import definition
+from lopro_fx.kernels.formats.base import Format, Kernel, Packed
+
+FORMATS: dict[str, Format] = {}
+# Format and kind of each operator.
+OPERATORS: dict[torch._ops.OpOverload, tuple[Format, str]] = {}
+KINDS = ("linear", "site", "embedding")
+_TYPES: dict[type, str] = {int: "int", float: "float", str: "str"}
+_AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual": None}
+
+
+def register_format(format: Format) -> None:
+    """Add a format and define its operators.
+
+    A program that holds them can be loaded where the format is registered; what is compiled from one runs anywhere.
+
+    Raises:
+        ConfigError: the name is no identifier, or another format has it.
+    """
+    if not format.name.isidentifier():
+        raise ConfigError(f"format {format.name!r}: its name must be an identifier, as it is part of operators' names")
+    if format.name in FORMATS:
+        raise ConfigError(f"format '{format.name}' is registered already")
+    FORMATS[format.name] = format
+    for kind in KINDS:
+        _define(format, kind)
+    for kind in (*KINDS, *format.operators):
+        operator = operator_of(format.name, kind)
+        assert operator is not None
+        OPERATORS[operator] = format, kind
+
+
+def format_of(packed: Packed) -> Format:
+    """The format of a packed weight.
+
+    Raises:
+        ConfigError: it isn't registered.
+    """
+    return known_format(packed.format)
+
+
+def known_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ConfigError: it isn't registered.
+    """
+    if name not in FORMATS:
+        raise ConfigError(
+            f"format '{name}' is not known (known: {', '.join(FORMATS)}): import what registers it, by register_format"
+        )
+    return FORMATS[name]
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight (out_features, in_features) that a packed one stands for."""
+    return format_of(packed).dequantize(packed, dtype)
+
+
+def operator_of(format: str, kind: str) -> Any:
+    """The operator of a format by its kind, one of `KINDS` or of the format's own; None if it has none."""
+    owner = known_format(format)
+    name = f"{owner.prefix}_{kind}" if kind in KINDS else owner.operators.get(kind)
+    return None if name is None else getattr(torch.ops.lopro, name).default
+
+
+def reference(format: str, kind: str) -> Callable[..., Tensor]:
+    """The definition of `operator_of(format, kind)`, with the same operands, whatever kernels there are."""
+    operator, owner = operator_of(format, kind), known_format(format)
+    return _implementation(owner, kind, [argument.name for argument in operator._schema.arguments], ())
+
+
+def _define(format: Format, kind: str) -> None:
+    weight = [f"Tensor {name}" for name in format.tensor_names]
+    spec = [f"{_TYPES[type(value)]} {name}" for name, value in format.spec.items()]
+    if kind == "linear":
+        operands = ["Tensor x", *weight, "Tensor? bias", "Tensor? latent", "Tensor? up", "Tensor? up_scale", *spec]
+    elif kind == "site":
+        operands = [
+            "Tensor x", "Tensor? perm", "Tensor? signs", "int block", "int skip", "Tensor? down", "Tensor? down_scale",
+            *weight, "Tensor? bias", "Tensor? up", "Tensor? up_scale", *spec,
+            "Tensor? norm=None", "float eps=0.0", "Tensor? gate=None", 'str activation=""', "Tensor? residual=None",
+        ]  # fmt: skip
+    else:
+        operands = ["Tensor ids", *weight, *spec, "int in_features", "ScalarType dtype"]
+    schema = f"{format.prefix}_{kind}({', '.join(operands)}) -> Tensor"
+    names = [operand.split()[1].partition("=")[0] for operand in operands]
+    kernels = [kernel for kernel in format.kernels() if kernel.operator == kind]
+    registry.register(schema, _implementation(format, kind, names, kernels))
+
+
+def _implementation(
+    format: Format,
+    kind: str,
+    names: Sequence[str],
+    kernels: Sequence[Kernel],
+) -> Callable[..., Tensor]:
+    """Run the first kernel that takes the operands, else the definition."""
+    defined = getattr(definition, kind)
+    defaults: Mapping[str, Any] = _AROUND if kind == "site" else {}
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        named = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        for kernel in kernels:
+            if kernel.refuses(named) is None:
+                return kernel.run(**named)
+        return defined(format, named)
+
+    return run

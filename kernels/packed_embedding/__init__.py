@@ -1,1 +1,0 @@
-"""Rows of a packed table that an output projection multiplies with too."""

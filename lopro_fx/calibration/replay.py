@@ -1,0 +1,82 @@
+"""Walk the graph once: measure each unit where it is first read, and run what replaces it from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.calibration.importance import Importance
+from lopro_fx.calibration.padding import Padding
+from lopro_fx.calibration.runner import LockstepRunner
+from lopro_fx.calibration.simulate import simulated
+from lopro_fx.calibration.statistics import data_free, measure
+from lopro_fx.methods.base import Method, Solved, Unit
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.passes.sites import Group, weight_of
+
+
+class Replay:
+    """The units of a program in the order in which they are to be solved, with what calibration saw of each.
+
+    Args:
+        program: what to run; not changed.
+        groups: Linears to solve, each group reading one tensor.
+        batches: flattened user inputs on `device`; None, or no group, runs nothing.
+        method: its observers, `token_clip` and `sequential` apply.
+        importance: of tokens and rows, by group, see `measure_importance`.
+        device: where to run, and where units have their tensors.
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        groups: Sequence[Group],
+        batches: Sequence[Sequence[Any]] | None,
+        method: Method,
+        importance: Mapping[str, Importance] | None,
+        device: torch.device,
+    ) -> None:
+        self._program, self._groups, self._method, self._device = program, groups, method, device
+        self._batches, self._importance = batches, importance
+        self._by_name = {group.name: group for group in groups}
+        self._runner: LockstepRunner | None = None
+
+    def units(self) -> Iterator[tuple[Unit, Statistics]]:
+        """Each unit, before the graph goes on from where it stands: `install` what it was solved to until then."""
+        if self._batches is None or not self._groups:
+            for group in self._groups:
+                yield self._unit(group), data_free(group.in_features, self._method.observers(), self._device)
+            return
+        runner = self._runner = LockstepRunner(self._program, self._batches, self._device)
+        padding = [Padding(self._program, batch) for batch in self._batches]
+        first = {group.sites[0].nodes[0]: group for group in self._groups}
+        for node, inputs in runner.stops(set(first)):
+            group = first[node]
+            weight = self._importance[group.name] if self._importance else None
+            visible = [pads.visible(value.shape[:-1]) for pads, value in zip(padding, inputs, strict=True)]
+            seen = measure(
+                inputs, group.name, group.source.name, self._method.observers(), self._method.token_clip,
+                weight.tokens if weight else None, visible,
+            )  # fmt: skip
+            yield self._unit(group), replace(seen, rows=weight.rows if weight else None)
+
+    def install(self, solved: Solved) -> None:
+        """From here on the graph runs the operators of these layers, with `sequential`."""
+        if self._runner is None or not self._method.sequential:
+            return
+        shared = solved.input.map(lambda tensor: tensor.to(self._device))
+        for site, layer in zip(self._by_name[solved.input.name].sites, solved.layers, strict=True):
+            layer = layer.map(lambda tensor: tensor.to(self._device))
+            for dtype in {node.meta["val"].dtype for node in site.nodes}:
+                run = simulated(shared, layer, dtype)
+                for node in site.nodes:
+                    if node.meta["val"].dtype == dtype:
+                        self._runner.replaced[node] = run
+
+    def _unit(self, group: Group) -> Unit:
+        weights = [weight_of(self._program, site).to(self._device) for site in group.sites]
+        return Unit(group.name, tuple(site.name for site in group.sites), weights)

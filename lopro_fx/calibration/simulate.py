@@ -1,0 +1,33 @@
+"""What a solved layer's operators compute, for the layers calibrated after it: stored numbers, in the model's dtype.
+
+Packed weights are unpacked once and not once a batch, which changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lopro_fx.kernels.formats.registry import dequantize
+from lopro_fx.layer import Input, Layer
+
+# x (..., in_features) and a bias to (..., out_features), all of one dtype.
+Simulated = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def simulated(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
+    """`lopro::rotate`, `lopro::project` and the linear operator of the layer's format, for x of `dtype`."""
+    weight = dequantize(layer.weight, dtype)
+    branch = None
+    if layer.up is not None and shared.down is not None:
+        branch = shared.down.dense().to(dtype), layer.up.dense().to(dtype)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        moved = shared.transform.forward(x)
+        y = linear(moved, weight, bias)
+        return y if branch is None else y + linear(linear(moved, branch[0]), branch[1])
+
+    return run

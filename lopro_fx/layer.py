@@ -1,0 +1,173 @@
+"""What a solved layer is, and what layers of one input share. Every method makes these, every pass and file holds them.
+
+W ≈ (Q + B A) Tᵀ    Q: `Layer.weight`, B: `Layer.up`, A: `Input.down`, T: `Input.transform`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.kernels.formats.registry import dequantize
+from lopro_fx.kernels.project.reference import dense_factor
+from lopro_fx.kernels.rotate.reference import rotate, unrotate
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Operands of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, skip."""
+
+    perm: Tensor | None = None
+    signs: Tensor | None = None
+    block: int = 1
+    skip: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        return self.perm is None and self.block == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) to Tᵀ x; applied to the rows of W it gives W T."""
+        return x if self.is_identity else rotate(x, self.perm, self.signs, self.block, self.skip)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo `forward`: W T back to W."""
+        return x if self.is_identity else unrotate(x, self.perm, self.signs, self.block, self.skip)
+
+    def gram(self, hessian: Tensor) -> Tensor:
+        """Tᵀ H T for symmetric H (n, n)."""
+        return self.forward(self.forward(hessian).T.contiguous())
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A stored low-rank factor: int8 codes or fp16 values, with a scale per component, which fp16 values needn't have.
+
+    `values` is (rank, n) for a down factor and (m, rank) for an up factor; `dim` is the dimension of the components.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    dim: int
+
+    @property
+    def rank(self) -> int:
+        return self.values.shape[self.dim]
+
+    def dense(self) -> Tensor:
+        """fp32, exactly what the operators compute with."""
+        return dense_factor(self.values, self.scale, self.dim)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the layers that read one tensor share.
+
+    Args:
+        name: of the first of them.
+        readers: names of all of them.
+        in_features: width of the tensor.
+        transform: applied to it.
+        down: the low-rank branch's down factor, of the transformed tensor; None without a branch.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    in_features: int
+    transform: Transform = Transform()
+    down: Factor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of buffers: perm, signs, down, down_scale."""
+        found = {"perm": self.transform.perm, "signs": self.transform.signs, **_named("down", self.down)}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Input:
+        """The same with each tensor changed."""
+        old, down = self.transform, self.down
+        perm, signs = (None if tensor is None else change(tensor) for tensor in (old.perm, old.signs))
+        return replace(self, transform=replace(old, perm=perm, signs=signs), down=_mapped(down, change))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Linear.
+
+    Args:
+        name: fully qualified.
+        input: name of its `Input`.
+        weight: packed, (out_features, in_features) of the transformed input.
+        up: the low-rank branch's up factor; None without a branch.
+        metrics: the layer's line in the report, ready for JSON.
+        embedding: embeddings that share the weight read it packed too.
+    """
+
+    name: str
+    input: str
+    weight: Packed
+    up: Factor | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    embedding: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of buffers: those of the format, up, up_scale."""
+        return {**self.weight.tensors, **_named("up", self.up)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The part of `metrics` that follows from the tensors."""
+        return {
+            "format": self.weight.format,
+            **self.weight.spec,
+            "rank": 0 if self.up is None else self.up.rank,
+            "shape": list(self.weight.shape),
+        }
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Layer:
+        """The same with each tensor changed."""
+        return replace(self, weight=self.weight.map(change), up=_mapped(self.up, change))
+
+
+def dense_weight(shared: Input, layer: Layer) -> Tensor:
+    """fp32 (out_features, in_features) in the original coordinates: what the operators compute with, as one matrix."""
+    dense = dequantize(layer.weight, torch.float32)
+    if layer.up is not None and shared.down is not None:
+        dense = dense + layer.up.dense() @ shared.down.dense()
+    return shared.transform.inverse(dense)
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' values, as they stand in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def factor_of(name: str, tensors: dict[str, Tensor], dim: int) -> Factor | None:
+    """The factor of this name among tensors by the names of buffers."""
+    return Factor(tensors[name], tensors.get(f"{name}_scale"), dim) if name in tensors else None
+
+
+def _named(name: str, factor: Factor | None) -> dict[str, Tensor]:
+    if factor is None:
+        return {}
+    return {name: factor.values} if factor.scale is None else {name: factor.values, f"{name}_scale": factor.scale}
+
+
+def _mapped(factor: Factor | None, change: Callable[[Tensor], Tensor]) -> Factor | None:
+    if factor is None:
+        return None
+    return replace(factor, values=change(factor.values), scale=None if factor.scale is None else change(factor.scale))

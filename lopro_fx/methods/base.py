@@ -1,0 +1,121 @@
+"""What a method is: a frozen configuration that says what to measure, and solves the layers of one input.
+
+One file holds a method; `registry.register_method` makes it known. A bad value is refused on construction, with the
+value and the allowed range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lopro_fx.layer import Input, Layer, Transform
+from lopro_fx.methods import checks
+from lopro_fx.methods.observers import Observer, Statistics
+
+HEAD_BITS = (0, 4, 8)
+IMPORTANCE = ("none", "gradient")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that read one tensor: their names, and weights (m_i, n) of any float dtype in the same order."""
+
+    name: str
+    names: tuple[str, ...]
+    weights: Sequence[Tensor]
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].shape[1]
+
+    def input(self, **shared: Any) -> Input:
+        """The layers' `Input`, with `transform` and `down` where there are any."""
+        return Input(self.name, self.names, self.in_features, **{"transform": Transform(), **shared})
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a unit is solved, and the source of its random choices, which follows from its name and the seed."""
+
+    device: torch.device
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A unit's result: its input, and its layers in the unit's order.
+
+    A layer's `metrics` may hold "transform", "relative_loss", "damp" and whatever else the method has to say; what
+    follows from the tensors is added to them.
+    """
+
+    input: Input
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What every method shares.
+
+    Args:
+        include: fnmatch patterns on a Linear's fully qualified name. What is kept by default (the output projection,
+            routers of experts, Linears of one output feature) is taken only where one of them is its whole name, which
+            no pattern with a wildcard is.
+        exclude: patterns of Linears to leave alone; they win over `include` and `head_bits`.
+        head_bits: width of a code of the output projection, rounded to nearest without data, rotation or factors, and
+            of an embedding that shares its weight: 4 or 8; 0 leaves both. An output projection that `include` names is
+            solved as the other Linears are, and its embedding kept.
+        token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
+            takes them as they are.
+        importance: "gradient" weighs tokens in the Gram by the size of the loss's gradient at the outputs of a group,
+            for one more forward and a backward run of the calibration batches, in a program that returns logits; "none"
+            counts them the same.
+        sequential: solve each group on inputs that come from the layers quantised before it; False uses the
+            unquantised model's inputs throughout.
+        seed: of every random choice (signs, sketches).
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    head_bits: int = 0
+    token_clip: float = 16.0
+    importance: str = "none"
+    sequential: bool = True
+    seed: int = 0
+    # Key in the registry, in files and on the command line.
+    name: ClassVar[str]
+    # Whether it loses accuracy without calibration.
+    needs_data: ClassVar[bool] = True
+    # Settings of the command line, whose programs return logits, that differ from the defaults.
+    of_language_models: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        checks.patterns(self, "include")
+        checks.patterns(self, "exclude")
+        checks.choice(self, "head_bits", HEAD_BITS)
+        checks.at_least(self, "token_clip", 0)
+        checks.choice(self, "importance", IMPORTANCE)
+        checks.whole(self, "seed", 0, 2**63 - 1)
+        checks.flag(self, "sequential")
+
+    def observers(self) -> Sequence[Observer]:
+        """What to measure of each input; () for a method without data."""
+        return ()
+
+    def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
+        """Quantise the Linears of one input."""
+        raise NotImplementedError
+
+    def most_bits(self) -> float:
+        """Bits a weight that its layers take at most, all counted: what a disk must have room for."""
+        return 16.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and the method's name, ready for JSON."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"method": self.name, **values}

@@ -1,0 +1,106 @@
+"""What a method asks calibration to measure of the tensor that a unit's layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Observer:
+    """Sees every token of one input, batch by batch.
+
+    `name` is the key under which methods find the result in `Statistics.values`.
+    """
+
+    name: str
+
+    def update(self, x: Tensor, weights: Tensor | None) -> None:
+        """Take tokens x fp32 (tokens, n) with weights fp32 (tokens,), None for equal ones."""
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """What was seen."""
+        raise NotImplementedError
+
+    def data_free(self, in_features: int, device: torch.device | str) -> Any:
+        """What stands for `result` without data."""
+        raise NotImplementedError
+
+
+class Gram(Observer):
+    """E[x xᵀ], fp32 (n, n), each token with its weight; the identity without data."""
+
+    name = "gram"
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, x: Tensor, weights: Tensor | None) -> None:
+        if self._total is None:
+            self._total = x.new_zeros(x.shape[1], x.shape[1])
+        self._tokens += x.shape[0]
+        rows = x if weights is None else x * weights.sqrt().unsqueeze(1)
+        self._total.addmm_(rows.T, rows)
+
+    def result(self) -> Tensor:
+        assert self._total is not None
+        return self._total / max(self._tokens, 1)
+
+    def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
+        return torch.eye(in_features, dtype=torch.float32, device=device)
+
+
+class Magnitude(Observer):
+    """E|x|, fp32 (n,), all tokens alike; ones without data."""
+
+    name = "magnitude"
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, x: Tensor, weights: Tensor | None) -> None:
+        if self._total is None:
+            self._total = x.new_zeros(x.shape[1])
+        self._tokens += x.shape[0]
+        self._total += x.abs().sum(0)
+
+    def result(self) -> Tensor:
+        assert self._total is not None
+        return self._total / max(self._tokens, 1)
+
+    def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
+        return torch.ones(in_features, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration saw of one input.
+
+    Args:
+        values: results of the method's observers, by their names. Activations that are far from 1 are in another unit,
+            a power of two, so that their squares are numbers in fp32.
+        tokens: tokens counted; 0 is data-free.
+        distinct: tokens in different directions: no more than that are independent.
+        rows: fp32 (m,), by what the error of each output feature of all layers counts; None for the same.
+    """
+
+    values: Mapping[str, Any]
+    tokens: int
+    distinct: int = 0
+    rows: Tensor | None = None
+
+    @property
+    def gram(self) -> Tensor:
+        """Of `Gram`."""
+        return self.values[Gram.name]
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Of `Magnitude`."""
+        return self.values[Magnitude.name]

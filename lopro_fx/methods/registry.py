@@ -1,0 +1,42 @@
+"""The methods there are, by the names that files and the command line use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lopro_fx.errors import ConfigError
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.gptq import GPTQ
+from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.rtn import RTN
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Add a method; also a decorator of its class.
+
+    Raises:
+        ConfigError: another method has its name.
+    """
+    if method.name in METHODS:
+        raise ConfigError(f"method '{method.name}' is registered already")
+    METHODS[method.name] = method
+    return method
+
+
+def from_dict(values: Mapping[str, Any]) -> Method:
+    """Inverse of `Method.to_dict`."""
+    values = dict(values)
+    name = values.pop("method", None)
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r}: known are {', '.join(METHODS)}")
+    try:
+        return METHODS[name](**values)
+    except TypeError as error:
+        raise ConfigError(f"{METHODS[name].__name__}: {error}") from error
+
+
+for _method in (RTN, GPTQ, LoPRo):
+    register_method(_method)
