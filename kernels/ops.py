@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lopro_fx.kernels.activation import op as round_activation
 from lopro_fx.kernels.formats.affine.cpu_site import op as cpu_site
 from lopro_fx.kernels.formats.affine.format import Affine
 from lopro_fx.kernels.formats.affine.packed_int8 import op as packed_int8
@@ -11,4 +12,4 @@ from lopro_fx.kernels.rotate import op as rotate
 
 register_format(Affine())
 
-__all__ = ["cpu_site", "packed_int8", "project", "rotate"]
+__all__ = ["cpu_site", "packed_int8", "project", "rotate", "round_activation"]

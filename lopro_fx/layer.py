@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.activation.reference import round_activation
 from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import dequantize
 from lopro_fx.kernels.project.reference import dense_factor
@@ -65,6 +66,18 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """Operands of `lopro::round_activation`: bits of a number (4 or 8), columns that share a step (-1: all of a token)."""
+
+    bits: int
+    group: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) rounded, of its dtype."""
+        return round_activation(x, self.bits, self.group)
+
+
+@dataclass(frozen=True)
 class Input:
     """What the layers that read one tensor share.
 
@@ -74,6 +87,7 @@ class Input:
         in_features: width of the tensor.
         transform: applied to it.
         down: the low-rank branch's down factor, of the transformed tensor; None without a branch.
+        activation: how the transformed tensor is rounded for the packed weights; the branch takes it as it is.
     """
 
     name: str
@@ -81,6 +95,7 @@ class Input:
     in_features: int
     transform: Transform = Transform()
     down: Factor | None = None
+    activation: Activation | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from lopro_fx.calibration.importance import measure_importance
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError, GraphError
-from lopro_fx.layer import Input, Layer, stored_bytes
+from lopro_fx.kernels.formats.registry import format_of
+from lopro_fx.layer import Activation, Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, Method, Solved, Unit
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.observers import Statistics
@@ -201,7 +202,7 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
     # One generator a unit: a result doesn't depend on what was solved before it, be it read or excluded.
     generator = torch.Generator().manual_seed(seed_of(unit.name, config.seed))
     started = time.monotonic()
-    solved = config.solve(unit, seen, Context(place, generator))
+    solved = _rounding(config.solve(unit, seen, Context(place, generator)), config)
     notes, known = [], {}
     if seen.tokens:
         known["distinct_tokens"] = seen.distinct
@@ -214,6 +215,17 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
     if notes:
         known["warning"] = "; ".join(notes)
     return _reported(solved, config.name, started, known)
+
+
+def _rounding(solved: Solved, config: Method) -> Solved:
+    """The result with the activation of the configuration, unless the method has chosen one."""
+    shared = solved.input
+    if not config.act_bits or shared.activation is not None:
+        return solved
+    rotated = shared.transform.block > 1
+    fitting = min(format_of(layer.weight).activation_group(layer.weight, rotated) for layer in solved.layers)
+    activation = Activation(config.act_bits, config.act_group or fitting)
+    return replace(solved, input=replace(shared, activation=activation))
 
 
 def _round_head(head: Group, weight: Tensor, config: Method) -> Solved:

@@ -1,6 +1,6 @@
 """Inputs and layers as one flat dict of tensors plus JSON, the unit of every file written.
 
-    inputs  by name: readers, in_features, block and skip of the rotation, rank of the branch, dtypes of tensors
+    inputs  by name: readers, in_features, rotation, rank of the branch, activation, dtypes of tensors
     layers  by name: input, format, shape, spec, dtypes of tensors, metrics, whether embeddings read the weight too
 
 Shapes of tensors follow from these.
@@ -9,6 +9,7 @@ Shapes of tensors follow from these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import known_format
-from lopro_fx.layer import Input, Layer, Transform, factor_of
+from lopro_fx.layer import Activation, Input, Layer, Transform, factor_of
 
 # Name of an owner, of its tensor, shape and dtype (its name in torch) to the tensor.
 Find = Callable[[str, str, tuple[int, ...], str], Tensor]
@@ -37,6 +38,7 @@ def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]
                 "block": shared.transform.block,
                 "skip": shared.transform.skip,
                 "rank": 0 if shared.down is None else shared.down.rank,
+                "activation": None if shared.activation is None else asdict(shared.activation),
                 "tensors": _dtypes(shared.tensors),
             }
             for shared in inputs
@@ -111,7 +113,9 @@ def _input(name: str, entry: Mapping[str, Any], find: Find) -> Input:
     shapes = {"perm": (width,), "signs": (-(-width // 8),), "down": (rank, width), "down_scale": (rank,)}
     own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
     transform = Transform(own.get("perm"), own.get("signs"), entry["block"], entry["skip"])
-    return Input(name, tuple(entry["readers"]), width, transform, factor_of("down", own, 0))
+    rounded = entry.get("activation")
+    activation = None if rounded is None else Activation(**rounded)
+    return Input(name, tuple(entry["readers"]), width, transform, factor_of("down", own, 0), activation)
 
 
 def _layer(name: str, entry: Mapping[str, Any], inputs: Mapping[str, Any], find: Find) -> Layer:

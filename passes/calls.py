@@ -20,6 +20,7 @@ from lopro_fx.passes.weights import parameter_fqns
 
 ROTATE = torch.ops.lopro.rotate.default
 PROJECT = torch.ops.lopro.project.default
+ROUND = torch.ops.lopro.round_activation.default
 
 
 def kind_of(node: Node) -> str | None:

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import ROTATE, PackedPass, kind_of, packed_calls, same_shape, table_of, weight_fqn
+from lopro_fx.passes.calls import ROTATE, ROUND, PackedPass, kind_of, packed_calls, same_shape, table_of, weight_fqn
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands
 from lopro_fx.passes.mutation import written_between
@@ -89,7 +89,7 @@ def reads_its_own_input(node: Node) -> bool:
     if kind_of(node) == "site":
         return True
     call = operands(node)
-    return call.latent is None and call.x.target is not ROTATE
+    return call.latent is None and call.x.target not in (ROTATE, ROUND)
 
 
 def match_gate(node: Node) -> Gate | None:

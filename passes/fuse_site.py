@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PROJECT, ROTATE, PackedPass, format_of, packed_calls
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, PackedPass, format_of, packed_calls
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.operands import Operands, operands
 from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
@@ -41,6 +41,8 @@ class FuseSitePass(PackedPass):
 
 def _reason_to_leave(node: Node) -> str | None:
     call = operands(node)
+    if call.x.target is ROUND:
+        return "its activation is rounded"
     readers = {node}
     if call.latent is not None:
         if call.latent.target is not PROJECT or operands(call.latent).x is not call.x:
@@ -55,10 +57,22 @@ def _reason_to_leave(node: Node) -> str | None:
     return None
 
 
+def rounding_of(node: Node) -> Node | None:
+    """The `lopro::round_activation` whose result a packed Linear reads, if it reads one."""
+    x = operands(node).x
+    return x if x.target is ROUND else None
+
+
+def unrounded(node: Node) -> Node:
+    """What a packed Linear reads, before it is rounded."""
+    rounded = rounding_of(node)
+    return operands(node).x if rounded is None else operands(rounded).x
+
+
 def fused_operands(node: Node) -> Operands:
-    """Operands of the "site" of a packed Linear with the rotation and projection that it reads."""
-    call = operands(node)
-    rotation = operands(call.x).named if call.x.target is ROTATE else {"block": 1, "skip": 0}
+    """Operands of the "site" of a packed Linear with the rotation and projection that it reads; rounds nothing."""
+    call, x = operands(node).replace(x=unrounded(node)), unrounded(node)
+    rotation = operands(x).named if x.target is ROTATE else {"block": 1, "skip": 0}
     projection = {}
     if call.latent is not None:
         project = operands(call.latent)

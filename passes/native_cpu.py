@@ -8,9 +8,9 @@ from torch.fx import Node
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PROJECT, ROTATE, PackedPass, format_of, kind_of, packed_calls
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, PackedPass, format_of, kind_of, packed_calls, stored_weight
 from lopro_fx.passes.editor import ProgramEditor
-from lopro_fx.passes.fuse_site import fused_operands
+from lopro_fx.passes.fuse_site import fused_operands, rounding_of, unrounded
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
@@ -23,7 +23,8 @@ class NativeCpuPass(PackedPass):
     no such kernel, and one whose low-rank branch doesn't project its own input.
 
     Args:
-        act_bits: 8 rounds activations to int8 for the packed product, 0 keeps them.
+        act_bits: 8 rounds activations that the program keeps to int8 for the packed product, 0 keeps them. What the
+            program rounds stays rounded.
     """
 
     name = "native_cpu"
@@ -54,14 +55,16 @@ class NativeCpuPass(PackedPass):
 
     def _replace(self, editor: ProgramEditor, node: Node) -> None:
         call, fused = operands(node), kind_of(node) == "site"
+        rounded = None if fused else rounding_of(node)
         site = call if fused else fused_operands(node)
-        site = site.to(operator_of(format_of(node).name, "cpu"), act_bits=self.act_bits)
+        act_bits = self.act_bits if rounded is None else operands(rounded).bits
+        site = site.to(operator_of(format_of(node).name, "cpu"), act_bits=act_bits)
         native = editor.add_operator(node, f"native_{node.name}", site, node)
         native.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
         editor.replace(node, native)
         counters["native_cpu.site"] += 1
-        for gone in () if fused else (call.latent, call.x):
-            if gone is not None and gone.target in (PROJECT, ROTATE) and not gone.users:
+        for gone in () if fused else (call.latent, call.x, None if rounded is None else operands(rounded).x):
+            if gone is not None and gone.target in (PROJECT, ROTATE, ROUND) and not gone.users:
                 editor.graph.erase_node(gone)
 
     def ensures(self, program: ExportedProgram) -> None:
@@ -76,5 +79,12 @@ def _reason_to_leave(node: Node) -> str | None:
     if kind_of(node) == "site":
         return None
     call = operands(node)
-    projects = call.latent is None or (call.latent.target is PROJECT and operands(call.latent).x is call.x)
+    x, rounded = unrounded(node), rounding_of(node)
+    if rounded is not None:
+        rotated = x.target is ROTATE and operands(x).block > 1
+        weight = stored_weight(node, lambda operand: operand.meta["val"])
+        bits, group = operands(rounded).bits, operands(rounded).group
+        if (bits, group) != (8, format.activation_group(weight, rotated)):
+            return f"its kernel rounds no activation to {bits} bits in groups of {group}"
+    projects = call.latent is None or (call.latent.target is PROJECT and operands(call.latent).x is x)
     return None if projects else "its low-rank branch does not project its own input"

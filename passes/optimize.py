@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch.export import ExportedProgram
 
-from lopro_fx.kernels.activations import ACTIVATIONS, DEFAULT
+from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
 from lopro_fx.kernels.errors import ConfigError
 from lopro_fx.passes.calls import PackedPass
 from lopro_fx.passes.fold_permutation import FoldPermutationPass
+from lopro_fx.passes.fuse_activation import FuseActivationPass
 from lopro_fx.passes.fuse_prologue import FuseProloguePass
 from lopro_fx.passes.fuse_residual import FuseResidualPass
 from lopro_fx.passes.fuse_site import FuseSitePass
@@ -33,16 +34,18 @@ def optimize(
     Args:
         program: from `quantize`, `apply` or `load`. It is not changed.
         merge: packed Linears that read one tensor become one.
-        fuse: rotation, down-projection and packed Linear become one `lopro::packed_site`.
+        fuse: rotation, down-projection and packed Linear become one `lopro::packed_site`; a rounded activation and the
+            packed Linear that reads it become one `lopro::packed_int8`.
         fold: permutations move into the rows of the Linears before, where only elementwise operators are between.
         prologue, residual: with the target "cuda", norms and gated activations before a site, and sums after it, become
             part of it.
         target: "cuda" or "cpu". "cpu" makes every packed Linear a `lopro::cpu_site`, compiled code where a C++ compiler
             is found. Such a program runs on CPUs fast, elsewhere slowly. None is "cuda" for a program that lies on a
             GPU; otherwise it keeps operators for every device.
-        activations: with the target "cpu", "int8" (the default of every function that has the choice) rounds what a
-            packed product reads to 8 bits, with a scale a token and block of at most 128 columns, which adds 0.05 to
-            0.2 % to the perplexity of language models and is two to four times faster; "float" keeps it.
+        activations: of layers whose activations the program keeps. With the target "cpu", "int8" (the default of every
+            function that has the choice) rounds what a packed product reads to 8 bits, with a scale a token and block
+            of at most 128 columns, which adds 0.05 to 0.2 % to the perplexity of language models and is two to four
+            times faster; "float" keeps it.
 
     Returns:
         A new program. Without "int8" its outputs differ by no more than the order of fp32 sums, and the rounding of
@@ -62,6 +65,7 @@ def optimize(
     passes = (
         (fold, FoldPermutationPass()),
         (merge, MergeLinearsPass()),
+        (fuse and target != "cpu", FuseActivationPass()),
         (fuse, FuseSitePass()),
         (prologue and target == "cuda", FuseProloguePass()),
         (residual and target == "cuda", FuseResidualPass()),

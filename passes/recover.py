@@ -7,8 +7,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
-from lopro_fx.layer import Factor, Input, Layer, Transform
-from lopro_fx.passes.calls import PROJECT, ROTATE, packed_calls, stored_weight
+from lopro_fx.layer import Activation, Factor, Input, Layer, Transform
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, packed_calls, stored_weight
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.passes.weights import parameter_fqns, tensor_of
@@ -40,6 +40,7 @@ def recover(program: ExportedProgram) -> tuple[dict[str, Input], dict[str, Layer
             layers[name] = Layer(name, group_of(node), weight, up, record["sites"][name], name in looked_up)
     transforms = {group_of(node): operands(node) for node in _calls(program, ROTATE)}
     projections = {group_of(node): operands(node) for node in _calls(program, PROJECT)}
+    roundings = {group_of(node): operands(node) for node in _calls(program, ROUND)}
     inputs = {}
     for name, readers in record["groups"].items():
         transform, down = Transform(), None
@@ -49,7 +50,8 @@ def recover(program: ExportedProgram) -> tuple[dict[str, Input], dict[str, Layer
             transform = Transform(perm, signs, call.block, call.skip)
         if name in projections:
             down = factor(projections[name].down, projections[name].scale, 0)
-        inputs[name] = Input(name, tuple(readers), layers[readers[0]].in_features, transform, down)
+        activation = Activation(roundings[name].bits, roundings[name].group) if name in roundings else None
+        inputs[name] = Input(name, tuple(readers), layers[readers[0]].in_features, transform, down, activation)
     return inputs, layers
 
 

@@ -1,4 +1,5 @@
-"""Replace each calibrated Linear by rotate → project → linear of its format, and embeddings tied to it by lookups."""
+"""Replace each calibrated Linear by rotate → project, round_activation → linear of its format, and embeddings tied to
+it by lookups."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from lopro_fx.kernels.errors import GraphError
 from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.layer import Input, Layer
 from lopro_fx.passes.base import ProgramPass, counters
-from lopro_fx.passes.calls import PROJECT, ROTATE, packed_calls
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, packed_calls
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.operands import Operands
@@ -138,7 +139,7 @@ class RewritePass(ProgramPass):
         group: Input,
         shared: Mapping[str, Node],
     ) -> tuple[Node, Node | None]:
-        """Rotation and down-projection of one input, placed before its first reader; the latent is None at rank 0."""
+        """What the packed weights read of one input, placed before its first reader, and the latent, None at rank 0."""
 
         def add(kind: str, operands: Operands) -> Node:
             node = editor.add_operator(before, f"{kind}_{before.name}", operands, before)
@@ -153,10 +154,14 @@ class RewritePass(ProgramPass):
         if not transform.is_identity:
             turn = {"perm": shared.get("perm"), "signs": shared.get("signs")}
             rotated = add("rotate", Operands.of(ROTATE, x=source, block=transform.block, skip=transform.skip, **turn))
-        if "down" not in shared:
-            return rotated, None
-        project = Operands.of(PROJECT, x=rotated, down=shared["down"], scale=shared.get("down_scale"))
-        return rotated, add("project", project)
+        latent, rounded = None, rotated
+        if "down" in shared:
+            project = Operands.of(PROJECT, x=rotated, down=shared["down"], scale=shared.get("down_scale"))
+            latent = add("project", project)
+        if (activation := group.activation) is not None:
+            operands = Operands.of(ROUND, x=rotated, bits=activation.bits, group=activation.group)
+            rounded = add("round_activation", operands)
+        return rounded, latent
 
 
 def _add_buffers(editor: ProgramEditor, owners: Mapping[str, Input] | Mapping[str, Layer]) -> _Buffers:

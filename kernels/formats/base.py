@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from lopro_fx.kernels.activation.reference import group_for
+
 Scalar = int | float | str
 
 
@@ -110,6 +112,10 @@ class Format:
             BuildError: the kernel could not be built.
         """
         return nullcontext({})
+
+    def activation_group(self, packed: Packed, rotated: bool) -> int:  # noqa: ARG002
+        """Columns of an activation that share a step, where the kernels may choose."""
+        return group_for(rotated)
 
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ Schemas follow from a format's tensors and spec:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     return format_of(packed).dequantize(packed, dtype)
 
 
+@functools.cache
 def operator_of(format: str, kind: str) -> Any:
     """The operator of a format by its kind, one of `KINDS` or of the format's own; None if it has none."""
     owner = known_format(format)

@@ -19,7 +19,7 @@ Simulated = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def simulated(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
-    """`lopro::rotate`, `lopro::project` and the linear operator of the layer's format, for x of `dtype`."""
+    """`rotate`, `project`, `round_activation` and the linear operator of the layer's format, for x of `dtype`."""
     weight = dequantize(layer.weight, dtype)
     branch = None
     if layer.up is not None and shared.down is not None:
@@ -27,7 +27,8 @@ def simulated(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         moved = shared.transform.forward(x)
-        y = linear(moved, weight, bias)
+        rounded = moved if shared.activation is None else shared.activation.forward(moved)
+        y = linear(rounded, weight, bias)
         return y if branch is None else y + linear(linear(moved, branch[0]), branch[1])
 
     return run

@@ -15,7 +15,7 @@ from lopro_fx.deploy.package import package
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import save_pretrained
 from lopro_fx.huggingface.save import require_replaceable, shard_bytes
-from lopro_fx.kernels.activations import ACTIVATIONS, DEFAULT
+from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
 from lopro_fx.models import export_for_generation, rebuild_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.optimize import optimize

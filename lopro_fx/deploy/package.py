@@ -28,7 +28,7 @@ from lopro_fx.deploy.generator import Generator
 from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.files import reason_of, replacing
-from lopro_fx.kernels.activations import DEFAULT
+from lopro_fx.kernels.activation.delivery import DEFAULT
 from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopro_fx.errors import ModelError
-from lopro_fx.kernels.activations import ACTIVATIONS
+from lopro_fx.kernels.activation.delivery import ACTIVATIONS
 from lopro_fx.kernels.formats.base import Packed, Scalar
-from lopro_fx.kernels.formats.registry import dequantize, operator_of
-from lopro_fx.layer import Input, Layer, Transform, dense_weight, factor_of
+from lopro_fx.kernels.formats.registry import dequantize, known_format, operator_of
+from lopro_fx.layer import Activation, Input, Layer, Transform, dense_weight, factor_of
 
 _BRANCH, _SHARED = ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
 
@@ -236,6 +236,7 @@ class PackedInput(PackedModule):
     def __init__(self, shared: Input) -> None:
         super().__init__()
         self.block, self.skip = shared.transform.block, shared.transform.skip
+        self.activation = shared.activation
         self._hold(shared.tensors, _SHARED)
 
     def forward(self) -> tuple[Tensor | None, ...]:
@@ -255,8 +256,8 @@ class PackedLinear(PackedWeight, nn.Linear):
         shared: the input's side of it.
         owner: whether this is the Linear whose state holds `shared`.
         plain: the Linear that it stands for, whose bias it keeps.
-        activations: "float", or "int8" to round the rotated input per token on a CPU. Where gradients are asked for it
-            stays as it is.
+        activations: "float", or "int8" to round the rotated input per token on a CPU, unless `shared` says how it is
+            rounded everywhere. Where gradients are asked for it stays as it is.
         table: the embedding that holds the weight, if one does.
     """
 
@@ -293,11 +294,26 @@ class PackedLinear(PackedWeight, nn.Linear):
         perm, signs, down, down_scale = shared()
         operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
                     self.up, self.up_scale, *self.numbers)  # fmt: skip
-        native = self.operator("cpu") if x.device.type == "cpu" else None
-        # It has no derivative.
-        if native is None or (torch.is_grad_enabled() and _asks_for_gradients(operands)):
+        if torch.is_grad_enabled() and _asks_for_gradients(operands):
             return self.operator("site")(*operands)
-        return native(*operands, self.act_bits)
+        rounded = shared.activation
+        native = self.operator("cpu") if x.device.type == "cpu" else None
+        if native is not None and rounded in (None, self._native_rounding):
+            return native(*operands, self.act_bits if rounded is None else rounded.bits)
+        if rounded is None:
+            return self.operator("site")(*operands)
+        if perm is not None or shared.block > 1:
+            x = torch.ops.lopro.rotate(x, perm, signs, shared.block, shared.skip)
+        latent = None if down is None else torch.ops.lopro.project(x, down, down_scale)
+        x = torch.ops.lopro.round_activation(x, rounded.bits, rounded.group)
+        branch = (self.bias, latent, self.up, self.up_scale)
+        return self.operator("linear")(x, *self.table_tensors(), *branch, *self.numbers)
+
+    @property
+    def _native_rounding(self) -> Activation:
+        """What the compiled kernel rounds activations to."""
+        group = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
+        return Activation(8, group)
 
     def dense(self) -> Tensor:
         return dense_weight(*self.as_packed("")).to(self.dtype)
@@ -306,7 +322,8 @@ class PackedLinear(PackedWeight, nn.Linear):
         """The tensors as passes take them; the input has this layer alone."""
         shared, own, branch = self.shared, _given(_SHARED, self.shared()), _given(_BRANCH, self.held(_BRANCH))
         transform = Transform(own.get("perm"), own.get("signs"), shared.block, shared.skip)
-        input = Input(name, (name,), self.in_features, transform, factor_of("down", own, 0))
+        down, rounded = factor_of("down", own, 0), shared.activation
+        input = Input(name, (name,), self.in_features, transform, down, rounded)
         return input, Layer(name, name, self.packed(), factor_of("up", branch, 1))
 
     def extra_repr(self) -> str:

@@ -29,7 +29,7 @@ from lopro_fx.huggingface.replace import (
     untie,
 )
 from lopro_fx.huggingface.versions import require_transformers
-from lopro_fx.kernels.activations import ACTIVATIONS, DEFAULT
+from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
 
 METHOD = "lopro_fx"
 FORMAT = 2

@@ -16,7 +16,7 @@ from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.unpacked import beside_packed, put_weights, without_others
 from lopro_fx.huggingface.versions import require_transformers
-from lopro_fx.kernels.activations import DEFAULT
+from lopro_fx.kernels.activation.delivery import DEFAULT
 from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
 

@@ -13,12 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.activation.reference import BITS
 from lopro_fx.layer import Input, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.observers import Observer, Statistics
 
 HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
+ACT_BITS = (0, *BITS)
+ACT_GROUPS = (0, 32, 64, 128, -1)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Method:
             counts them the same.
         sequential: solve each group on inputs that come from the layers quantised before it; False uses the
             unquantised model's inputs throughout.
+        act_bits: 8 or 4 rounds what a packed weight multiplies, in the program and while calibrating what follows: to
+            the nearest, symmetric, with a step a token and group of columns. 0 rounds nothing.
+        act_group: columns that share a step: 32, 64, 128, -1 for a token's all, or 0 for what compiled kernels take:
+            128 of a rotated input, 32 of another, no more than the weight's groups allow.
         seed: of every random choice (signs, sketches).
     """
 
@@ -86,6 +93,8 @@ class Method:
     token_clip: float = 16.0
     importance: str = "none"
     sequential: bool = True
+    act_bits: int = 0
+    act_group: int = 0
     seed: int = 0
     # Key in the registry, in files and on the command line.
     name: ClassVar[str]
@@ -100,6 +109,8 @@ class Method:
         checks.choice(self, "head_bits", HEAD_BITS)
         checks.at_least(self, "token_clip", 0)
         checks.choice(self, "importance", IMPORTANCE)
+        checks.choice(self, "act_bits", ACT_BITS)
+        checks.choice(self, "act_group", ACT_GROUPS)
         checks.whole(self, "seed", 0, 2**63 - 1)
         checks.flag(self, "sequential")
 

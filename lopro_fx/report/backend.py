@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.plan import Kernel, plan
-from lopro_fx.passes.calls import PROJECT, ROTATE, kind_of, out_features
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, format_of, kind_of, out_features
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.report.table import render
@@ -110,7 +110,8 @@ def backend_report(
     if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise ConfigError(f"bandwidth is {bandwidth}; give bytes per second, more than 0")
     record_of(program, "report")
-    nodes = [node for node in program.graph.nodes if node.target in (ROTATE, PROJECT) or kind_of(node) in _PACKED]
+    before = (ROTATE, PROJECT, ROUND)
+    nodes = [node for node in program.graph.nodes if node.target in before or kind_of(node) in _PACKED]
     if not any(kind_of(node) in _PACKED for node in nodes):
         raise GraphError("this program holds no packed Linear; report before it is decomposed")
     plans: dict[Any, tuple[Kernel, ...]] = {}
@@ -130,7 +131,10 @@ def _row(
     # Layers of one shape run the same kernels, and models have hundreds of them.
     key = (node.target, count, free, *[_shape(value) for value in named.values()])
     if key not in plans:
-        plans[key] = plan(call.operator, list(named.values()), count, free, torch.device(device))
+        # ATen runs the same on every device, and some of it looks for a GPU even on tensors without data.
+        plain = kind_of(node) is not None and not format_of(node).kernels()
+        place = torch.device("cpu" if plain else device)
+        plans[key] = plan(call.operator, list(named.values()), count, free, place)
     kernels = plans[key]
     read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
     moved = sum(read.values()) + sum(written.values())

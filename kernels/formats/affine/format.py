@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.formats.affine.cpu_site.aoti import inductor_options
+from lopro_fx.kernels.formats.affine.cpu_site.reference import activation_group
 from lopro_fx.kernels.formats.affine.linear.op import packed_linear
 from lopro_fx.kernels.formats.affine.packing.format import (
     dequantize,
@@ -79,6 +80,9 @@ class Affine(Format):
             Kernel("triton", "linear", packed_linear, _no_triton),
             Kernel("triton", "site", packed_site, _no_triton),
         )
+
+    def activation_group(self, packed: Packed, rotated: bool) -> int:
+        return activation_group(packed.shape[1], _whole(packed, "group_size"), rotated)
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
         return inductor_options(folder)

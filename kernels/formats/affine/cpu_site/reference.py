@@ -5,33 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.activation.reference import group_for, round_activation
 from lopro_fx.kernels.formats.affine.packing.format import group_count
 from lopro_fx.kernels.formats.registry import reference
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.reference import rotate
 
-# Most columns that share a step. Rotation spreads outliers over the columns; without it they cost the others bits.
-ROTATED_BLOCK, PLAIN_BLOCK = 128, 32
-TOP = 127.0
-# Blocks whose largest magnitude is below this are zero; the step of smaller ones would be subnormal.
-LEAST = 1e-30
 
-
-def activation_block(in_features: int, group_size: int, rotated: bool) -> int:
-    """Columns that share a step: 128, or 32 of an activation that isn't rotated, or the largest smaller power of two
-    that divides the weight's groups."""
-    most = ROTATED_BLOCK if rotated else PLAIN_BLOCK
+def activation_group(in_features: int, group_size: int, rotated: bool) -> int:
+    """Columns that share a step: as many as without a format, or the largest power of two below that divides the
+    weight's groups."""
+    most = group_for(rotated)
     return most if group_count(in_features, group_size) == 1 else min(most, group_size & -group_size)
-
-
-def round_activation(x: Tensor, block: int) -> Tensor:
-    """fp32 (..., n) rounded to the nearest multiple of a step per run of `block` columns: largest magnitude / 127."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
-    top = padded.abs().amax(-1, keepdim=True)
-    small = top <= LEAST
-    inverse = torch.where(small, 0.0, TOP / top)
-    rounded = torch.round(padded * inverse) * torch.where(small, 0.0, top * (1.0 / TOP))
-    return rounded.flatten(-2)[..., : x.shape[-1]]
 
 
 def cpu_site(
@@ -70,7 +55,7 @@ def cpu_site(
         wide = rotate(wide, perm, signs, block, skip)
     latent = None if down is None else project(wide, down, down_scale)
     if act_bits:
-        wide = round_activation(wide, activation_block(x.shape[-1], group_size, block > 1))
+        wide = round_activation(wide, act_bits, activation_group(x.shape[-1], group_size, block > 1))
     bias = None if bias is None else bias.to(torch.float32)
     y = reference("affine", "linear")(wide, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
     return y.to(x.dtype)

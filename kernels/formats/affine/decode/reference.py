@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.activation.reference import integers
 from lopro_fx.kernels.formats.affine.packing.format import WORD
 from lopro_fx.kernels.rotate.reference import rotate
 
@@ -12,15 +13,9 @@ FIXED_TOP = 32767
 
 
 def fixed_point(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """16-bit block fixed point of x (M, K), zero-padded to whole groups.
-
-    Returns:
-        int32 (M, groups, group) in [-32767, 32767], and the step fp32 (M, groups).
-    """
-    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-    top = padded.abs().amax(-1)
-    step = torch.where(top > 0, top, torch.ones_like(top)) * (1.0 / FIXED_TOP)
-    return torch.floor(padded / step.unsqueeze(-1) + 0.5).to(torch.int32), step
+    """16-bit block fixed point of x (M, K): `activation.reference.integers`, as int32."""
+    fixed, step = integers(x, FIXED_TOP, group)
+    return fixed.to(torch.int32), step
 
 
 def prepare(

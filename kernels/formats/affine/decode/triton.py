@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lopro_fx.kernels.activation.triton import integers
 from lopro_fx.kernels.tiles import dot4, load_rotated, load_zeros
 
 
@@ -45,9 +46,7 @@ def prepare_kernel(
         K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
     )  # fmt: skip
     parts = tl.reshape(x, (CHUNK // GROUP, GROUP))
-    top = tl.max(tl.abs(parts), axis=1)
-    step = tl.where(top > 0, top, 1.0) * (1.0 / 32767)
-    fixed = tl.floor(parts / step[:, None] + 0.5).to(tl.int32)
+    fixed, step = integers(parts, 32767)
     g = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
     to_scale = scale_ptr + m * (2 * GROUPS) + g
     tl.store(to_scale, step, mask=g < GROUPS)

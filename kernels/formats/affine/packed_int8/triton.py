@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lopro_fx.kernels.activation.triton import integers
 from lopro_fx.kernels.fragments import code_bytes, load_words, reordered_bytes
 from lopro_fx.kernels.tiles import add_branch, load_rotated, load_zeros, tile_of
 
@@ -32,9 +33,7 @@ def round_kernel(
     )  # fmt: skip
     PARTS: tl.constexpr = CHUNK // ACT_GROUP
     parts = tl.reshape(x, (PARTS, ACT_GROUP))
-    top = tl.max(tl.abs(parts), axis=1)
-    step = tl.where(top > 0, top, 1.0) * (1.0 / TOP)
-    codes = tl.floor(parts / step[:, None] + 0.5).to(tl.int32)
+    codes, step = integers(parts, TOP)
     g = chunk * PARTS + tl.arange(0, PARTS)
     tl.store(step_ptr + g.to(tl.int64) * M + m, step, mask=g < ACT_GROUPS)
     k = start + tl.arange(0, CHUNK)

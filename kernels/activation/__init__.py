@@ -1,0 +1,1 @@
+"""Activations rounded to integers: the one definition of what every kernel computes."""

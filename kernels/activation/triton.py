@@ -1,0 +1,25 @@
+"""`reference.integers` in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lopro_fx.kernels.activation.reference import LEAST as _LEAST
+
+LEAST = tl.constexpr(_LEAST)
+# Added to a number below 2^22, it leaves no bit of its fraction: the sum is rounded to the nearest, halves to even.
+ROUNDER = tl.constexpr(1.5 * 2**23)
+
+
+@triton.jit
+def integers(
+    parts,  # (PARTS, GROUP) fp32
+    TOP: tl.constexpr,
+):
+    """int32 (PARTS, GROUP) in [-TOP, TOP], and the step fp32 (PARTS,)."""
+    most = tl.max(tl.abs(parts), axis=1)
+    live = most > LEAST
+    inverse = tl.where(live, tl.div_rn(TOP * 1.0, tl.where(live, most, 1.0)), 0.0)
+    step = tl.where(live, most * (1.0 / TOP), 0.0)
+    return ((parts * inverse[:, None] + ROUNDER) - ROUNDER).to(tl.int32), step
