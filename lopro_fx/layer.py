@@ -67,7 +67,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Activation:
-    """Operands of `lopro::round_activation`: bits of a number (4 or 8), columns that share a step (-1: all of a token)."""
+    """Operands of `lopro::round_activation`: bits of a number (4 or 8), columns that share a step (-1: all)."""
 
     bits: int
     group: int

@@ -93,7 +93,7 @@ class PackedPass(ProgramPass):
     """
 
     def requires(self, program: ExportedProgram) -> None:
-        if not packed_calls(program.graph, "linear", "site"):
+        if not packed_calls(program.graph, "linear", "site", "int8"):
             raise GraphError(
                 "the program holds no packed Linear to optimise; quantise it first, and don't decompose it in between"
             )

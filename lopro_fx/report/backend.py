@@ -143,7 +143,7 @@ def _row(
         "operator": call.operator.overloadpacket.__name__,
         "layers": list(sites_of(node)) if rows else [group_of(node)],
         "shape": _shape_of(named, rows),
-        "bits": named.get("bits", ""),
+        "bits": named["bits"] if kind_of(node) and "bits" in format_of(node).spec else "",
         "tokens": count,
         "free": free,
         "kernels": [kernel.name for kernel in kernels],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from lopro_fx.kernels.formats.registry import FORMATS
 from lopro_fx.layer import stored_bytes
 from lopro_fx.passes.calls import packed_names
 from lopro_fx.passes.record import record_of
@@ -19,7 +20,7 @@ from lopro_fx.report.table import render
 class Report:
     """Figures of a quantised program.
 
-    `rows` is one dict a layer (name, bits, group_size, rank, transform, bits_per_weight, relative_loss, damp, seconds
+    `rows` is one dict a layer (name, format and its numbers, rank, transform, bits_per_weight, relative_loss, damp, seconds
     and, where something fell back, warning); `packed_bytes` is everything that replaced weights, `kept_bytes` the rest
     of the program's tensors, tied ones once; `bits_per_weight` is 8 * packed_bytes / weights.
     """
@@ -45,17 +46,10 @@ class Report:
         return json.dumps(self.to_dict(), indent=1, sort_keys=True)
 
     def __str__(self) -> str:
-        columns = (
-            "name",
-            "bits",
-            "group_size",
-            "rank",
-            "transform",
-            "bits_per_weight",
-            "relative_loss",
-            "damp",
-            "warning",
-        )
+        formats = dict.fromkeys(row["format"] for row in self.rows if "format" in row)
+        spec = dict.fromkeys(key for name in formats if name in FORMATS for key in FORMATS[name].spec)
+        columns = ("name", *(["format"] if len(formats) > 1 else []), *spec, "rank", "transform", "bits_per_weight",
+                   "relative_loss", "damp", "warning")  # fmt: skip
         rows = [tuple(row.get(column, "") for column in columns) for row in self.rows]
         title = (
             f"{self.config.get('method', 'quantised')}: {len(self.rows)} layers, "
