@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch.export import ExportedProgram
 
 import lopro_fx
 from lopro_fx.commands import data, output, target
+from lopro_fx.commands.method import add_method, method_of
 from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.files import same_place
-from lopro_fx.methods.base import IMPORTANCE, Method
-from lopro_fx.methods.registry import METHODS, from_dict
-from lopro_fx.methods.rounding import GROUP_SIZES
+from lopro_fx.methods.base import Method
 from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.models.positions import configured_limit
@@ -44,26 +42,7 @@ def add(parser: ArgumentParser) -> None:
         help="of what is not quantised; auto works in float32 and keeps the stored type (default: auto)",
     )
     add_device(parser)
-    parser.add_argument("--method", choices=list(METHODS)[::-1], default="lopro", help="(default: lopro)")
-    parser.add_argument("--bits", type=int, default=3, help="of a weight's code: 2, 3, 4 or 8 (default: 3)")
-    sizes = ", ".join(map(str, GROUP_SIZES))
-    parser.add_argument("--group-size", type=int, metavar="N", help=f"columns that share a scale: {sizes}")
-    parser.add_argument("--rank", type=int, metavar="N", help="of LoPRo's low-rank branch")
-    parser.add_argument(
-        "--importance",
-        choices=IMPORTANCE,
-        help="gradient weighs tokens by the loss's gradient (default for lopro; none for the others)",
-    )
-    parser.add_argument("--include", action="append", metavar="PATTERN", help="Linears to take (repeatable)")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="Linears to leave alone (repeatable)")
-    parser.add_argument(
-        "--head-bits",
-        type=int,
-        metavar="N",
-        default=8,
-        help="of the output projection and an embedding tied to it: 8, 4, or 0 to keep them (default: 8)",
-    )
-    parser.add_argument("--seed", type=int, help="of every random choice (default: 0)")
+    add_method(parser)
     parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
     data.positive(parser, "--calib-samples", 32, "calibration windows")
     parser.add_argument("--eval", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
@@ -77,7 +56,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     started = time.monotonic()
-    config, device = _config(args), device_of(args)
+    config, device = method_of(args), device_of(args)
     output.check_json_path(args.json)
     if args.out and args.json:
         for folder in (Path(args.out), target.journal_of(Path(args.out))):
@@ -140,16 +119,6 @@ def run(args: Namespace) -> None:
     finally:
         result.update(target.costs(started))
         output.deliver(args.json, result, _table(result, args.out))
-
-
-def _config(args: Namespace) -> Method:
-    names = ("bits", "group_size", "rank", "importance", "include", "exclude", "head_bits", "seed")
-    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    known = {field.name for field in fields(METHODS[args.method])}
-    for name in values.keys() - known:
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag} {values[name]}: {args.method} has no such setting; leave it out")
-    return from_dict({"method": args.method, **METHODS[args.method].of_language_models, **values})
 
 
 def _quantize(
@@ -223,4 +192,5 @@ def _table(result: dict[str, Any], out: str | None) -> str:
         ("files before", "not known" if before is None else f"{before:,} bytes"),
         ("files after", size),
     ]
-    return render(f"{result['method']}, {result['config']['bits']} bits", ("", ""), rows, width=120)
+    bits = f", {result['config']['bits']} bits" if "bits" in result["config"] else ""
+    return render(result["method"] + bits, ("", ""), rows, width=120)

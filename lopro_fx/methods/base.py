@@ -7,7 +7,7 @@ value and the allowed range.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,13 @@ HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
 ACT_BITS = (0, *BITS)
 ACT_GROUPS = (0, 32, 64, 128, -1)
+# Key of a setting's text in its field's metadata.
+HELP = "help"
+
+
+def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with this default that is a flag of the command line, with this text."""
+    return field(default=default, metadata={HELP: text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -87,21 +94,25 @@ class Method:
         seed: of every random choice (signs, sketches).
     """
 
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    head_bits: int = 0
+    include: tuple[str, ...] = setting(("*",), "Linears to take (repeatable)")
+    exclude: tuple[str, ...] = setting((), "Linears to leave alone (repeatable)")
+    head_bits: int = setting(
+        0, "of the output projection and an embedding tied to it: 8, 4, or 0 to keep them (default: 8)"
+    )
     token_clip: float = 16.0
-    importance: str = "none"
+    importance: str = setting(
+        "none", "gradient weighs tokens by the loss's gradient (default for lopro; none for the others)", IMPORTANCE
+    )
     sequential: bool = True
-    act_bits: int = 0
+    act_bits: int = setting(0, "of a rounded activation: 8, 4, or 0 to keep it (default: 0)")
     act_group: int = 0
-    seed: int = 0
+    seed: int = setting(0, "of every random choice (default: 0)")
     # Key in the registry, in files and on the command line.
     name: ClassVar[str]
     # Whether it loses accuracy without calibration.
     needs_data: ClassVar[bool] = True
     # Settings of the command line, whose programs return logits, that differ from the defaults.
-    of_language_models: ClassVar[Mapping[str, Any]] = {}
+    of_language_models: ClassVar[Mapping[str, Any]] = {"head_bits": 8}
 
     def __post_init__(self) -> None:
         checks.patterns(self, "include")

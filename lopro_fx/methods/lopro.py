@@ -17,6 +17,7 @@ from torch import Tensor
 from lopro_fx.errors import ConfigError
 from lopro_fx.layer import Factor, Transform
 from lopro_fx.methods import checks, rotation
+from lopro_fx.methods.base import setting
 from lopro_fx.methods.descent import descend
 from lopro_fx.methods.ldlq import Feedback, feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
@@ -54,7 +55,7 @@ class LoPRo(Rounding):
         damp: as in GPTQ.
     """
 
-    rank: int = 16
+    rank: int = setting(16, "of LoPRo's low-rank branch (default: 16)")
     factor_bits: int = 8
     transforms: tuple[str, ...] = ("full",)
     block_size: int = 256
@@ -66,7 +67,7 @@ class LoPRo(Rounding):
     sweeps: int = 2
     damp: float = 0.01
     name: ClassVar[str] = "lopro"
-    of_language_models: ClassVar[Mapping[str, Any]] = {"importance": "gradient"}
+    of_language_models: ClassVar[Mapping[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

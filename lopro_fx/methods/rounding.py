@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lopro_fx.layer import Factor, Layer
 from lopro_fx.methods import checks
-from lopro_fx.methods.base import Context, Method, Solved, Unit
+from lopro_fx.methods.base import Context, Method, Solved, Unit, setting
 from lopro_fx.methods.lowrank import in_unit
 from lopro_fx.methods.observers import Gram, Magnitude, Observer, Statistics
 from lopro_fx.methods.prior import informed
@@ -32,8 +32,8 @@ class Rounding(Method):
         clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
     """
 
-    bits: int = 3
-    group_size: int = 64
+    bits: int = setting(3, "of a weight's code: 2, 3, 4 or 8 (default: 3)")
+    group_size: int = setting(64, f"columns that share a scale: {', '.join(map(str, GROUP_SIZES))} (default: 64)")
     clip_steps: int = 24
     name: ClassVar[str]
 
