@@ -47,7 +47,8 @@ class Report:
 
     def __str__(self) -> str:
         formats = dict.fromkeys(row["format"] for row in self.rows if "format" in row)
-        spec = dict.fromkeys(key for name in formats if name in FORMATS for key in FORMATS[name].spec)
+        every = dict.fromkeys(key for format in FORMATS.values() for key in format.spec)
+        spec = [key for key in every if any(key in row for row in self.rows)]
         columns = ("name", *(["format"] if len(formats) > 1 else []), *spec, "rank", "transform", "bits_per_weight",
                    "relative_loss", "damp", "warning")  # fmt: skip
         rows = [tuple(row.get(column, "") for column in columns) for row in self.rows]
