@@ -132,7 +132,7 @@ def test_naming_a_tied_head_alone_takes_it_alone() -> None:
         twin = causal_lm("gpt2")
         twin.lm_head.register_forward_pre_hook(lambda _, seen: hidden.append(seen[0]))
         twin(*inputs, use_cache=False)
-        expected = hidden[0] @ dense_weight(state.inputs[state.layers["lm_head"].group], state.layers["lm_head"]).T
+        expected = hidden[0] @ dense_weight(state.inputs[state.layers["lm_head"].input], state.layers["lm_head"]).T
     assert_close("logits", expected, _run(taken, inputs), 2e-5)
 
 

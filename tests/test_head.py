@@ -97,7 +97,7 @@ def test_no_name_of_a_tied_table_is_left() -> None:
     (lookup,) = _calls(result, LOOKUP)
     (head,) = (node for node in _calls(result, PACKED) if node.meta[META]["site"] == HEAD)
     assert operands(lookup).weights == operands(head).weights, "embedding and projection read different tensors"
-    assert lookup.meta[META] == head.meta[META] == {"site": HEAD, "group": HEAD, "bits": 8}
+    assert lookup.meta[META] == head.meta[META] == {"site": HEAD, "group": HEAD}
     (embedding,) = _calls(program, EMBEDDING)
     for key in ("nn_module_stack", "stack_trace"):
         assert lookup.meta[key] == embedding.meta[key]
@@ -115,12 +115,12 @@ def test_an_untied_embedding_stays_as_it_is() -> None:
 
 def test_other_layers_are_as_without_it() -> None:
     (_, state), (_, plain) = _case(tied=True), _case(tied=True, head_bits=0)
-    assert set(state.layers) - set(plain.sites) == {HEAD}
+    assert set(state.layers) - set(plain.layers) == {HEAD}
     ((name, reason),) = plain.skipped
     assert name == HEAD
     assert "tied" in reason
     assert state.skipped == []
-    for name, site in plain.sites.items():
+    for name, site in plain.layers.items():
         assert all(torch.equal(state.layers[name].tensors[key], tensor) for key, tensor in site.tensors.items())
 
 
@@ -134,9 +134,7 @@ def test_the_report_counts_it_once() -> None:
     assert row["bits_per_weight"] == 8 * (VOCAB * (64 + 2 * 2) + 4 * words) / (VOCAB * 48)
     assert (row["name"], row["method"], row["bits"], row["rank"], row["transform"]) == (HEAD, "rtn", 8, 0, "identity")
     assert 0 < row["relative_loss"] < 1e-4
-    assert (
-        report.weights == state.weights == sum(math.prod(site.weight.shape) for site in state.layers.values())
-    )
+    assert report.weights == state.weights == sum(math.prod(site.weight.shape) for site in state.layers.values())
     assert report.packed_bytes == state.packed_bytes
     assert report.packed_bytes + report.kept_bytes == stored_bytes(result.state_dict.values())
     explanation = lopro_fx.explain(program, CONFIG)
@@ -258,7 +256,7 @@ def test_nothing_but_the_head() -> None:
     for config in (RTN(include=(), head_bits=8), GPTQ(include=(), head_bits=8)):
         state = lopro_fx.calibrate(program, [_tokens(2, 16)], config)
         assert list(state.layers) == [HEAD]
-        assert state.layers[HEAD].group_size == 64
+        assert state.layers[HEAD].weight.spec["group_size"] == 64
 
 
 def test_exclude_wins() -> None:
@@ -272,7 +270,7 @@ def test_exclude_wins() -> None:
 def test_an_include_that_names_it_wins() -> None:
     program, _ = _case(tied=True)
     state = lopro_fx.calibrate(program, None, RTN(bits=4, include=("*", HEAD), head_bits=8))
-    assert (state.layers[HEAD].bits, state.layers[HEAD].embedding) == (4, False)
+    assert (state.layers[HEAD].weight.spec["bits"], state.layers[HEAD].embedding) == (4, False)
     assert len(_calls(lopro_fx.apply(program, state), EMBEDDING)) == 1
 
 

@@ -62,7 +62,7 @@ def _quantised(program: ExportedProgram, module: nn.Module) -> tuple[lopro_fx.Qu
         first, state = (lopro_fx.calibrate(program, [_x()], CONFIG, resume=folder) for _ in range(2))
         files = [file.name for file in Path(folder).iterdir()]
         assert len({name.casefold() for name in files}) == len(files) == 1 + len(state.inputs)
-        for name, site in first.sites.items():
+        for name, site in first.layers.items():
             assert torch.equal(site.tensors["codes"], state.layers[name].tensors["codes"])
             # Only what was read, and not solved again, has the same time.
             assert site.metrics == state.layers[name].metrics

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 import lopro_fx
 from lopro_fx import GPTQ, RTN, GraphError, LoPRo, Method
 from lopro_fx.layer import dense_weight
-from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.state import QuantState, state_of
 from tests.helpers import generator, relative_rms
-from tests.passes.quantised import run
+from tests.passes.quantised import CPU_SITE, run
 from tests.programs import WIDTH, Decoder, export, ids, rows, seeded
 
 METHODS: dict[str, Method] = {
@@ -64,7 +63,7 @@ def test_a_unit_changes_no_bit_of_a_matrix(method: str, exponent: int) -> None:
     want = _errors(plain_module, plain)
     for name, error in _errors(module, state).items():
         assert error == pytest.approx(want[name], rel=2e-3)
-        codes = [made.sites[name].tensors["codes"] for made in (state, plain)]
+        codes = [made.layers[name].tensors["codes"] for made in (state, plain)]
         assert torch.equal(*codes)
 
 
@@ -152,7 +151,7 @@ def test_what_is_no_number_is_refused_before_anything_runs(value: float, monkeyp
     def ran(*_: object) -> None:
         raise AssertionError("calibration ran")
 
-    monkeypatch.setattr(sys.modules["lopro_fx.quantize"], "run_calibrated", ran)
+    monkeypatch.setattr(sys.modules["lopro_fx.quantize"], "Replay", ran)
     with pytest.raises(GraphError, match="'second' holds NaN, infinity"):
         lopro_fx.calibrate(export(module, rows(8)), [rows(8)], METHODS["rtn"])
 
@@ -164,6 +163,6 @@ def test_activations_of_any_size_calibrate_alike(method: str, unit: float) -> No
     config = METHODS[method]
     want = lopro_fx.calibrate(export(module, x), [x], config)
     got = lopro_fx.calibrate(export(module, x), [x * unit], config)
-    for name in want.sites:
+    for name in want.layers:
         pair = [state.layers[name].metrics["relative_loss"] for state in (want, got)]
         assert pair[1] == pytest.approx(pair[0], rel=0.15)

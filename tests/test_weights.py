@@ -57,11 +57,11 @@ def test_a_weight_may_be_a_buffer_or_a_constant(kind: str, tmp_path: Path) -> No
     for batches in ([rows(4, seed=seed) for seed in range(4)], None):
         states = [lopro_fx.calibrate(program, batches, CONFIG, resume=tmp_path / f"{batches is None}")
                   for _ in range(2)]  # fmt: skip
-        assert set(states[1].sites) == taken
+        assert set(states[1].layers) == taken
         result = lopro_fx.apply(program, states[1])
         twin = copy.deepcopy(module)
         with torch.no_grad():
-            for site in states[1].sites.values():
+            for site in states[1].layers.values():
                 dense = dense_weight(states[1].inputs[site.input], site)
                 if kind == "constant" and site.name != "last":
                     twin.table = [dense]
@@ -126,7 +126,7 @@ def test_every_type_in_every_spelling(dtype: torch.dtype) -> None:
     state = lopro_fx.calibrate(program, None, RTN(bits=8, group_size=32))
     assert set(state.layers) == {"first", "last"}
     result = lopro_fx.apply(program, state)
-    first, last = (dense_weight(state.inputs[state.layers[name].group], state.layers[name]).double()
+    first, last = (dense_weight(state.inputs[state.layers[name].input], state.layers[name]).double()
                    for name in ("first", "last"))  # fmt: skip
     with torch.no_grad():
         got = result.module()(rows(4).to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_module_is_no_program(call: Any) -> None:
         call(nn.Linear(32, 32))
 
 
-@pytest.mark.parametrize("config", ["rtn", RTN, 3])
+@pytest.mark.parametrize("config", ["rtn", RTN, 3, Namespace(**vars(RTN()))])
 def test_a_method_is_a_configuration(config: Any) -> None:
     with pytest.raises(ConfigError, match="RTN"):
         lopro_fx.calibrate(decoder()[1], None, config)

@@ -84,5 +84,5 @@ def test_batches_without_tokens_are_data_free() -> None:
             program, [torch.zeros(1, 0, dtype=torch.int64)], LoPRo(bits=4, group_size=32, rank=2)
         )
         free = lopro_fx.calibrate(program, None, LoPRo(bits=4, group_size=32, rank=2))
-    for name, site in free.sites.items():
-        assert all(torch.equal(empty.sites[name].tensors[key], tensor) for key, tensor in site.tensors.items())
+    for name, site in free.layers.items():
+        assert all(torch.equal(empty.layers[name].tensors[key], tensor) for key, tensor in site.tensors.items())

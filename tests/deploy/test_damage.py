@@ -60,7 +60,7 @@ def test_foreign_manifest(copied):
 def test_unknown_version(copied):
     manifest = json.loads((copied / "lopro_fx.json").read_text())
     (copied / "lopro_fx.json").write_text(json.dumps({**manifest, "version": 99}))
-    _refused(copied, rf"version 99\b.*version {VERSION}\b")
+    _refused(copied, rf"version 99\b.*version 2 and {VERSION}\b")
 
 
 def test_program_and_state_are_told_apart(saved):

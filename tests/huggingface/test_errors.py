@@ -69,20 +69,20 @@ def test_missing_shard(tmp_path):
 
 
 def test_format_of_another_version(copied):
-    _edit_config(copied, lambda config: config.update(format=2, lopro_fx="9.0"))
-    with pytest.raises(CheckpointError, match=r"version 2\b.*version 1\b.*9\.0"):
+    _edit_config(copied, lambda config: config.update(format=3, lopro_fx="9.0"))
+    with pytest.raises(CheckpointError, match=r"version 3\b.*version 1 and 2\b.*9\.0"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_damaged_description(copied):
-    _edit_config(copied, lambda config: config["groups"].pop("model.layers.0.self_attn.q_proj"))
+    _edit_config(copied, lambda config: config["inputs"].pop("model.layers.0.self_attn.q_proj"))
     with pytest.raises(CheckpointError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_description_of_another_model(copied):
     def rename(config):
-        config["sites"]["model.layers.7.mlp.up_proj"] = config["sites"].pop("model.layers.1.mlp.up_proj")
+        config["layers"]["model.layers.7.mlp.up_proj"] = config["layers"].pop("model.layers.1.mlp.up_proj")
 
     _edit_config(copied, rename)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.*'model\.layers\.7\.mlp\.up_proj'"):

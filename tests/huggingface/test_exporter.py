@@ -38,7 +38,7 @@ def test_export_with_dynamic_sizes():
     exported = DynamoExporter().export(model, {**_sample(), "use_cache": False}, config)
     program = exported.components["model"].program
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("lopro.packed_linear.default") == len(quantizer.states[0].sites) == 14
+    assert targets.count("lopro.packed_linear.default") == len(quantizer.states[0].layers) == 14
     packed = lopro_fx.pack_model(model, quantizer.states[0], activations="float")
     for length in (16, 5):
         inputs = _sample(3, length)
@@ -54,7 +54,7 @@ def test_components_of_generation_share_what_was_calibrated():
     )
     programs = [exported.components[name].program for name in ("prefill", "decode")]
     assert len(quantizer.states) == 1
-    for name, site in quantizer.states[0].sites.items():
+    for name, site in quantizer.states[0].layers.items():
         for program in programs:
             assert torch.equal(program.state_dict[f"{name}.codes"], site.tensors["codes"])
 

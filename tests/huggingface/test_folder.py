@@ -162,7 +162,7 @@ def test_argument_overrides_the_saved_activations(folder, loaded):
     chosen = AutoModelForCausalLM.from_pretrained(folder, quantization_config=lopro_fx.LoProConfig(activations="int8"))
     assert {module.act_bits for module in chosen.modules() if isinstance(module, PackedLinear)} == {8}
     assert {module.act_bits for module in loaded.modules() if isinstance(module, PackedLinear)} == {0}
-    assert chosen.config.quantization_config.sites == loaded.config.quantization_config.sites
+    assert chosen.config.quantization_config.layers == loaded.config.quantization_config.layers
 
 
 def test_output_projection_that_was_quantised_is_no_longer_tied(tmp_path):

@@ -175,10 +175,10 @@ def test_a_state_that_calls_a_head_by_its_embedding_still_applies() -> None:
     name, head, table = "XLMRobertaForMaskedLM", "lm_head.decoder", "roberta.embeddings.word_embeddings"
     state = _state(name, 8)
     assert head in state.layers
-    groups = {**state.inputs, table: replace(state.inputs[head], name=table, members=(table,))}
-    sites = {**state.layers, table: replace(state.layers[head], name=table, group=table)}
-    old = replace(state, groups=groups, sites=sites)
-    del groups[head], sites[head]
+    inputs = {**state.inputs, table: replace(state.inputs[head], name=table, readers=(table,))}
+    layers = {**state.layers, table: replace(state.layers[head], name=table, input=table)}
+    old = replace(state, inputs=inputs, layers=layers)
+    del inputs[head], layers[head]
     with torch.no_grad():
         expected, got = (lopro_fx.apply(_program(name), each).module()(_ids()) for each in (state, old))
     assert torch.equal(expected, got)

@@ -71,7 +71,7 @@ def test_they_are_stored_dense_with_a_warning_and_compute_what_was_solved(tmp_pa
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = lopro_fx.calibrate(export_causal_lm(model), [token_ids(2, 16)], CONFIG)
     assert set(_ODD) < set(state.layers)
-    assert state.layers["model.layers.0.mlp.plain"].group == _ODD[0]
+    assert state.layers["model.layers.0.mlp.plain"].input == _ODD[0]
     with pytest.warns(UserWarning, match=r"\b2\b.*dense.*mlp\.fn"):
         lopro_fx.save_pretrained(model, state, tmp_path / "packed", activations="float")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

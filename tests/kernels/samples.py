@@ -5,6 +5,7 @@ Sizes of weights are static: they are compile-time constants of the kernels, and
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import lopro_fx.kernels
 from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
+from lopro_fx.kernels.formats.base import Packed
+from tests.guests import packed_signs
 from tests.helpers import generator
 from tests.triton.problems import Problem, problem
 
@@ -81,6 +84,11 @@ def _rotate() -> Samples:
     return {name: (_activation(p), p.perm, p.signs, p.block, p.skip) for name, p in _SITES.items()}
 
 
+def _round_activation() -> Samples:
+    return {f"{bits} bits, {p.x.dtype}": (_activation(p).detach(), bits, group)
+            for p, bits, group in zip(_SITES.values(), (8, 8, 4, 4), (-1, 32, 64, 32), strict=True)}  # fmt: skip
+
+
 def _project() -> Samples:
     return {name: (_activation(p), p.down, p.down_scale) for name, p in _SITES.items() if p.down is not None}
 
@@ -123,6 +131,40 @@ def _packed_embedding() -> Samples:
         ids = torch.randint(0, 37, (2, 5), generator=rng)
         samples[f"{bits} bits, {scale}"] = (ids, codes, scales, zeros, bits, group_size, 72, torch.bfloat16)
     return samples
+
+
+def _guests() -> dict[str, Callable[[], Samples]]:
+    """Samples of the operators that follow from a format, of each that a newcomer registers."""
+    weight = torch.randn(OUT, WIDTH, generator=generator())
+    made = packed_signs(weight), Packed("exact", (OUT, WIDTH), {}, {"values": weight})
+    return {f"{packed.format}_{kind}": functools.partial(samples, tuple(packed.tensors.values()))
+            for packed in made
+            for kind, samples in (("linear", _linear), ("site", _site_of), ("embedding", _embedding))}  # fmt: skip
+
+
+def _linear(weight: tuple[Tensor, ...]) -> Samples:
+    samples: Samples = {}
+    for name, p in _SITES.items():
+        latent = None if p.up is None else torch.randn(2, 3, 4, generator=generator()).to(p.x.dtype)
+        samples[name] = (_activation(p), *weight, p.bias, latent, p.up, p.up_scale)
+    return samples
+
+
+def _site_of(weight: tuple[Tensor, ...]) -> Samples:
+    samples: Samples = {}
+    for name, p in _SITES.items():
+        rest = (p.perm, p.signs, p.block, p.skip, p.down, p.down_scale, *weight, p.bias, p.up, p.up_scale)
+        samples[name] = (_activation(p), *rest)
+    norm, residual = torch.randn(WIDTH, generator=generator()), torch.ones(2, 3, OUT)
+    whole = samples["fp32 scales"]
+    samples["norm, residual"] = (*whole, norm, 1e-5, None, "", residual)
+    samples["gate"] = (*whole, None, 0.0, torch.ones(2, 3, WIDTH), "silu", None)
+    return samples
+
+
+def _embedding(weight: tuple[Tensor, ...]) -> Samples:
+    ids = torch.randint(0, OUT, (2, 5), generator=generator())
+    return {str(dtype): (ids, *weight, WIDTH, dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 def _cpu_site() -> Samples:
@@ -240,6 +282,8 @@ def _dense_int8_device(device: str) -> Samples:
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
+    "round_activation": _round_activation,
+    **_guests(),
 }  # fmt: skip
 DEVICE: dict[str, Callable[[str], Samples]] = {
     "decode_prepare": _decode_prepare, "decode_product": _decode_product, "dense_int8_device": _dense_int8_device,

@@ -14,6 +14,8 @@ from tests.kernels.samples import operators
 from tests.triton.problems import problem
 
 OPERATORS = operators()
+# One operand has no other to be elsewhere than; the result is a tensor too.
+SEVERAL = [name for name in OPERATORS if str(getattr(torch.ops.lopro, name).default._schema).count("Tensor") > 2]
 _VALUES = {"int": 1, "float": 0.0, "str": "", "bool": False}
 
 
@@ -25,17 +27,16 @@ def _arguments(operator: Any) -> list[tuple[str, Any]]:
 
 def test_the_list_of_operators_is_not_empty() -> None:
     assert {"cpu_site", "packed_embedding", "packed_int8", "packed_linear", "packed_site", "project", "rotate"} <= set(
-        OPERATORS
+        SEVERAL
     )
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_one_operand_elsewhere_is_refused(name: str) -> None:
     native.load()
     operator = getattr(torch.ops.lopro, name).default
     arguments = _arguments(operator)
     places = [index for index, (kind, _) in enumerate(arguments) if "Tensor" in kind]
-    assert len(places) > 1, "an operator of one tensor has nothing to compare"
     for place in places:
         for at, elsewhere in (("cpu", "meta"), ("meta", "cpu")):
             values = [value.to(elsewhere if index == place else at) if isinstance(value, Tensor) else value

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx.methods.descent import descend, fit_scales
-from lopro_fx.methods.rounded import Rounded, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.ldlq import feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.rounded import Rounded
 from lopro_fx.methods.rtn import round_to_nearest
 from tests.helpers import damped, generator, gram_of, heavy_tailed
 

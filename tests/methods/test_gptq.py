@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lopro_fx.methods.grid import fit_grid
+from lopro_fx.methods.ldlq import feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.rotation import group_order
-from lopro_fx.methods.rounded import Rounded, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.rounded import Rounded
 from lopro_fx.methods.rtn import round_to_nearest
 from tests.helpers import assert_close, damped, generator, gram_of, heavy_tailed
 

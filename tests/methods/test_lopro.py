@@ -90,7 +90,8 @@ def test_equal_magnitudes_give_the_plain_truncated_svd(low_rank: str) -> None:
     config = replace(CONFIG, low_rank=low_rank, factor_bits=16, power_iterations=16)
     joint = torch.randn(40, 64, generator=generator())
     joint[:, :6] *= 20
-    stats = replace(statistics(torch.eye(64)), magnitude=torch.full((64,), 0.7))
+    stats = statistics(torch.eye(64))
+    stats = replace(stats, values={**stats.values, "magnitude": torch.full((64,), 0.7)})
     left, right = initial_factors(joint, stats, config, generator())
     tail = torch.linalg.svdvals(joint)[config.rank :].square().sum()
     assert tail * (1 - 1e-4) <= (joint - left @ right).square().sum() <= 1.02 * tail

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lopro_fx.kernels.rotate.reference import unpack_signs
+from lopro_fx.layer import Transform
 from lopro_fx.methods.rotation import (
-    Transform,
     as_index,
     energy_order,
     group_order,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from lopro_fx import GPTQ, RTN, LoPRo
 from lopro_fx.calibration.statistics import data_free
-from lopro_fx.errors import ConfigError
 from lopro_fx.methods.rounding import Rounding
 from tests.helpers import generator, relative_rms
 from tests.methods.problems import EDGES, approximation, check, ordinary, run, same, statistics
@@ -102,8 +100,3 @@ def test_narrow_weights_are_solved_in_fp32(dtype: torch.dtype) -> None:
 
 def _fields(config: Rounding) -> dict:
     return {name: value for name, value in config.to_dict().items() if name != "method"}
-
-
-def test_a_config_of_another_class_is_refused() -> None:
-    with pytest.raises(ConfigError, match="config is a Namespace; give an RTN, GPTQ or LoPRo"):
-        run(ordinary(), Namespace(**vars(RTN())))  # pyright: ignore[reportArgumentType]

@@ -17,8 +17,9 @@ from tests.helpers import assert_close
 from tests.passes.packs import packed
 from tests.programs import decoder, export, ids
 
-ROTATE, PROJECT, PACKED_LINEAR, PACKED_SITE = (
-    getattr(torch.ops.lopro, name).default for name in ("rotate", "project", "packed_linear", "packed_site")
+ROTATE, PROJECT = torch.ops.lopro.rotate.default, torch.ops.lopro.project.default
+PACKED_LINEAR, PACKED_SITE, PACKED_EMBEDDING, CPU_SITE = (
+    getattr(torch.ops.lopro, name).default for name in ("packed_linear", "packed_site", "packed_embedding", "cpu_site")
 )
 
 

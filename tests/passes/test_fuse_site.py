@@ -73,8 +73,8 @@ def test_after_a_merge_all_are_fused(transform: str, rank: int) -> None:
 def test_the_node_says_what_it_is() -> None:
     fused = FuseSitePass()(MergeLinearsPass()(quantised()))
     first, second, *_ = calls(fused, PACKED_SITE)
-    assert first.meta[META] == {"sites": [f"blocks.0.{name}" for name in "qkv"], "group": "blocks.0.q", "bits": 3}
-    assert second.meta[META] == {"sites": ["blocks.0.o"], "group": "blocks.0.o", "bits": 3}
+    assert first.meta[META] == {"sites": [f"blocks.0.{name}" for name in "qkv"], "group": "blocks.0.q"}
+    assert second.meta[META] == {"sites": ["blocks.0.o"], "group": "blocks.0.o"}
     assert second.meta["stack_trace"]
     assert [entry[0] for entry in second.meta["nn_module_stack"].values()][-1] == "blocks.0.o"
     assert {"pass": "fuse_site", "what": ["blocks.0.o"]} in notes(fused)

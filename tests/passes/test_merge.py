@@ -107,7 +107,7 @@ def test_new_nodes_say_what_they_are() -> None:
     merged = MergeLinearsPass()(quantised())
     node = calls(merged, PACKED_LINEAR)[0]
     sites = ["blocks.0.q", "blocks.0.k", "blocks.0.v"]
-    assert node.meta[META] == {"sites": sites, "group": "blocks.0.q", "bits": 3}
+    assert node.meta[META] == {"sites": sites, "group": "blocks.0.q"}
     assert [part.meta[META]["sites"] for part in node.users] == [[name] for name in sites]
     for new in (node, *node.users):
         assert new.meta["stack_trace"]

@@ -12,11 +12,11 @@ import lopro_fx
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.formats.affine.cpu_site import build, native
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import CPU_SITE
 from lopro_fx.passes.native_cpu import NativeCpuPass
 from lopro_fx.passes.operands import operands
 from tests.helpers import assert_close
 from tests.passes.quantised import (
+    CPU_SITE,
     PACKED_LINEAR,
     PACKED_SITE,
     PROJECT,

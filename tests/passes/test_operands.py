@@ -9,18 +9,19 @@ import torch
 from torch.fx import Graph, Node
 
 from lopro_fx.errors import GraphError
-from lopro_fx.passes.calls import (
+from lopro_fx.passes.calls import packed_names
+from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.operands import Operands, operands
+from tests.passes.quantised import (
     CPU_SITE,
     PACKED_EMBEDDING,
     PACKED_LINEAR,
     PACKED_SITE,
     PROJECT,
     ROTATE,
-    packed_names,
+    calls,
+    quantised,
 )
-from lopro_fx.passes.editor import ProgramEditor
-from lopro_fx.passes.operands import Operands, operands
-from tests.passes.quantised import calls, quantised
 
 _library = torch.library.Library("lopro", "FRAGMENT")
 _library.define("of_tomorrow(Tensor x, Tensor codes, Tensor? codebook=None, int bits=2, *, bool fast=False) -> Tensor")

@@ -108,7 +108,7 @@ def test_new_nodes_keep_the_metadata_of_what_they_replace(case) -> None:
     linears = {site.name: site.nodes[0] for site in find_sites(program).sites}
     for node in _calls(result, PACKED):
         mark, linear = node.meta[META], linears[node.meta[META]["site"]]
-        assert mark == {"site": mark["site"], "group": sites[mark["site"]].group, "bits": 4}
+        assert mark == {"site": mark["site"], "group": sites[mark["site"]].input}
         assert node.meta["nn_module_stack"] == linear.meta["nn_module_stack"]
         assert node.meta["stack_trace"] == linear.meta["stack_trace"]
         assert node.meta["val"].shape == linear.meta["val"].shape
@@ -117,7 +117,7 @@ def test_new_nodes_keep_the_metadata_of_what_they_replace(case) -> None:
         group = node.meta[META]["group"]
         modules = [entry[0] for entry in node.meta["nn_module_stack"].values()]
         # Shared by several modules, it belongs to the one around them all.
-        assert modules[-1] == (group if len(groups[group].members) == 1 else group.rpartition(".")[0])
+        assert modules[-1] == (group if len(groups[group].readers) == 1 else group.rpartition(".")[0])
         assert node.meta["stack_trace"]
     assert result.graph_module.meta[META] == {"config": {"method": "test"}}
 
@@ -221,7 +221,8 @@ def test_a_missing_linear_is_an_error(case) -> None:
 
 def test_another_shape_is_an_error(case) -> None:
     _, program, _, groups, sites = case
-    wrong = {**sites, "blocks.0.o": replace(sites["blocks.0.o"], out_features=7)}
+    taken = sites["blocks.0.o"]
+    wrong = {**sites, "blocks.0.o": replace(taken, weight=replace(taken.weight, shape=(7, WIDTH)))}
     with pytest.raises(
         GraphError, match=r"Linear 'blocks.0.o' has a weight of \(32, 32\), but was calibrated as \(7, 32\)"
     ):

@@ -61,7 +61,7 @@ def test_explain_lists_what_is_taken_and_why_the_rest_is_not() -> None:
     assert [line.name for line in explanation.taken] == ["linear"]
     assert [line.name for line in explanation.skipped] == ["weight"]
     text = str(explanation)
-    assert re.search(r"\b1 Linears taken\b.*\b1,024 weights\b.*\b1 left\b", text)
+    assert re.search(r"\b1 Linears taken\b.*\b1,024 weights\b.*\b1 skipped\b", text)
     assert "excluded" in text
 
 
@@ -78,7 +78,7 @@ def test_explain_runs_nothing_and_changes_nothing() -> None:
 def test_a_state_without_rows_is_applied_and_read_back() -> None:
     _, program = decoder()
     groups, sites = packed(program, rank=2)
-    bare = {name: replace(site, row={}) for name, site in sites.items()}
+    bare = {name: replace(site, metrics={}) for name, site in sites.items()}
     applied = lopro_fx.apply(program, QuantState({}, groups, bare))
     state, report = state_of(applied), lopro_fx.report(applied)
     assert report.weights == state.weights == sum(site.out_features * site.in_features for site in sites.values())

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from lopro_fx.kernels.activation.reference import integers
 from lopro_fx.kernels.formats.affine.decode import reference as decode_reference
 from lopro_fx.kernels.formats.affine.decode.device import activation_group, decode_prepare, decode_product
 from lopro_fx.kernels.formats.affine.dense_int8.device import dense_int8_device
 from lopro_fx.kernels.formats.affine.dense_int8.reference import dense_int8, doubled
 from lopro_fx.kernels.formats.affine.linear.device import packed_linear_device
-from lopro_fx.kernels.formats.affine.packed_int8.reference import round_activation
 from lopro_fx.kernels.formats.affine.packing.device import dequantize_device
 from lopro_fx.kernels.formats.affine.packing.format import dequantize, pack
 from lopro_fx.kernels.formats.registry import reference
@@ -198,14 +198,14 @@ def test_dense_int8(
 ) -> None:  # fmt: skip
     p = problem(m, k, n, 4, group_size, rank=rank, biased=rank > 3, dtype=dtype, parts=1 if n % 2 else 2)
     x, _, _, _, _, down, down_scale, codes, scales, zeros, bias, up, up_scale, _, _ = p.args(device)
-    integers, steps = round_activation(x, 8, act_group)
+    whole, steps = integers(x, 127, act_group)
     latent = None if down is None else project(x, down, down_scale)
     rest = (scales, bias, latent, up, up_scale, group_size, act_group, dtype)
     weight = doubled(codes, scales, zeros, 4, group_size, k)
-    integers, steps = integers.contiguous(), steps.T.contiguous()
-    got = dense_int8_device(integers, steps, weight, *rest, halves)
+    activation, steps = whole.flatten(-2)[:, :k].to(torch.int8).contiguous(), steps.T.contiguous()
+    got = dense_int8_device(activation, steps, weight, *rest, halves)
     assert got.dtype == dtype
-    assert_close("y", dense_int8(integers, steps, weight, *rest), got, TOLERANCE[dtype])
+    assert_close("y", dense_int8(activation, steps, weight, *rest), got, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
