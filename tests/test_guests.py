@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, ConfigError
+from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import FORMATS, register_format
 from lopro_fx.layer import dense_weight
 from lopro_fx.methods.registry import METHODS, register_method
@@ -184,3 +185,12 @@ def test_a_name_is_taken_once() -> None:
 
     with pytest.raises(ConfigError, match="identifier"):
         register_format(Dashed())
+
+    class Shadowing(Sign):
+        name = "shadowing"
+
+        def empty(self, shape, spec):
+            return Packed(self.name, shape, spec, {"x": torch.empty(shape, device="meta")})
+
+    with pytest.raises(ConfigError, match="'x' has the name of another operand"):
+        register_format(Shadowing())

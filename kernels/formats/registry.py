@@ -27,6 +27,32 @@ FORMATS: dict[str, Format] = {}
 OPERATORS: dict[torch._ops.OpOverload, tuple[Format, str]] = {}
 KINDS = ("linear", "site", "embedding")
 _TYPES: dict[type, str] = {int: "int", float: "float", str: "str"}
+# Names of operands that every format's operators have.
+_TAKEN = frozenset(
+    [
+        "x",
+        "perm",
+        "signs",
+        "block",
+        "skip",
+        "down",
+        "down_scale",
+        "bias",
+        "latent",
+        "up",
+        "up_scale",
+        "norm",
+        "eps",
+        "gate",
+        "activation",
+        "residual",
+        "ids",
+        "in_features",
+        "dtype",
+        "act_bits",
+        "act_group",
+    ]
+)
 _AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual": None}
 
 
@@ -36,12 +62,17 @@ def register_format(format: Format) -> None:
     A program that holds them can be loaded where the format is registered; what is compiled from one runs anywhere.
 
     Raises:
-        ConfigError: the name is no identifier, or another format has it.
+        ConfigError: the name is no identifier, or another format has it, or one of its tensors or numbers has the name
+            of another operand.
     """
     if not format.name.isidentifier():
         raise ConfigError(f"format {format.name!r}: its name must be an identifier, as it is part of operators' names")
     if format.name in FORMATS:
         raise ConfigError(f"format '{format.name}' is registered already")
+    own = [*format.tensor_names, *format.spec]
+    for name in own:
+        if name in _TAKEN or own.count(name) > 1:
+            raise ConfigError(f"format '{format.name}': its tensor or number '{name}' has the name of another operand")
     FORMATS[format.name] = format
     for kind in KINDS:
         _define(format, kind)
