@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from benchmarks.ahead import Launch, compile_launch
 from benchmarks.common import save_result
-from lopro_fx.kernels.ahead import Launch, compile_launch
-from lopro_fx.kernels.launches import launches
+from benchmarks.launches import launches
 from lopro_fx.report.table import render
 
 _OPCODES = ("IDP", "HMMA", "HGMMA", "UTCHMMA", "LOP3")

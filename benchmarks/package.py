@@ -18,8 +18,8 @@ import torch
 
 import lopro_fx
 from benchmarks.common import save_result
-from lopro_fx.deploy.aoti import export_aoti, size_bound
 from lopro_fx.models.load import load_model
+from lopro_fx.packages.aoti import export_aoti, size_bound
 
 PROMPTS = ("The capital of France is", "In 1969, the first humans", "def fibonacci(n):")
 RUN = """

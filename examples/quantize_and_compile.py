@@ -10,10 +10,10 @@ import sys
 import torch
 
 import lopro_fx
-from lopro_fx.deploy.aoti import export_aoti
 from lopro_fx.evaluation.text import builtin_text, token_windows
 from lopro_fx.models.export import export_causal_lm
 from lopro_fx.models.load import load_model
+from lopro_fx.packages.aoti import export_aoti
 
 
 def main() -> None:

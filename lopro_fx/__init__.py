@@ -6,30 +6,23 @@ from typing import Any
 
 import lopro_fx.kernels.ops  # registers the lopro:: operators
 from lopro_fx.__about__ import __version__
-from lopro_fx.deploy import (
-    CacheSpec,
-    GenerationPrograms,
-    Generator,
-    export_aoti,
-    generate,
-    load,
-    load_package,
-    load_state,
-    package,
-    save,
-    save_state,
-)
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
+from lopro_fx.generation.export import export_for_generation
+from lopro_fx.generation.generate import generate
+from lopro_fx.generation.generator import Generator
+from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.huggingface import pack_model, save_pretrained
 from lopro_fx.methods.base import Method
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rtn import RTN
-from lopro_fx.models.generation import export_for_generation
+from lopro_fx.packages.aoti import export_aoti
+from lopro_fx.packages.package import load_package, package
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
 from lopro_fx.state import QuantState
+from lopro_fx.store.checkpoint import load, load_state, save, save_state
 
 __all__ = [
     "GPTQ",

@@ -1,4 +1,4 @@
-"""The five stages on one page: find, calibrate, solve, rewrite; what the result is delivered as lives in `deploy/`."""
+"""The five stages on one page: find, calibrate, solve, rewrite; `store/`, `packages/` and `generation/` deliver it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from lopro_fx.passes.record import Record, is_quantised, require_program
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
 from lopro_fx.progress import Progress, bar
-from lopro_fx.resume import Journal
 from lopro_fx.state import QuantState
+from lopro_fx.store.journal import Journal
 
 
 def quantize(

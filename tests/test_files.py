@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lopro_fx.errors import CheckpointError
-from lopro_fx.files import replacing, require_writable, write_tensors
+from lopro_fx.store.files import replacing, require_writable, write_tensors
 
 
 def _write(path: Path, text: str = "new") -> None:
@@ -97,7 +97,7 @@ def test_standard_output_by_name_goes_where_prints_go(tmp_path: Path, kind: str)
     own.symlink_to("/proc/self/fd/1")
     names = [str(name) for name in (own, "/proc/self/fd/1") if Path(name).exists()]
     code = (
-        "import sys; from pathlib import Path; from lopro_fx.files import replacing, require_writable\n"
+        "import sys; from pathlib import Path; from lopro_fx.store.files import replacing, require_writable\n"
         "print('before')\n"
         "for path in map(Path, sys.argv[1:]):\n"
         "    require_writable(path)\n"
@@ -183,7 +183,7 @@ _CLOSED = """
 import os, sys
 from pathlib import Path
 from lopro_fx.errors import CheckpointError
-from lopro_fx.files import replacing, require_writable
+from lopro_fx.store.files import replacing, require_writable
 root = Path(sys.argv[1])
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)

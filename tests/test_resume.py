@@ -133,7 +133,7 @@ def test_another_run_is_refused(change: str, tmp_path: Path, monkeypatch: pytest
     if change == "weights":
         other.state_dict["second.weight"].data[0, 0] += 1
     if change == "version":
-        monkeypatch.setattr("lopro_fx.resume.__version__", "0.0.1")
+        monkeypatch.setattr("lopro_fx.store.journal.__version__", "0.0.1")
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}.*delete"):
         lopro_fx.calibrate(other, changed.get(change, batches), config, resume=tmp_path)
     monkeypatch.undo()

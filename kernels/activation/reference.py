@@ -34,7 +34,8 @@ def integers(x: Tensor, top: int, group: int) -> tuple[Tensor, Tensor]:
     parts = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     most = parts.abs().amax(-1)
     small = most <= LEAST
-    inverse = torch.where(small, 0.0, top / most)
+    # Of a number and a tensor torch multiplies by a reciprocal, which is rounded twice.
+    inverse = torch.where(small, 0.0, torch.full_like(most, top) / most)
     step = torch.where(small, 0.0, most * (1.0 / top))
     return torch.round(parts * inverse.unsqueeze(-1)), step
 

@@ -29,30 +29,9 @@ KINDS = ("linear", "site", "embedding")
 _TYPES: dict[type, str] = {int: "int", float: "float", str: "str"}
 # Names of operands that every format's operators have.
 _TAKEN = frozenset(
-    [
-        "x",
-        "perm",
-        "signs",
-        "block",
-        "skip",
-        "down",
-        "down_scale",
-        "bias",
-        "latent",
-        "up",
-        "up_scale",
-        "norm",
-        "eps",
-        "gate",
-        "activation",
-        "residual",
-        "ids",
-        "in_features",
-        "dtype",
-        "act_bits",
-        "act_group",
-    ]
-)
+    ("x", "perm", "signs", "block", "skip", "down", "down_scale", "bias", "latent", "up", "up_scale", "norm", "eps",
+     "gate", "activation", "residual", "ids", "in_features", "dtype", "act_bits", "act_group")
+)  # fmt: skip
 _AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual": None}
 
 
@@ -73,9 +52,17 @@ def register_format(format: Format) -> None:
     for name in own:
         if name in _TAKEN or own.count(name) > 1:
             raise ConfigError(f"format '{format.name}': its tensor or number '{name}' has the name of another operand")
-    FORMATS[format.name] = format
+    names = [f"{format.prefix}_{kind}" for kind in KINDS]
+    if any(hasattr(torch.ops.lopro, name) for name in names):
+        raise ConfigError(f"format '{format.name}': operators named {', '.join(names)} exist already")
+    for key, value in format.spec.items():
+        if type(value) not in _TYPES:
+            raise ConfigError(
+                f"format '{format.name}': its number '{key}' is a {type(value).__name__}, not int, float or str"
+            )
     for kind in KINDS:
         _define(format, kind)
+    FORMATS[format.name] = format
     for kind in (*KINDS, *format.operators):
         operator = operator_of(format.name, kind)
         assert operator is not None

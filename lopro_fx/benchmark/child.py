@@ -15,8 +15,8 @@ import torch
 from lopro_fx.benchmark.bandwidth import read_bandwidth
 from lopro_fx.benchmark.memory import peak_rss
 from lopro_fx.benchmark.speed import measure_speed
-from lopro_fx.deploy.package import load_package
 from lopro_fx.errors import LoProError
+from lopro_fx.packages.package import load_package
 from lopro_fx.progress import reporting
 
 

@@ -8,8 +8,8 @@ from statistics import median
 
 import torch
 
-from lopro_fx.deploy.generator import TokenModel
 from lopro_fx.errors import ConfigError
+from lopro_fx.generation.generator import TokenModel
 from lopro_fx.progress import Progress, silent
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive, whole
 from lopro_fx.commands.export import write_package
-from lopro_fx.deploy.package import read_manifest
 from lopro_fx.errors import ConfigError, ModelError
 from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
+from lopro_fx.packages.package import read_manifest
 from lopro_fx.report.table import render
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lopro_fx.commands import data, output, scores
 from lopro_fx.commands.source import Source, add_device, add_model, device_of, is_checkpoint, open_either
-from lopro_fx.deploy.checkpoint import load
 from lopro_fx.errors import ConfigError, LoProError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
 from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
+from lopro_fx.store.checkpoint import load
 from lopro_fx.tokens import require_length
 
 _REPORT = "report.json"

@@ -9,19 +9,20 @@ from typing import Any
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
 from lopro_fx.commands.source import open_checkpoint
-from lopro_fx.deploy.aoti import AotiResult, check_name, export_aoti
-from lopro_fx.deploy.checkpoint import load
-from lopro_fx.deploy.package import package
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
+from lopro_fx.generation.export import export_for_generation
 from lopro_fx.huggingface import save_pretrained
 from lopro_fx.huggingface.save import require_replaceable, shard_bytes
 from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
-from lopro_fx.models import export_for_generation, rebuild_model
+from lopro_fx.models import rebuild_model
 from lopro_fx.models.quiet import quiet
+from lopro_fx.packages.aoti import AotiResult, check_name, export_aoti
+from lopro_fx.packages.package import package
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.progress import reporting
 from lopro_fx.quantize import apply
 from lopro_fx.state import state_of
+from lopro_fx.store.checkpoint import load
 
 
 def add(parser: ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
 from lopro_fx.commands.source import add_device, add_model, device_of, open_either
-from lopro_fx.deploy.generate import generate
-from lopro_fx.deploy.package import load_package
-from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import CheckpointError, ConfigError
+from lopro_fx.generation.generate import generate
+from lopro_fx.generation.sampling import Sampler
+from lopro_fx.packages.package import load_package
 from lopro_fx.passes.to_device import to_device
 
 

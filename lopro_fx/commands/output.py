@@ -10,7 +10,7 @@ from typing import Any
 
 from lopro_fx import streams
 from lopro_fx.errors import CheckpointError, ConfigError
-from lopro_fx.files import reason_of, replacing, require_writable
+from lopro_fx.store.files import reason_of, replacing, require_writable
 
 
 def say(text: object) -> None:

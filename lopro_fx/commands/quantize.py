@@ -17,7 +17,6 @@ from lopro_fx.commands.method import add_method, method_of
 from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
-from lopro_fx.files import same_place
 from lopro_fx.methods.base import Method
 from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
@@ -28,6 +27,7 @@ from lopro_fx.progress import reporting
 from lopro_fx.quantize import select
 from lopro_fx.report.table import render
 from lopro_fx.state import state_of
+from lopro_fx.store.files import same_place
 from lopro_fx.tokens import require_known, require_length
 
 _STORED = "auto"

@@ -7,8 +7,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 import lopro_fx
 from lopro_fx.commands import output
 from lopro_fx.commands.data import above_zero
-from lopro_fx.deploy.checkpoint import load
 from lopro_fx.errors import ConfigError
+from lopro_fx.store.checkpoint import load
 
 _PROGRAM = "program"
 

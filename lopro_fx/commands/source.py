@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.deploy.checkpoint import load
-from lopro_fx.deploy.manifest import MANIFEST
 from lopro_fx.devices import available
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.models import LoadedModel, export_causal_lm, load_model
 from lopro_fx.models.quiet import quiet
 from lopro_fx.progress import reporting
+from lopro_fx.store.checkpoint import load
+from lopro_fx.store.manifest import MANIFEST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,17 +15,17 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from lopro_fx.commands.output import write_result
-from lopro_fx.deploy.checkpoint import save
-from lopro_fx.deploy.manifest import JOURNAL, require_ours
-from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import replacing
 from lopro_fx.layer import stored_bytes
 from lopro_fx.methods.base import Method
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.sites import Selection
 from lopro_fx.passes.ties import identity
 from lopro_fx.passes.weights import tensor_of
+from lopro_fx.store.checkpoint import save
+from lopro_fx.store.files import replacing
+from lopro_fx.store.manifest import JOURNAL, require_ours
+from lopro_fx.store.tensors import unique
 
 
 def journal_of(folder: Path) -> Path:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lopro_fx import records
 from lopro_fx.layer import Input, Layer
 from lopro_fx.state import QuantState
+from lopro_fx.store import records
 
 
 def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -257,7 +257,7 @@ class PackedLinear(PackedWeight, nn.Linear):
         owner: whether this is the Linear whose state holds `shared`.
         plain: the Linear that it stands for, whose bias it keeps.
         activations: "float", or "int8" to round the rotated input per token on a CPU, unless `shared` says how it is
-            rounded everywhere. Where gradients are asked for it stays as it is.
+            rounded everywhere. Where gradients are asked for, the former stays as it is, and the latter lets them pass.
         table: the embedding that holds the weight, if one does.
     """
 
@@ -294,10 +294,9 @@ class PackedLinear(PackedWeight, nn.Linear):
         perm, signs, down, down_scale = shared()
         operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
                     self.up, self.up_scale, *self.numbers)  # fmt: skip
-        if torch.is_grad_enabled() and _asks_for_gradients(operands):
-            return self.operator("site")(*operands)
-        rounded = shared.activation
-        native = self.operator("cpu") if x.device.type == "cpu" else None
+        rounded, gradients = shared.activation, torch.is_grad_enabled() and _asks_for_gradients(operands)
+        # It has no derivative.
+        native = None if gradients or x.device.type != "cpu" else self.operator("cpu")
         if native is not None and rounded in (None, self._native_rounding):
             return native(*operands, self.act_bits if rounded is None else rounded.bits)
         if rounded is None:
@@ -305,7 +304,9 @@ class PackedLinear(PackedWeight, nn.Linear):
         if perm is not None or shared.block > 1:
             x = torch.ops.lopro.rotate(x, perm, signs, shared.block, shared.skip)
         latent = None if down is None else torch.ops.lopro.project(x, down, down_scale)
-        x = torch.ops.lopro.round_activation(x, rounded.bits, rounded.group)
+        whole = torch.ops.lopro.round_activation(x, rounded.bits, rounded.group)
+        # Gradients pass the rounding as they are: its own derivative is zero.
+        x = x + (whole - x).detach() if gradients else whole
         branch = (self.bias, latent, self.up, self.up_scale)
         return self.operator("linear")(x, *self.table_tensors(), *branch, *self.numbers)
 

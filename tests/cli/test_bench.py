@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from lopro_fx.deploy.package import FORMAT, VERSION
+from lopro_fx.packages.package import FORMAT, VERSION
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler: none is here")

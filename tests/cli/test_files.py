@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lopro_fx.commands import quantize, target
-from lopro_fx.deploy.manifest import MANIFEST
 from lopro_fx.models import load_model
+from lopro_fx.store.manifest import MANIFEST
 from tests.cli.conftest import SMALL
 
 _RTN = (*SMALL, "--method", "rtn", "--bits", "4")

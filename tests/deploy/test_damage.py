@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lopro_fx
-from lopro_fx.deploy.manifest import VERSION, sha256
 from lopro_fx.errors import CheckpointError
+from lopro_fx.store.manifest import VERSION, sha256
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names
 
 FILES = ("lopro_fx.json", "program.json", "record.json", "tensors.safetensors")

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopro_fx
-from lopro_fx.deploy.generator import Recompute
 from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.generation.generator import Recompute
 from lopro_fx.models import export_causal_lm
 from lopro_fx.passes.lookups import size_ranges, user_placeholders
 from tests.families import causal_lm

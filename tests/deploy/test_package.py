@@ -14,9 +14,9 @@ import torch
 import transformers
 
 import lopro_fx
-from lopro_fx.deploy import processor
 from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.models import export_causal_lm
+from lopro_fx.packages import processor
 from tests.deploy.models import full_disk, names
 from tests.helpers import assert_close, generator
 from tests.models.test_generation import greedy

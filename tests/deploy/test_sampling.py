@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import ConfigError, ModelError
+from lopro_fx.generation.sampling import Sampler
 from tests.helpers import generator
 
 

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 import lopro_fx
-from lopro_fx.deploy.manifest import sha256
 from lopro_fx.errors import CheckpointError
+from lopro_fx.store.manifest import sha256
 
 
 def _first(value, key):

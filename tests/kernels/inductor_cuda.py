@@ -34,7 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.ahead import _resources
+from benchmarks.ahead import _resources
 
 K, N, RANK, BLOCK, GROUP = 8192, 28672, 16, 256, 128
 _H100 = SimpleNamespace(

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
-from lopro_fx.kernels.ahead import compile_launch
-from lopro_fx.kernels.launches import launches
+from benchmarks.ahead import compile_launch
+from benchmarks.launches import launches
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx.kernels.formats.affine.packing import oracle
 from lopro_fx.kernels.formats.affine.packing.format import (
     dequantize,
     group_count,
@@ -18,6 +17,7 @@ from lopro_fx.kernels.formats.affine.packing.format import (
     unpack_at,
 )
 from tests.helpers import generator
+from tests.kernels import oracle
 
 BITS = (2, 3, 4, 8)
 

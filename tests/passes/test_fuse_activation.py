@@ -81,4 +81,3 @@ def test_other_roundings_run_without_compiled_code() -> None:
         assert not calls(native, CPU)
         assert "rounds no activation to" in reasons(native, "native_cpu")["blocks.0.q"]
         assert_same(program, native, ids())
-

@@ -22,18 +22,18 @@ import torch
 from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.deploy import processor
-from lopro_fx.deploy.aoti import AotiResult, check_name, compile_program, size_bound, warn_of_python
-from lopro_fx.deploy.generator import Generator
-from lopro_fx.deploy.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import reason_of, replacing
+from lopro_fx.generation.generator import Generator
+from lopro_fx.generation.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.kernels.activation.delivery import DEFAULT
 from lopro_fx.kernels.scratch import compiler_folder
+from lopro_fx.packages import processor
+from lopro_fx.packages.aoti import AotiResult, check_name, compile_program, size_bound, warn_of_python
 from lopro_fx.passes import compat
 from lopro_fx.passes.optimize import optimize
 from lopro_fx.passes.record import is_quantised, record_of
 from lopro_fx.report.traffic import weight_bytes
+from lopro_fx.store.files import reason_of, replacing
 
 FORMAT, VERSION = "lopro_fx package", 1
 _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.deploy.tensors import unique
 from lopro_fx.errors import CheckpointError, GraphError, first_line
-from lopro_fx.files import reason_of, replacing, require_writable
 from lopro_fx.kernels.errors import BuildError
 from lopro_fx.kernels.scratch import compiler_folder
 from lopro_fx.layer import stored_bytes
@@ -25,6 +23,8 @@ from lopro_fx.passes.calls import format_of, packed_calls
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.record import is_quantised
 from lopro_fx.report.report import report
+from lopro_fx.store.files import reason_of, replacing, require_writable
+from lopro_fx.store.tensors import unique
 
 # Given to the one compilation, never set globally.
 _OPTIONS = {
@@ -147,8 +147,9 @@ def compile_program(
         with torch.no_grad(), compat.plain_paths(folder), _kernel_options(clean, folder / "kernel") as kernel:
             files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
     except BuildError as error:
+        called = ", ".join({node.target._schema.name for node in packed_calls(clean.graph, "cpu")})
         raise GraphError(
-            f"the program calls a compiled kernel, which can't be built: {error}; or optimise without target='cpu'"
+            f"the program holds {called}, whose kernel can't be built: {error}; or optimise without target='cpu'"
         ) from error
     except Exception as error:  # Inductor and the C++ compiler below it raise anything
         if any(words in str(error) for words in _FULL):

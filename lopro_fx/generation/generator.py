@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.devices import home_of
 from lopro_fx.errors import ConfigError
+from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 
 

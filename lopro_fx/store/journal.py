@@ -20,10 +20,10 @@ from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError
-from lopro_fx.files import replacing, write_json, write_tensors
 from lopro_fx.methods.base import Method, Solved
 from lopro_fx.passes.fingerprint import Digest
-from lopro_fx.records import among, describe, restore, tensors_of
+from lopro_fx.store.files import replacing, write_json, write_tensors
+from lopro_fx.store.records import among, describe, restore, tensors_of
 
 _LONGEST = 100
 _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")

@@ -12,7 +12,7 @@ import torch
 
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import require_writable, write_json
+from lopro_fx.store.files import require_writable, write_json
 
 MANIFEST = "lopro_fx.json"
 JOURNAL = ".partial"  # of an unfinished run, in a folder beside which nothing can be put

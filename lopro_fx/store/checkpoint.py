@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lopro_fx import records
-from lopro_fx.deploy import inputs, tensors
-from lopro_fx.deploy.manifest import read_manifest, require_ours, write_manifest
-from lopro_fx.deploy.vetting import vet
 from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.files import replacing, write_tensors
 from lopro_fx.passes import compat
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.record import is_quantised, marks_of, record_of, restore
 from lopro_fx.state import QuantState
+from lopro_fx.store import inputs, records, tensors
+from lopro_fx.store.files import replacing, write_tensors
+from lopro_fx.store.manifest import read_manifest, require_ours, write_manifest
+from lopro_fx.store.vetting import vet
 
 TENSORS, PROGRAM, RECORD = "tensors.safetensors", "program.json", "record.json"
 _PROGRAM_FILES = (TENSORS, PROGRAM, RECORD)

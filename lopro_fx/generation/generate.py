@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lopro_fx.deploy.generator import Generator, Recompute, TokenModel
-from lopro_fx.deploy.programs import GenerationPrograms
-from lopro_fx.deploy.sampling import Sampler
 from lopro_fx.errors import ConfigError
+from lopro_fx.generation.generator import Generator, Recompute, TokenModel
+from lopro_fx.generation.programs import GenerationPrograms
+from lopro_fx.generation.sampling import Sampler
 from lopro_fx.tokens import require_below
 
 Model = ExportedProgram | GenerationPrograms | Generator | Callable[[Tensor], Tensor]

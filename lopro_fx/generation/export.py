@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lopro_fx.deploy.programs import CacheSpec, GenerationPrograms
 from lopro_fx.errors import ConfigError, ModelError, first_line
-from lopro_fx.models.attention import grouped_attention_in, switched
+from lopro_fx.generation.attention import grouped_attention_in, switched
+from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.models.export import export_view
 from lopro_fx.models.masks import Form, Misuse, check_masks
 from lopro_fx.models.positions import configured_limit, positions_given, table_limit, table_of_slots

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.ahead import Launch, record
+from benchmarks.ahead import Launch, record
 from lopro_fx.kernels.formats.affine.decode import device as decode
 from lopro_fx.kernels.formats.affine.dense_int8 import device as dense_int8
 from lopro_fx.kernels.formats.affine.linear import device as packed_linear

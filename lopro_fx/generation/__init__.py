@@ -1,0 +1,1 @@
+"""Text: programs with a KV cache, samplers, and what runs them."""

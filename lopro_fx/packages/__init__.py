@@ -1,0 +1,1 @@
+"""AOTInductor packages, which run without lopro_fx."""

@@ -1,0 +1,1 @@
+"""Everything on disk: layers, journals of runs, programs and states; files are replaced whole."""
