@@ -147,7 +147,7 @@ def compile_program(
         with torch.no_grad(), compat.plain_paths(folder), _kernel_options(clean, folder / "kernel") as kernel:
             files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
     except BuildError as error:
-        called = ", ".join({node.target._schema.name for node in packed_calls(clean.graph, "cpu")})
+        called = ", ".join({"lopro::" + format_of(node).operators["cpu"] for node in packed_calls(clean.graph, "cpu")})
         raise GraphError(
             f"the program holds {called}, whose kernel can't be built: {error}; or optimise without target='cpu'"
         ) from error
