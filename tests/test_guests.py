@@ -194,3 +194,26 @@ def test_a_name_is_taken_once() -> None:
 
     with pytest.raises(ConfigError, match="'x' has the name of another operand"):
         register_format(Shadowing())
+
+
+def test_a_format_that_can_not_be_defined_is_not_there() -> None:
+    class Packs(Sign):
+        name = "packed"
+
+    class Flag(Sign):
+        name, spec = "flag", {"fast": True}
+
+    for format, words in ((Packs(), "exist already"), (Flag(), "'fast' is a bool")):
+        with pytest.raises(ConfigError, match=words):
+            register_format(format)
+        assert format.name not in FORMATS
+
+
+def test_gradients_pass_rounded_activations_whose_values_are_those_of_the_program() -> None:
+    packed = lopro_fx.pack_model(_model(), _state(4), activations="float")
+    want = _run(lopro_fx.apply(_program(), _state(4)))
+    embedding = packed.get_input_embeddings().weight
+    logits = packed(_ids()).logits
+    assert_close("logits", want, logits, 1e-4)
+    (gradient,) = torch.autograd.grad(logits.square().mean(), embedding)
+    assert gradient.norm() > 0
