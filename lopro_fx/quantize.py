@@ -21,7 +21,7 @@ from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import measure_importance
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
-from lopro_fx.errors import ConfigError, GraphError
+from lopro_fx.errors import CalibrationError, ConfigError, GraphError, LoProError, first_line
 from lopro_fx.kernels.formats.registry import format_of
 from lopro_fx.layer import Activation, Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, Method, Solved, Unit
@@ -29,6 +29,7 @@ from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import pack_solution
 from lopro_fx.methods.rtn import RTN, solve_data_free
+from lopro_fx.methods.verify import verified
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import Record, is_quantised, require_program
 from lopro_fx.passes.rewrite import RewritePass
@@ -202,7 +203,14 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
     # One generator a unit: a result doesn't depend on what was solved before it, be it read or excluded.
     generator = torch.Generator().manual_seed(seed_of(unit.name, config.seed))
     started = time.monotonic()
-    solved = _rounding(config.solve(unit, seen, Context(place, generator)), config)
+    try:
+        found = config.solve(unit, seen, Context(place, generator))
+    except (LoProError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        known = f"method '{config.name}' failed on unit '{unit.name}'"
+        raise CalibrationError(f"{known}: {type(error).__name__}: {first_line(error)}") from error
+    solved = _rounding(verified(config.name, unit, found), config)
     notes, known = [], {}
     if seen.tokens:
         known["distinct_tokens"] = seen.distinct
@@ -247,10 +255,10 @@ def _reported(solved: Solved, method: str, started: float, known: Mapping[str, A
     for layer in solved.layers:
         size = stored_bytes(layer.tensors.values()) + shared * layer.out_features / rows
         metrics = {
+            **layer.metrics,
             "method": method,
             **layer.facts,
             "bits_per_weight": 8 * size / (layer.out_features * layer.in_features),
-            **layer.metrics,
             "seconds": (time.monotonic() - started) / len(solved.layers),
             **known,
         }

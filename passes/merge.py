@@ -109,8 +109,8 @@ def _reason_to_leave(editor: ProgramEditor, node: Node) -> str | None:
 def _reason_alone(key: tuple[tuple[str, Any], ...], others: list[tuple[tuple[str, Any], ...]]) -> str:
     if not others:
         return "no other Linear reads its input"
-    differing = {name: None for other in others for (name, mine), (_, theirs) in zip(key, other, strict=True)
-                 if mine != theirs}  # fmt: skip
+    differing = {name: None for other in others for name, mine in key
+                 if dict(other).get(name, mine) != mine}  # fmt: skip
     return f"the other Linears that read its input differ in {', '.join(differing)}"
 
 

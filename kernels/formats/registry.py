@@ -44,10 +44,19 @@ def register_format(format: Format) -> None:
         ConfigError: the name is no identifier, or another format has it, or one of its tensors or numbers has the name
             of another operand.
     """
+    if not isinstance(format, Format):
+        raise ConfigError(f"register_format({format!r}): give an object of a subclass of Format")
     if not format.name.isidentifier():
         raise ConfigError(f"format {format.name!r}: its name must be an identifier, as it is part of operators' names")
     if format.name in FORMATS:
         raise ConfigError(f"format '{format.name}' is registered already")
+    empty = format.empty((5, 32), format.spec)
+    first = next(iter(empty.tensors.values()), None) if isinstance(empty, Packed) else None
+    if first is None or empty.format != format.name or first.dim() == 0 or first.shape[0] != 5 or not first.is_meta:
+        raise ConfigError(
+            f"format '{format.name}': empty((5, 32), spec) must give a Packed of this format with tensors on the meta "
+            "device, of which the first has 5 rows"
+        )
     own = [*format.tensor_names, *format.spec]
     for name in own:
         if name in _TAKEN or own.count(name) > 1:

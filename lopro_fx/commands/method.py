@@ -13,9 +13,17 @@ from lopro_fx.methods.registry import METHODS, from_dict
 def add_method(parser: ArgumentParser) -> None:
     """Add --method and the flags of every method that is registered."""
     parser.add_argument("--method", choices=list(METHODS)[::-1], default="lopro", help="(default: lopro)")
-    known = {field.name: field for method in METHODS.values() for field in fields(method) if HELP in field.metadata}
-    for name, field in known.items():
-        flag, text = f"--{name.replace('_', '-')}", field.metadata[HELP]
+    known = {}
+    for method in METHODS.values():
+        for field in fields(method):
+            # Methods share a flag; its text is that of the first.
+            if HELP in field.metadata:
+                known.setdefault(field.name, (method, field))
+    taken = {option for action in parser._actions for option in action.option_strings}
+    for name, (method, field) in known.items():
+        flag, text = f"--{name.replace('_', '-')}", field.metadata[HELP].replace("%", "%%")
+        if flag in taken:
+            raise ConfigError(f"method '{method.name}': its setting '{name}' has the name of another flag, {flag}")
         if isinstance(field.default, tuple):
             parser.add_argument(flag, action="append", metavar="PATTERN", help=text)
         elif choices := field.metadata["choices"]:
@@ -31,10 +39,17 @@ def method_of(args: Namespace) -> Method:
         ConfigError: a flag belongs to another method, or a value is out of range.
     """
     method = METHODS[args.method]
-    own = {field.name for field in fields(method)}
+    own = {field.name: field for field in fields(method)}
     flags = {field.name for other in METHODS.values() for field in fields(other) if HELP in field.metadata}
     values = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     for name, value in values.items():
+        flag = f"--{name.replace('_', '-')} {value}"
         if name not in own:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: {args.method} has no such setting; leave it out")
+            raise ConfigError(f"{flag}: {args.method} has no such setting; leave it out")
+        kind = type(own[name].default)
+        if not isinstance(value, (kind, list)):
+            try:
+                values[name] = kind(value)
+            except ValueError as error:
+                raise ConfigError(f"{flag}: {args.method} takes a {kind.__name__}") from error
     return from_dict({"method": args.method, **method.of_language_models, **values})

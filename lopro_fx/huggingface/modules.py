@@ -82,7 +82,7 @@ class PackedWeight(PackedModule):
     @property
     def numbers(self) -> tuple[Scalar, ...]:
         """The format's scalars, as its operators take them."""
-        return tuple(self.layout.spec.values())
+        return tuple(self.layout.spec[key] for key in known_format(self.layout.format).spec)
 
     def describe(self) -> str:
         """Format and its scalars, for a module's line."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopro_fx.errors import ConfigError
+
 
 class Observer:
     """Sees every token of one input, batch by batch.
@@ -98,9 +100,14 @@ class Statistics:
     @property
     def gram(self) -> Tensor:
         """Of `Gram`."""
-        return self.values[Gram.name]
+        return self._of(Gram)
 
     @property
     def magnitude(self) -> Tensor:
         """Of `Magnitude`."""
-        return self.values[Magnitude.name]
+        return self._of(Magnitude)
+
+    def _of(self, observer: type[Observer]) -> Any:
+        if observer.name not in self.values:
+            raise ConfigError(f"the method's observers() lack {observer.__name__}(), which it reads")
+        return self.values[observer.name]

@@ -18,8 +18,10 @@ def register_method(method: type[Method]) -> type[Method]:
     """Add a method; also a decorator of its class.
 
     Raises:
-        ConfigError: another method has its name.
+        ConfigError: it is no subclass of Method with a `name` of its own, or another method has that name.
     """
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
+        raise ConfigError(f"register_method({method!r}): give a subclass of Method with a name")
     if method.name in METHODS:
         raise ConfigError(f"method '{method.name}' is registered already")
     METHODS[method.name] = method

@@ -132,7 +132,7 @@ def _row(
     key = (node.target, count, free, *[_shape(value) for value in named.values()])
     if key not in plans:
         # ATen runs the same on every device, and some of it looks for a GPU even on tensors without data.
-        plain = kind_of(node) is not None and not format_of(node).kernels()
+        plain = node.target is ROUND or (kind_of(node) is not None and not format_of(node).kernels())
         place = torch.device("cpu" if plain else device)
         plans[key] = plan(call.operator, list(named.values()), count, free, place)
     kernels = plans[key]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.export import ExportedProgram
 
+from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.passes.linears import as_linears
@@ -56,7 +57,9 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """
     require_program(program)
-    config = config or LoPRo()
+    config = LoPRo() if config is None else config
+    if not isinstance(config, Method):
+        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
     selection: Selection = find_sites(as_linears(program), config.include, config.exclude, heads=config.head_bits > 0)
     lines = [
         Line(site.name, (site.out_features, site.in_features), True, group.name, "")

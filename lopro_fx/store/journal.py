@@ -8,6 +8,7 @@ the data, the settings and the versions of lopro_fx and torch.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -84,9 +85,17 @@ class Journal:
         return self._folder / f"{name}.safetensors"
 
 
+def _source(method: type[Method]) -> str:
+    """Code of a method, which changes between runs while it is written; empty where there is no file of it."""
+    try:
+        return inspect.getsource(method)
+    except (OSError, TypeError):
+        return ""
+
+
 def _fingerprint(program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None) -> str:
     digest = Digest()
-    digest.text(json.dumps(config.to_dict(), sort_keys=True), __version__, torch.__version__)
+    digest.text(json.dumps(config.to_dict(), sort_keys=True), __version__, torch.__version__, _source(type(config)))
     digest.program(program)
     digest.text("data-free" if batches is None else len(batches))
     for batch in batches or ():

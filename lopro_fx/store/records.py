@@ -125,7 +125,9 @@ def _layer(name: str, entry: Mapping[str, Any], inputs: Mapping[str, Any], find:
     shapes = {key: tuple(tensor.shape) for key, tensor in empty.tensors.items()}
     shapes |= {"up": (rows, rank), "up_scale": (rank,)}
     own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
-    weight = Packed(entry["format"], (rows, columns), empty.spec, {key: own[key] for key in empty.tensors})
+    # JSON is sorted, and operators take a format's numbers in its own order.
+    spec = {key: entry["spec"][key] for key in known_format(entry["format"]).spec}
+    weight = Packed(entry["format"], (rows, columns), spec, {key: own[key] for key in empty.tensors})
     metrics, embedding = entry.get("metrics", {}), bool(entry["embedding"])
     return Layer(name, entry["input"], weight, factor_of("up", own, 1), metrics, embedding)
 
