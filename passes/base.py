@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.kernels.errors import GraphError
 
-# What each pass did, by "pass.event"; tests assert on it.
+# Number of edits by "pass.event"; tests assert on it.
 counters: Counter[str] = Counter()
 
 

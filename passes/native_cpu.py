@@ -20,7 +20,7 @@ class NativeCpuPass(PackedPass):
 
     Each reader of a shared rotation or projection computes it again, which costs less than a separate operator.
     Parameters no longer require gradients. Skipped, with the reason in the record: a Linear whose format has no such
-    kernel, one that rounds in another way, and one whose low-rank branch doesn't project its own input.
+    kernel, whose rounding the kernel lacks, or whose low-rank branch doesn't project its own input.
 
     Args:
         act_bits: 8 rounds activations to int8 for the packed gemm, 0 doesn't. Those that the program rounds keep their
