@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept."""
+"""Folder for files that can be rebuilt."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which kernel an operator runs: the Triton form on CUDA, plain ATen elsewhere.
+"""Select the kernel of an operator: Triton on CUDA, plain ATen elsewhere.
 
-A decision may depend on the number of tokens M only where it is known when the program is traced: a program with a free
-length must not be tied to the lengths that it was compiled with. Decode programs have a fixed M, so they get the
-kernels for few tokens; a free M gets those for many.
+A selection may depend on the number of tokens M only where M is known when the program is traced: a guard would tie a
+program with a free length to the lengths that it was compiled with. Decode programs have a fixed M and get the kernels
+for few tokens; a free M gets those for many.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# One token: weights are read once and never meet a tensor core.
+# Most tokens of the gemv: it reads weights once, without tensor cores, which one token would leave mostly idle.
 DECODE_TOKENS = 1
-# From here on, writing the weights out in full and calling the vendor's matmul moves fewer bytes a token than it saves.
+# Above this, weights are dequantised once for a dense gemm: enough tokens share the cost of writing them out.
 DENSE_TOKENS = 512
-# Up to here a norm is computed where its result is rotated, by every program of a token anew: it reads the row from L2.
+# Up to here a norm is fused with the rotation: every program of a token computes it anew, reading the row from L2.
 NORM_TOKENS = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Multiprocessors and compute capability to plan for where no device can be asked.
+# Multiprocessors and compute capability to plan for without a device (those of an H100 SXM and an H200).
 _PROCESSORS, _CAPABILITY = 132, (9, 0)
 _FORCED: ContextVar[bool] = ContextVar("forced", default=False)
 
@@ -37,7 +37,7 @@ def at_most(tokens: int | torch.SymInt, limit: int) -> bool:
     """Whether `tokens` is known to be at most `limit`, without a guard on it."""
     if isinstance(tokens, int):
         return tokens <= limit
-    # Brings sympy, which a process that only runs programs has no need of.
+    # Imported here: it brings sympy, which a process that only runs programs doesn't need.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(tokens <= limit)

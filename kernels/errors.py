@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LoProError(Exception):
-    """Base of every error that lopro_fx raises on purpose; the command line prints it without a traceback."""
+    """Base of errors that lopro_fx raises on purpose; the command line prints them without a traceback."""
 
 
 class ConfigError(LoProError, ValueError):

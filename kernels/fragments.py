@@ -1,10 +1,10 @@
-"""Packed codes as an operand of `tl.dot` that a thread unpacks from whole words.
+"""Packed codes as an operand of `tl.dot`, unpacked by each thread from whole words.
 
-Of 16 columns a tensor core takes from thread t of four the pairs (2t, 2t + 1) and (2t + 8, 2t + 9). A dot product may
-take columns in any order in which both operands come, so here four neighbouring words are the four threads: pair p of
-word t, its codes p and p + PAIRS, stands at columns 8 p + 2 t. `in_order` brings a weight there, `reordered` the
-activation. Codes p and p + PAIRS lie 16 bits apart, so one shift and one mask unpack both, as bits of a floating-point
-number whose exponent is fixed. Names are those of `tiles.py`; PAIRS is 16 / WIDTH, and a step has at least four words.
+Of 16 columns, a tensor core takes the pairs (2t, 2t + 1) and (2t + 8, 2t + 9) from thread t of four. A dot product may
+take columns in any order that both operands share. Here four neighbouring words belong to the four threads: pair p of
+word t, its codes p and p + PAIRS, goes to columns 8 p + 2 t. `in_order` reorders a weight, `reordered` an activation.
+Codes p and p + PAIRS lie 16 bits apart, so one shift and one mask unpack both, as mantissa bits of floating-point
+numbers with a fixed exponent. Names are those of `tiles.py`; PAIRS is 16 / WIDTH; a step has at least four words.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def load_words(
     rows, tile, inside,
     WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Words [tile * BLOCK_W, + BLOCK_W) of the main plane (BLOCK_N, BLOCK_W), and of 3 bits the high plane's beside.
+    """Load words [tile * BLOCK_W, + BLOCK_W) of the main plane (BLOCK_N, BLOCK_W), and for 3 bits the high plane's.
 
-    A word of the high plane serves two of the main plane; the second finds its bits where the first does.
+    A word of the high plane serves two of the main plane, shifted so that both find their bits in the same place.
     """
     row = tile_ptr + rows[:, None] * (WORDS * BITS // WIDTH)
     w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -42,7 +42,7 @@ def _moved(word, DOWN: tl.constexpr):
 
 @triton.jit
 def _pair(main, high, P: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, LIFT: tl.constexpr, BASE: tl.constexpr):
-    """Pair P of every word: two 16-bit numbers BASE whose bits from LIFT on are the codes."""
+    """Pair P of every word: two 16-bit numbers BASE with the codes in the bits from LIFT on."""
     pair = (_moved(main, WIDTH * P - LIFT) & ((((1 << WIDTH) - 1) << LIFT) * 0x10001)) | (BASE * 0x10001)
     if BITS == 3:
         pair |= _moved(high, 8 * (P >> 2) + (P & 3) - LIFT - 2) & ((4 << LIFT) * 0x10001)
@@ -69,11 +69,11 @@ def centred_codes(
     dtype: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Code minus zero point, (BLOCK_N, BLOCK_W, PAIRS, 2) of `dtype`; exact but for 8 bits in bf16, rounded once."""
+    """Code minus zero point, (BLOCK_N, BLOCK_W, PAIRS, 2) of `dtype`; exact, but 8 bits in bf16 are rounded once."""
     PAIRS: tl.constexpr = 16 // WIDTH
     BF16: tl.constexpr = dtype == tl.bfloat16 and BITS < 8
     half: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    # 64 + code, with a bit to spare for the half of a zero point; 8 bits fit 1024 + code alone.
+    # 64 + code, with a bit to spare for the half of a zero point; 8-bit codes only fit 1024 + code.
     LIFT: tl.constexpr = 1 if BF16 else 4 if BITS < 8 else 0
     BASE: tl.constexpr = 0x4280 if BF16 else 0x5400 if BITS < 8 else 0x6400
     if PAIRS == 2:
@@ -86,7 +86,7 @@ def centred_codes(
         odd = _four(main, high, 1, 2, BITS, WIDTH, LIFT, BASE)
         pairs = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_W, PAIRS))
     if NATIVE and BITS < 8:
-        # Both numbers of a register at once, which Triton's own arithmetic doesn't do.
+        # One instruction for both numbers of a register: Triton's own arithmetic would take two.
         base = (-64.0 - zero).to(half).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         base = tl.broadcast_to((base | (base << 16))[:, :, None], pairs.shape)
         if BF16:
@@ -113,7 +113,7 @@ def centred_codes(
 
 @triton.jit
 def in_order(weight, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(BLOCK_N, BLOCK_W, PAIRS, 2) as an operand (BLOCK_N, columns)."""
+    """Reorder a weight (BLOCK_N, BLOCK_W, PAIRS, 2) into an operand (BLOCK_N, columns)."""
     PAIRS: tl.constexpr = 16 // WIDTH
     weight = tl.permute(tl.reshape(weight, (BLOCK_N, BLOCK_W // 4, 4, PAIRS, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(weight, (BLOCK_N, BLOCK_W * 2 * PAIRS))
@@ -121,7 +121,7 @@ def in_order(weight, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.con
 
 @triton.jit
 def reordered(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(BLOCK_M, columns) in the order of `in_order`."""
+    """Reorder an activation (BLOCK_M, columns) as `in_order` does a weight."""
     PAIRS: tl.constexpr = 16 // WIDTH
     x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // 4, 4, 2, PAIRS)), (0, 1, 4, 2, 3))
     return tl.reshape(x, (BLOCK_M, BLOCK_W * 2 * PAIRS))
@@ -156,7 +156,7 @@ def code_bytes(main, high, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def reordered_bytes(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(BLOCK_M, columns) int8: byte j of field i of four neighbouring words t at column 16 i + 4 t + j."""
+    """Reorder (BLOCK_M, columns) int8: byte j of field i of word t of four goes to column 16 i + 4 t + j."""
     FIELDS: tl.constexpr = 8 // WIDTH
     T: tl.constexpr = min(BLOCK_W, 4)
     x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // T, T, 4, FIELDS)), (0, 1, 4, 2, 3))

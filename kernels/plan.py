@@ -1,4 +1,4 @@
-"""Which kernels an operator launches, and what each reads and writes: its own code, run on tensors without data."""
+"""Plan the launches of an operator, and their bytes read and written, by running its code on fake tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 # Operands of `lopro::` operators that have one row a token.
 ACTIVATIONS = ("x", "latent", "gate", "residual")
-# Rows of an activation while a free number of tokens is traced: small ones would be taken for sizes that broadcast.
+# Rows of an activation while a free number of tokens is traced: 0 or 1 would be taken for a size that broadcasts.
 _TRACED_ROWS = 7
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -31,7 +31,7 @@ class Kernel:
 
 @dataclass
 class _Step:
-    """A launch while it is recorded: tensors by the address of their storage, and partial sums in fp32."""
+    """A launch while it is recorded: tensors by address of their storage, and the number of fp32 partial sums."""
 
     name: str
     read: dict[int, Tensor] = field(default_factory=dict)
@@ -44,18 +44,18 @@ def plan(
 ) -> tuple[Kernel, ...]:
     """Launches of one call of a `lopro::` operator; no device is needed, and nothing is computed.
 
-    Triton operators are one launch each, and one more where partial sums are added up. Products of ATen are one launch
-    each. What ATen does between them counts as one launch, "aten", which is what a compiler makes of it; eager mode
-    launches every operator alone. A launch reads each operand and writes each result once.
+    A Triton operator is one launch, and one more where partial sums are added up. A gemm of ATen is one launch. ATen
+    operators between them count as one launch, "aten", as a compiler fuses them; eager mode launches each alone. A
+    launch reads each operand and writes each result once.
 
     Args:
         operator: such as `torch.ops.lopro.packed_site.default`.
-        args: its positional arguments. Tensors stand for shape and dtype; the last dimension alone of activations.
+        args: its positional arguments. Of tensors, shape and dtype count; of activations' shapes, the last dimension.
         tokens: rows of the activations.
-        free: decide as where the number of tokens isn't known when the program is traced; `tokens` is still counted.
+        free: select kernels as if tracing didn't know the number of tokens; bytes are still counted for `tokens`.
         device: type "cuda" or "cpu".
     """
-    # Brings sympy, which takes time and memory to import.
+    # Imported here: it brings sympy, which takes time and memory.
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -66,7 +66,7 @@ def plan(
             torch.empty(_TRACED_ROWS, device="meta", dtype=torch.float32), symbolic_context=context
         ).shape[0]
     names: dict[int, str] = {}
-    # Composite operators would ask for sizes that are free.
+    # Without the Python dispatcher, composite operators would specialise symbolic sizes.
     with torch.no_grad(), mode, enable_python_dispatcher():
         operands: list[Any] = []
         for argument, value in zip(operator._schema.arguments, args, strict=True):
@@ -83,7 +83,7 @@ def plan(
 
 
 class _Recorder(TorchDispatchMode):
-    """Everything that reaches the dispatcher's end and makes a tensor, consecutive small operators as one step."""
+    """Record every dispatched operator that makes a new tensor; consecutive small ones are one step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _live(steps: list[_Step], result: int) -> list[_Step]:
-    """The steps, each writing only what a later one or the caller reads."""
+    """Drop results of "aten" steps that neither a later step nor the caller reads, then steps without results."""
     wanted = {result}
     for step in reversed(steps):
         if step.name == "aten":
@@ -136,7 +136,7 @@ def _kernels(step: _Step, names: dict[int, str], tokens: int) -> list[Kernel]:
 
 
 def _count(size: int | torch.SymInt, tokens: int) -> int:
-    """A size of which nothing but the number of tokens may be free."""
+    """Evaluate a size whose only free symbol is the number of tokens."""
     if isinstance(size, int):
         return size
     return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, tokens)))

@@ -1,11 +1,11 @@
-"""How operators enter the `lopro::` namespace.
+"""Register operators in the `lopro::` namespace.
 
-Each operator but `cpu_site` is composite: its kernel is written in ATen and serves eager mode, fake tensors, autograd
-and every backend. Tracing for Inductor or AOTInductor goes through it, so a compiled artifact holds ATen only and loads
-in a process that has never imported this package, while an ExportedProgram shows the operator as one node.
+Operators of exported programs, except `cpu_site`, are composite: their kernel serves eager mode, fake tensors, autograd
+and every backend, and an ExportedProgram shows them as one node. Inductor and AOTInductor trace through them, so a
+compiled artifact holds only ATen and Triton kernels, and loads in a process that has never imported this package.
 
-Every operator refuses operands on different devices. An operand on the meta device among others has no data: it is
-kept elsewhere, and whoever should have brought it here didn't.
+Every operator refuses operands on different devices. An operand on the meta device among others has no data: it was
+offloaded and not brought back.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def register_opaque(schema: str, kernel: Callable[..., torch.Tensor], fake: Call
 def register_triton(name: str, launch: Callable[..., Any]) -> Any:
     """`torch.library.triton_op` of `lopro::<name>`."""
     checked: Any = _on_one_device(name, launch)
-    # torch reads types there, and would look names up in this module.
+    # torch reads types from the signature, and would look their names up in this module.
     checked.__signature__ = inspect.signature(launch, eval_str=True)
     return torch.library.triton_op(f"lopro::{name}", checked, mutates_args={})
 

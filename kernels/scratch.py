@@ -1,4 +1,4 @@
-"""Folders and locks for compilers: paths that a command line takes as they are, and one build at a time."""
+"""Folders and locks for compilers: paths that need no quotes, and one build at a time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import filelock
 
 from lopro_fx.kernels.cache import cache_dir
 
-# What needs no quotes in a shell's words, which Inductor's command lines are split into, nor in a list of folders.
+# Needs no quotes in a shell word, into which Inductor splits its command lines, nor in a list of folders.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=@,-]+")
 
 
 def is_plain(path: str | Path) -> bool:
-    """Whether a compiler's command line takes a path without quotes."""
+    """Whether a path needs no quotes in a compiler's command line."""
     return _PLAIN.fullmatch(str(path)) is not None
 
 
 def plain_place(*first: Path) -> Path:
-    """A folder that can be written and whose path any command line takes: one of `first`, else a temporary one.
+    """A writable folder whose path needs no quotes: one of `first`, else a temporary one.
 
     Raises:
         OSError: there is none.
@@ -37,7 +37,7 @@ def plain_place(*first: Path) -> Path:
 
 @contextmanager
 def compiler_folder(beside: Path) -> Iterator[Path]:
-    """A temporary folder with a path that any command line takes, in `beside` if that has one. Raises: `plain_place`"""
+    """A temporary folder whose path needs no quotes, inside `beside` if possible. Raises: as `plain_place`."""
     with tempfile.TemporaryDirectory(dir=plain_place(beside), prefix="lopro_fx-") as folder:
         yield Path(folder)
 
@@ -58,7 +58,7 @@ def variable(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Keep other threads and processes from what `file` stands for; a process that dies lets go of it.
+    """Hold the lock `file` against other threads and processes; a process that dies releases it.
 
     Raises:
         OSError: the file can't be made.
@@ -77,7 +77,7 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def compilers(bytes_each: int) -> int:
-    """How many compilers may run together: `$MAX_JOBS`, or as cores and memory allow, at least 1."""
+    """Number of compilers to run in parallel: `$MAX_JOBS`, or as cores and memory allow; at least 1."""
     if (jobs := os.environ.get("MAX_JOBS", "")).isdecimal():
         return max(1, int(jobs))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: butterflies, fields of packed words, and four-way dot products of bytes.
+"""Shared by the Triton kernels: butterflies, fields of packed words, and four-way dot products of bytes.
 
 Names: `M` tokens, `N` output features, `K` input features; a *word* holds `32 / WIDTH` codes of the main plane, whose
 `WIDTH` is 2 for 2 and 3 bits, 4 and 8 for the others (see `kernels/formats/affine/packing/format.py`).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.prologue.triton import activated, inverse_rms
 
-# Inline assembly exists on NVIDIA devices alone; the interpreter computes the same in Triton's own arithmetic.
+# Inline assembly needs an NVIDIA device; elsewhere Triton's own arithmetic computes the same.
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1" and torch.version.hip is None
 # A group size larger than any row, so that every column lies in group 0.
 WHOLE_ROW = 1 << 30
@@ -27,9 +27,9 @@ def main_width(bits: int) -> int:
 
 
 def stand_in(*tensors: Tensor | None) -> Tensor:
-    """The first tensor that is there, for an argument that a kernel doesn't read; activations come last.
+    """First given tensor, for an argument that a kernel doesn't read; activations come last.
 
-    Inductor writes the result of an elementwise producer once for each argument that it is passed as.
+    Inductor would write an activation once more for each further argument that it is passed as.
     """
     return next(tensor for tensor in tensors if tensor is not None)
 
@@ -59,14 +59,14 @@ def load_rotated(
     K: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr, LOG_BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
-    """Entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
+    """Load entries [start, start + SIZE) of the rotated activation, fp32, zero from `limit` on.
 
     A gate (ACTIVATION, if not "") or a norm (HAS_NORM) comes first; see `prologue/reference.py`. `rotated` is False for
-    the leading columns that the rotation leaves alone; the block 2^LOG_BLOCK divides SIZE.
+    the leading unrotated columns; the block 2^LOG_BLOCK divides SIZE.
     """
     k = start + tl.arange(0, SIZE)
     inside = k < limit
-    # Everything that doesn't wait for another load is asked for first: these tensors come from memory, not from L2.
+    # Loads that depend on no other come first: these tensors come from memory, not from L2.
     source = k
     if HAS_PERM:
         source = tl.load(perm_ptr + k, mask=inside, other=0).to(tl.int32)
@@ -74,7 +74,7 @@ def load_rotated(
         byte = tl.load(signs_ptr + k // 8, mask=inside, other=0).to(tl.int32)
     if HAS_NORM:
         weight = tl.load(norm_ptr + k, mask=inside, other=0.0)
-    # No load is moved across a barrier, as ptxas would to where its result is used, behind waiting for x.
+    # Without the barrier, ptxas would move these loads to their first use, behind the wait for x.
     tl.debug_barrier()
     if HAS_NORM:
         scale = inverse_rms(x_ptr, K, EPS)
@@ -94,7 +94,7 @@ def load_rotated(
 
 @triton.jit
 def high_bit_offset(code):
-    """Bit of its word in the plane of single bits at which code `code` (0..31) lies."""
+    """Bit of code `code` (0..31) in its word of the plane of single bits."""
     return 8 * ((code >> 2) & 3) + 4 * (code >> 4) + (code & 3)
 
 
@@ -131,7 +131,7 @@ def load_integers(
     main = tl.load(row + w[None, :], mask=inside, other=0)
     codes = (main[:, :, None] >> (WIDTH * c)[None, None, :]) & ((1 << WIDTH) - 1)
     if BITS == 3:
-        # Loaded once for each word of the main plane, two of which share it: the same layout, and no exchange.
+        # Loaded for each word of the main plane, so twice: in one layout, threads exchange nothing.
         high = tl.load(row + WORDS + (w >> 1)[None, :], mask=inside, other=0) >> (4 * (w & 1))[None, :]
         codes |= ((high[:, :, None] >> (8 * (c >> 2) + (c & 3))[None, None, :]) & 1) << 2
     return tl.reshape(codes, (BLOCK_N, BLOCK_K))
@@ -145,7 +145,7 @@ def load_codes(
 ):  # fmt: skip
     """`load_integers` as fp32."""
     codes = load_integers(tile_ptr, rows, start, inside, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_K)
-    # 2^23 + code by its bits, then minus 2^23: one mask and one addition at full rate, where a conversion runs at less.
+    # 2^23 + code by its bits, then minus 2^23: two operations at full rate, where a conversion would run at less.
     return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 

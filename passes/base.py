@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.kernels.errors import GraphError
 
-# What each pass did, by "pass.event"; tests assert on it.
+# Number of edits by "pass.event"; tests assert on it.
 counters: Counter[str] = Counter()
 
 
@@ -33,7 +33,7 @@ class ProgramPass:
         """Raise if the result is not what the pass promises."""
 
     def promise(self, kept: bool, broken: str) -> None:
-        """Raise a GraphError that says what is `broken`, unless a promise of the pass is `kept`."""
+        """Raise a GraphError that names what is `broken`, unless the promise is `kept`."""
         if not kept:
             raise GraphError(
                 f"the pass '{self.name}' made a wrong program: {broken}; a pass or edit before it may be at fault"

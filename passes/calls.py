@@ -1,4 +1,4 @@
-"""What the passes over quantised programs share: lopro's operators, and the form of such a pass."""
+"""Shared by passes over quantised programs: lopro's operators, and the base of such a pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUND = torch.ops.lopro.round_activation.default
 
 
 def kind_of(node: Node) -> str | None:
-    """Which of a format's operators a node calls: "linear", "site", "embedding" or one of its own; None for others."""
+    """Kind of the format's operator that a node calls: "linear", "site", "embedding" or its own; None for others."""
     owner = OPERATORS.get(node.target)  # pyright: ignore[reportArgumentType]
     return None if owner is None else owner[1]
 
@@ -40,22 +40,22 @@ def format_of(node: Node) -> Format:
 
 
 def table_of(node: Node) -> Node:
-    """What holds the rows of the weight that a packed node reads: its format's first tensor."""
+    """First tensor of the weight that a packed node reads, with one row per output feature."""
     return operands(node).named[format_of(node).tensor_names[0]]
 
 
 def out_features(node: Node) -> int:
-    """Rows of the weight that a packed node reads."""
+    """Output features of a packed node."""
     return table_of(node).meta["val"].shape[0]
 
 
 def weight_fqn(editor: ProgramEditor, node: Node) -> str:
-    """What the names of the tensors of a packed weight have in common, without the point."""
+    """Common prefix of the FQNs of a packed weight's tensors, without the dot."""
     return editor.fqn(table_of(node)).rpartition(".")[0]
 
 
 def stored_weight(node: Node, stored: Callable[[Node], Tensor]) -> Packed:
-    """The packed weight that a node reads, of the tensors that `stored` gives for its operands."""
+    """Packed weight of a node; `stored` gives the tensors of its operands."""
     call, format = operands(node), format_of(node)
     tensors = {name: stored(call.named[name]) for name in format.tensor_names}
     width = call.named["in_features"] if "ids" in call.named else call.x.meta["val"].shape[-1]
@@ -75,8 +75,8 @@ def packed_names(program: ExportedProgram) -> set[str]:
 
 
 def same_shape(left: Node, right: Node) -> bool:
-    """Whether two nodes are tensors of one shape, without a guard on sizes that are free."""
-    # Brings sympy, which a process that only runs programs has no need of.
+    """Whether two nodes are tensors of one shape, without a guard on symbolic sizes."""
+    # Imported here: it brings sympy, which a process that only runs programs doesn't need.
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
     shapes = [node.meta["val"].shape for node in (left, right) if isinstance(node.meta["val"], torch.Tensor)]
@@ -86,7 +86,7 @@ def same_shape(left: Node, right: Node) -> bool:
 class PackedPass(ProgramPass):
     """A pass over a quantised program; every decision is added to the program's record under "optimized".
 
-    A note holds "pass", "what" (names of layers), and the "reason" if they were left as they are.
+    A note holds "pass", "what" (names of layers), and the "reason" if they were skipped.
 
     Raises:
         GraphError: the program holds no packed Linear.
@@ -105,5 +105,5 @@ class PackedPass(ProgramPass):
         return editor.finish()
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
-        """Change the editor's graph and say what was done."""
+        """Change the editor's graph and return notes of what was done."""
         raise NotImplementedError

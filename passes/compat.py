@@ -1,6 +1,6 @@
-"""Private torch calls of the graph passes, but for those of `serde.py`, with the versions that they were tried on.
+"""Private torch calls of the graph passes, except those of `serde.py`.
 
-Tried on torch 2.11.0, 2.13.0 and 2.15.0. When a name moves, these two and `kernels/plan.py` are the ones to change.
+Tried on torch 2.11.0, 2.13.0 and 2.15.0. `tests/test_private_names.py` lists every file to change when a name moves.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def rebuild(
     state_dict: Mapping[str, Any],
     constants: Mapping[str, Any],
 ) -> ExportedProgram:
-    """A new, validated program around an edited graph (`ExportedProgram._update`, used by torch's own passes)."""
+    """Build a new, validated program around an edited graph (`ExportedProgram._update`, used by torch's own passes)."""
     with warnings.catch_warnings():
-        # torch copies its own deprecated class, about which a user of ours can do nothing.
+        # torch copies its own deprecated class; users can do nothing about it.
         warnings.filterwarnings("ignore", r".*LeafSpec.*", FutureWarning)
         return program._update(graph_module, signature, state_dict=dict(state_dict), constants=dict(constants))
 
@@ -76,7 +76,7 @@ def fake_mode(program: ExportedProgram) -> FakeTensorMode:
 
 @contextmanager
 def propagation(mode: FakeTensorMode) -> Iterator[None]:
-    """Run operators on fake tensors as export does: without it, composite ones fix sizes that are free."""
+    """Run operators on fake tensors as export does: otherwise composite ones would specialise symbolic sizes."""
     with mode, enable_python_dispatcher():
         yield
 
@@ -91,7 +91,7 @@ def fake_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def fake_tensors() -> FakeTensorMode:
-    """A context in which operators give shapes and no data, whatever tensors they take."""
+    """Context in which operators compute shapes and no data, of real tensors too."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -152,7 +152,7 @@ def bound_operands(node: Node) -> list[tuple[Any, Node]]:
 def aot_compile(
     program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any]
 ) -> list[Any]:
-    """AOTInductor's files for a package; options that this torch doesn't have are left out."""
+    """Compile to AOTInductor's files for a package; options unknown to this torch are dropped."""
     from torch import _inductor
     from torch._inductor import config
 
@@ -165,9 +165,9 @@ def aot_compile(
 
 @contextmanager
 def plain_paths(folder: Path) -> Iterator[None]:
-    """Inductor's command lines without paths that need quotes, which it doesn't put around all of them.
+    """Keep paths that need quotes out of Inductor's command lines, which don't quote all of them.
 
-    Temporary files and its cache move if they lie in such a path, and torch is reached through a link in `folder`.
+    Temporary files and the cache move if they lie in such a path; torch is reached through a link in `folder`.
     """
     from torch._inductor import codecache
     from torch.utils import cpp_extension
@@ -175,7 +175,7 @@ def plain_paths(folder: Path) -> Iterator[None]:
     moved: list[tuple[Any, str, str]] = []
     if not is_plain(tempfile.gettempdir()):
         moved.append((tempfile, "tempdir", str(plain_place())))
-    # Of precompiled headers; it is made of the folder of temporary files on import.
+    # For precompiled headers; derived from the temporary folder on import.
     if not is_plain(getattr(codecache, "_HEADER_DIR", "plain")):
         headers = plain_place() / f"torchinductor_{os.getuid()}" / "precompiled_headers"
         moved.append((codecache, "_HEADER_DIR", str(headers)))
@@ -184,7 +184,7 @@ def plain_paths(folder: Path) -> Iterator[None]:
         moved += [(cpp_extension, "_TORCH_PATH", str(link)), (cpp_extension, "TORCH_LIB_PATH", str(link / "lib"))]
     with ExitStack() as stack:
         if not is_plain(os.environ.get(_CACHE, "plain")):
-            # One that stays: Inductor remembers for the process's life what it has put there.
+            # A lasting folder: Inductor remembers for the process's life what it has put there.
             stack.enter_context(variable(_CACHE, str(plain_place() / f"torchinductor_{os.getuid()}")))
         for module, name, value in moved:
             stack.callback(setattr, module, name, getattr(module, name))
@@ -193,10 +193,10 @@ def plain_paths(folder: Path) -> Iterator[None]:
 
 
 def write_package(path: str, files: Mapping[str, list[Any]], extra: Mapping[str, str] | None = None) -> None:
-    """A `.pt2` archive of AOTInductor's files by program, and of text files.
+    """Write a `.pt2` archive of AOTInductor's files by program, and of text files.
 
-    Tensors that are kept apart are written once however many programs share them, and as plain tensors, which readers
-    in C++ know.
+    Weights outside the compiled code are written once however many programs share them, and as plain tensors, which
+    C++ can read.
     """
     from torch.export.pt2_archive._package import package_pt2
     from torch.export.pt2_archive._package_weights import Weights
@@ -226,7 +226,7 @@ class CompiledProgram:
 
 
 def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
-    """The compiled programs of a `.pt2` archive by name, with the tensors that it keeps apart.
+    """Load the compiled programs of a `.pt2` archive by name, with the weights stored beside them.
 
     torch's own reader, `load_pt2`, does the same, but imports the compiler, which takes more memory than a small model.
     """
@@ -237,9 +237,9 @@ def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         named = {name.split("/")[2]: json.loads(archive.read(info)) for name, info in members.items()
                  if name.startswith(_PROGRAMS) and name.endswith("/weights_config.json")}  # fmt: skip
-        # The largest first: its bytes are there twice for a moment.
+        # Largest first, while memory is emptiest: its bytes are there twice for a moment.
         files = sorted((name for name in members if name.startswith(_WEIGHTS)), key=lambda n: -members[n].file_size)
-        # A file is larger than its tensor, by more than what aligns it.
+        # Each file exceeds its tensor by more than the padding to 64 bytes, so this is enough.
         arena = _arena(sum(members[name].file_size for name in files))
         stored = {}
         for name in files:
@@ -261,8 +261,8 @@ def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
 
 
 def _arena(size: int) -> Tensor:
-    """uint8 (size,) on huge pages where the system has them: weights are read from one end to the other for each token,
-    and small pages cost a quarter of the bandwidth where this was measured."""
+    """uint8 (size,) on huge pages where the system has them. Each token reads all weights, and small pages cost a
+    quarter of the bandwidth where this was measured."""
     huge = 1 << 21
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -21,7 +21,7 @@ from lopro_fx.passes import compat
 from lopro_fx.passes.operands import Operands
 from lopro_fx.passes.ties import identity
 
-# In the name of a placeholder, which is an argument of a Python function and of compiled code.
+# Not allowed in a placeholder's name: it becomes an argument of a Python function and of compiled code.
 _NO_IDENTIFIER = re.compile(r"[^A-Za-z0-9_]")
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
@@ -29,7 +29,7 @@ _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 class ProgramEditor:
     """A private copy of a program's graph and signature; tensors are shared, never written.
 
-    Each edit takes a time that doesn't depend on the size of the program: the signature is put together at the end.
+    The cost of an edit doesn't depend on the size of the program: the signature is built at the end.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -53,7 +53,7 @@ class ProgramEditor:
             for node, spec in self._specs.items()
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         }
-        # Fake results of lopro's operators, by what decides them.
+        # Fake results of lopro's operators, by `_look` of their operands.
         self._results: dict[tuple[Any, ...], Tensor] = {}
 
     def _placeholders(self) -> list[Node]:
@@ -114,7 +114,7 @@ class ProgramEditor:
         owner[fqn] = Parameter(tensor, old.requires_grad) if isinstance(old, Parameter) else tensor
 
     def freeze(self, placeholder: Node) -> None:
-        """Make a parameter ask for no gradient; anything else is left as it is."""
+        """Clear `requires_grad` of a parameter; leave anything else unchanged."""
         tensor = self.tensor(placeholder)
         if isinstance(tensor, Parameter) and tensor.requires_grad:
             fqn = self._targets[placeholder.name]
@@ -124,7 +124,7 @@ class ProgramEditor:
     def add_buffer(self, fqn: str, tensor: Tensor) -> Node:
         """Register a persistent buffer and return its placeholder.
 
-        Where a module or tensor of the program has the name, an underscore is put behind it.
+        Underscores are appended to a name that a module or tensor of the program has.
         """
         fqn = self._unused(fqn)
         if self._first_input is not None:
@@ -133,7 +133,7 @@ class ProgramEditor:
             context = self.graph.inserting_after(self._placeholders()[-1])
         with context:
             node = self.graph.placeholder("b_" + _NO_IDENTIFIER.sub("_", fqn))
-        # Its target names the argument, which names of modules that differ in such characters alone would share.
+        # Its target names the argument: otherwise FQNs that differ only in such characters would share one.
         node.target = node.name
         node.meta["val"] = compat.fake_input(self._fake, tensor)
         self._specs[node] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=True)
@@ -142,7 +142,7 @@ class ProgramEditor:
         return node
 
     def _unused(self, fqn: str) -> str:
-        """The name, or one like it, that belongs to no tensor or module, of which no part is the name of a tensor."""
+        """Append underscores until no tensor or module has the name, and no prefix of it names a tensor."""
         path: list[str] = []
         for name in fqn.split(".")[:-1]:
             path.append(name)
@@ -179,7 +179,7 @@ class ProgramEditor:
     def _result(self, node: Node) -> Any:
         """The fake result of a call.
 
-        lopro's operators are made of many small ones, so of calls with operands alike only the first is computed.
+        lopro's operators decompose into many small ones, so calls with operands alike are computed once.
         """
         args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
         assert callable(node.target)
@@ -200,7 +200,7 @@ class ProgramEditor:
         self.graph.erase_node(old)
 
     def erase_unread(self, node: Node) -> None:
-        """Erase a view or copy that nothing reads but assertions of its type, and so on with what it was made of."""
+        """Erase a view or copy that only metadata assertions read, then its sources likewise."""
         if any(user.target is not _ASSERTION for user in node.users):
             return
         for user in list(node.users):
@@ -213,7 +213,7 @@ class ProgramEditor:
             self.erase_unread(source)
 
     def refresh_views(self, node: Node) -> bool:
-        """Compute the values of all views of `node` again, after its strides changed; False if one can't be taken."""
+        """Recompute the fake values of all views of `node` after its strides changed; False if one can't be taken."""
         for user in node.users:
             if compat.viewed_operand(user) is not node:
                 continue
@@ -239,14 +239,14 @@ class ProgramEditor:
         return True
 
     def drop_unlisted(self, tensors: Collection[Any]) -> None:
-        """Remove tensors, given by their `identity`, under names that have no placeholder, as strict export leaves."""
+        """Remove names without a placeholder, which strict export leaves, of tensors given by their `identity`."""
         listed = {spec.target for spec in self._specs.values()}
         for fqn, tensor in list(self._state.items()):
             if fqn not in listed and identity(tensor) in tensors:
                 del self._state[fqn]
 
     def finish(self) -> ExportedProgram:
-        """Lint and rebuild, with the signature that follows from the graph; that compiles it again."""
+        """Lint, derive the signature from the graph, and rebuild the program, which recompiles the graph."""
         placeholders, results = self._placeholders(), self.graph.output_node().args[0]
         self._signature.input_specs = [self._specs[node] for node in placeholders]
         assert isinstance(results, Sequence)
@@ -260,7 +260,7 @@ class ProgramEditor:
 
 
 def _look(value: Any) -> Any:
-    """What an operator's fake result can depend on of an operand. Free sizes are told apart by their expressions."""
+    """Key of everything in an operand that a fake result can depend on; symbolic sizes compare by their expressions."""
     if not isinstance(value, Tensor):
         return type(value), value
     return value.dtype, value.device, str(value.shape), str(value.stride()), value.requires_grad

@@ -1,6 +1,6 @@
-"""What decides the numbers that a program computes, as a hash: the same in every process, another for another program.
+"""Hash of everything that decides a program's numbers: equal in every process, different for different programs.
 
-Node names, sources of lines and examples of inputs are left out, which change nothing.
+Node names, source lines and example inputs are left out: they change nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Digest:
-    """SHA-256 of values that are added one after another, each with its size, so that none runs into the next."""
+    """SHA-256 of a sequence of values, each preceded by its size or shape: otherwise "ab", "c" would equal "abc"."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -31,7 +31,7 @@ class Digest:
             self._hash.update(b"%d:" % len(data) + data)
 
     def value(self, value: Any) -> None:
-        """A tensor by dtype, shape and elements; anything else by its class and text."""
+        """Add a tensor by dtype, shape, device type and elements; anything else by its class and text."""
         if isinstance(value, Tensor):
             self.text("tensor", value.dtype, tuple(value.shape), value.device.type)
             data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -40,7 +40,7 @@ class Digest:
             self.text(type(value).__qualname__, _ADDRESS.sub("", repr(value)))
 
     def program(self, program: ExportedProgram) -> None:
-        """Graph with its sizes, parameters, buffers and constants."""
+        """Add a program: graph with its sizes, parameters, buffers and constants."""
         for spec in program.graph_signature.input_specs:
             self.text(spec.kind.name, spec.target)
         self._graph(program.graph_module, {})
@@ -76,7 +76,7 @@ def _attribute(module: GraphModule, node: Node) -> Any:
 
 
 def _described(value: Any, index: dict[Node, str]) -> str:
-    """Operands of a node as text, nodes by their place."""
+    """Operands of a node as text, nodes by their index."""
     if isinstance(value, Node):
         return index[value]
     if isinstance(value, (list, tuple)):
@@ -89,7 +89,7 @@ def _described(value: Any, index: dict[Node, str]) -> str:
 
 
 def _sizes(value: Any) -> Iterable[str]:
-    """Dtype and shape of every tensor that a node gives."""
+    """Dtype and shape of every tensor in a node's value."""
     if isinstance(value, Tensor):
         yield f"{value.dtype} {list(value.shape)}"
     elif isinstance(value, (list, tuple)):
@@ -98,6 +98,6 @@ def _sizes(value: Any) -> Iterable[str]:
 
 
 def _renamed(line: str, symbols: dict[str, str]) -> str:
-    """Free sizes by their first appearance: their names count what a process traced before."""
+    """Rename symbolic sizes by first appearance: their own names depend on what the process traced before."""
     dtype, _, shape = line.partition(" ")
     return f"{dtype} {_SYMBOL.sub(lambda found: symbols.setdefault(found[0], f'size{len(symbols)}'), shape)}"

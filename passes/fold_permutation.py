@@ -1,7 +1,7 @@
-"""Permute the rows of packed Linears instead of the activation that elementwise operators make of their results.
+"""Permute the rows of packed Linears ahead of time instead of an activation at run time.
 
 `down(silu(gate(x)) * up(x))` gathers the columns of the product by its permutation. The product's columns are rows of
-`gate` and `up`, so permuting those once, ahead of time, leaves nothing to gather.
+`gate` and `up`, so permuting those once leaves nothing to gather.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _ANY_ORDER = frozenset({aten._assert_tensor_metadata.default, aten.sym_size.int}
 
 
 class FoldPermutationPass(PackedPass):
-    """Removes the permutation of each `lopro::rotate` whose input is an elementwise function of packed Linears.
+    """Remove the permutation of each `lopro::rotate` whose input is an elementwise function of packed Linears.
 
-    Packed weights, up factors and biases of those Linears are permuted by rows; a rotation that does nothing else
-    goes altogether. It must run before Linears are merged or fused, which hides their rows from it.
+    Packed weights, up factors and biases of those Linears are permuted by rows; a rotation that does nothing else is
+    removed. Run it before Linears are merged or fused: that would hide their rows.
     """
 
     name = "fold_permutation"
@@ -85,7 +85,7 @@ class FoldPermutationPass(PackedPass):
 
 
 def _cone(rotate: Node, source: Node) -> tuple[set[Node], str | None]:
-    """The elementwise nodes and packed Linears that `source` is made of, or the reason why it is no such thing."""
+    """Elementwise nodes and packed Linears that compute `source`, and the reason if they can't be permuted."""
     cone: set[Node] = set()
     pending = [source]
     while pending:
@@ -124,7 +124,7 @@ def _reason_to_leave(editor: ProgramEditor, leaves: list[Node]) -> str | None:
 
 
 def _moved(editor: ProgramEditor, leaves: list[Node], perm: Tensor) -> dict[Node, Tensor] | str:
-    """Tensors of every Linear with their rows gathered by `perm`, or the reason why a format can't do that.
+    """Gather the rows of every Linear's tensors by `perm`, or return the reason why a format can't.
 
     Each tensor is gathered once however many nodes read it.
     """

@@ -1,4 +1,4 @@
-"""An integer product for a rounded activation and the packed Linear that reads it."""
+"""Fuse a rounded activation and the packed Linear that reads it into an integer gemm."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class FuseActivationPass(PackedPass):
-    """Makes each packed Linear of a rounded activation the format's "int8" operator, which multiplies integers.
+    """Replace each packed Linear of a rounded activation by the format's "int8" operator, an integer gemm.
 
-    It rotates too where nothing else reads the rotation. Linears of one input are merged first: each rounds for itself.
-    Left alone, with the reason in the record: a Linear whose format has no such operator, and one whose activation has
-    groups that neither divide the weight's nor hold whole ones.
+    The operator rotates too if nothing else reads the rotation. Merge Linears of one input first: each operator rounds
+    for itself. Skipped, with the reason in the record: a Linear whose format has no such operator, and one whose
+    activation groups are neither divisors nor multiples of the weight's groups.
     """
 
     name = "fuse_activation"
@@ -54,7 +54,7 @@ def _reason_to_leave(node: Node, rounded: Node) -> str | None:
 def _fuse(editor: ProgramEditor, node: Node, rounded: Node) -> None:
     call, rounding, x = operands(node), operands(rounded), unrounded(node)
     turn = {"block": 1, "skip": 0}
-    # A rotation that the low-rank branch or another Linear reads is computed once.
+    # A rotation with other readers stays a node: fused, it would be computed again.
     if x.target is ROTATE and set(x.users) == {rounded} and set(rounded.users) == {node}:
         turn = operands(x).named
     product = call.replace(x=x).to(

@@ -1,4 +1,4 @@
-"""RMS norms and gated activations become part of the site that alone reads them: a kernel applies them as it loads."""
+"""Fuse RMS norms and gated activations into the site that is their only reader: a kernel applies them as it loads."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Gate(NamedTuple):
 
 
 class FuseProloguePass(PackedPass):
-    """Makes the RMS norm or the gated activation that a site alone reads part of it.
+    """Fuse an RMS norm or a gated activation into the site that is its only reader.
 
-    That saves a launch and the memory traffic of what it writes. A norm is then computed by every program that rotates
-    a part of a token, so for more than `dispatch.NORM_TOKENS` tokens kernels keep it apart, as they do for a free
-    number. Left alone, with the reason in the record: sites of another input, and one that other nodes read too, which
-    would compute it again.
+    This saves a launch and the memory traffic of its result. Every kernel program that rotates a part of a token then
+    computes the whole norm, so kernels keep it apart for more than `dispatch.NORM_TOKENS` tokens, or a free number.
+    Skipped, with the reason in the record: sites with another input, and an input with other readers, which would be
+    computed twice.
     """
 
     name = "fuse_prologue"
@@ -75,7 +75,7 @@ def has_prologue(node: Node) -> bool:
 
 
 def as_site(editor: ProgramEditor, node: Node) -> Node:
-    """The node, or the "site" that takes the place of a packed Linear."""
+    """Replace a packed Linear by a "site"; return a site itself."""
     if kind_of(node) == "site":
         return node
     site = editor.add_operator(node, f"site_{node.name}", fused_operands(node), node)
@@ -85,7 +85,7 @@ def as_site(editor: ProgramEditor, node: Node) -> Node:
 
 
 def reads_its_own_input(node: Node) -> bool:
-    """Whether nothing of what a packed node computes first is shared with others."""
+    """Whether no separate node rotates, rounds or projects the input of a packed node."""
     if kind_of(node) == "site":
         return True
     call = operands(node)
@@ -93,7 +93,7 @@ def reads_its_own_input(node: Node) -> bool:
 
 
 def match_gate(node: Node) -> Gate | None:
-    """The gated activation whose result `node` is."""
+    """Match `node` as the result of a gated activation."""
     if node.target is not aten.mul.Tensor or not all(isinstance(factor, Node) for factor in node.args):
         return None
     left, right = node.args
@@ -132,7 +132,7 @@ def _reason_to_leave(editor: ProgramEditor, node: Node, x: Node, found: Norm | G
         for user in inner.users:
             if user is not node and user not in found.inside and user.target is not _ASSERTION:
                 return f"'{inner.name}' is also read by '{user.name}'"
-    # The inner nodes are read at the site from now on.
+    # The site reads the sources later than the inner nodes did.
     if any(written_between(source, min(found.inside), node) for source in sources):
         return "the program writes into what its prologue reads"
     return None
@@ -164,7 +164,7 @@ def _weight(editor: ProgramEditor, site: Node, norm: Norm) -> Node:
 
 
 def _erase(editor: ProgramEditor, nodes: set[Node]) -> None:
-    """Erase nodes that are read by each other and by assertions alone, with these assertions."""
+    """Erase nodes that only each other and assertions read, and these assertions."""
     for node in sorted(nodes, reverse=True):
         for user in list(node.users):
             editor.graph.erase_node(user)

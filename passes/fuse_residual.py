@@ -1,4 +1,4 @@
-"""A residual that is added to a site's result alone becomes part of the site: its kernel adds it before it rounds."""
+"""Fuse a residual add into the site whose result it reads: the kernel adds before it rounds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ aten = torch.ops.aten
 
 
 class FuseResidualPass(PackedPass):
-    """Makes `x + site(y)` one site where the sum alone reads the site's result.
+    """Fuse `x + site(y)` into one site where the sum is the only reader of the site's result.
 
-    The sum costs the product's kernel a read, and a launch of its own goes. Left alone, with the reason in the record:
-    sites whose result is read otherwise, broadcasts, and sums in another type.
+    The kernel reads one more operand, and a launch is saved. Skipped, with the reason in the record: sites whose result
+    has another reader, broadcasts, and sums in another dtype.
     """
 
     name = "fuse_residual"
@@ -72,7 +72,7 @@ def _reason_to_leave(node: Node) -> str | None:
 
 
 def _result(node: Node) -> Node:
-    """The node's result behind dropouts that are off, which models leave in their graphs."""
+    """Follow a result through disabled dropouts, which exported models keep."""
     while len(node.users) == 1:
         reader = next(iter(node.users))
         if reader.target is not aten.dropout.default or (reader.args[2] and reader.args[1]):

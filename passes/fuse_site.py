@@ -1,4 +1,4 @@
-"""One operator of the kind "site" for a rotation, a down-projection and the packed Linear that alone reads them."""
+"""Fuse a rotation, a low-rank down-projection and the packed Linear that alone reads them into one "site"."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class FuseSitePass(PackedPass):
-    """Fuses each packed Linear with the rotation and the down-projection in front of it, if it is their only reader.
+    """Fuse each packed Linear with the rotation and the down-projection in front of it, if it is their only reader.
 
-    A Linear with neither is left. Groups that share a rotation are merged first: see `MergeLinearsPass`.
+    A Linear with neither is skipped. Run `MergeLinearsPass` first for Linears that share a rotation.
     """
 
     name = "fuse_site"
@@ -58,19 +58,19 @@ def _reason_to_leave(node: Node) -> str | None:
 
 
 def rounding_of(node: Node) -> Node | None:
-    """The `lopro::round_activation` whose result a packed Linear reads, if it reads one."""
+    """The `lopro::round_activation` node that a packed Linear reads, or None."""
     x = operands(node).x
     return x if x.target is ROUND else None
 
 
 def unrounded(node: Node) -> Node:
-    """What a packed Linear reads, before it is rounded."""
+    """Input of a packed Linear before it is rounded."""
     rounded = rounding_of(node)
     return operands(node).x if rounded is None else operands(rounded).x
 
 
 def fused_operands(node: Node) -> Operands:
-    """Operands of the "site" of a packed Linear with the rotation and projection that it reads; rounds nothing."""
+    """Operands of a "site" of a packed Linear with its rotation and projection, and without rounding."""
     call, x = operands(node).replace(x=unrounded(node)), unrounded(node)
     rotation = operands(x).named if x.target is ROTATE else {"block": 1, "skip": 0}
     projection = {}

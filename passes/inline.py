@@ -1,8 +1,8 @@
-"""Inline nested graphs that only switch a mode that inference doesn't need, so that their Linears become visible.
+"""Inline nested graphs of grad and autocast modes that inference doesn't need: their Linears become visible.
 
 `torch.no_grad()` inside a forward becomes `wrap_with_set_grad_enabled`, and `autocast(enabled=False)` becomes
-`wrap_with_autocast`: both mean nothing in a program that runs without gradients and autocast. An enabled autocast
-changes dtypes and stays nested.
+`wrap_with_autocast`: neither changes a program that runs without gradients and autocast. An enabled autocast changes
+dtypes and stays nested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def _operands(node: Node) -> tuple[Node, list[Node]] | None:
-    """(node of the nested graph, its operands) when `node` can be inlined."""
+    """(node of the nested graph, its operands) if `node` can be inlined, else None."""
     if node.target is _GRAD:
         _, body, *operands = node.args
     elif node.target is _AUTOCAST and node.args[2] is False:
@@ -38,7 +38,7 @@ def _candidates(program: ExportedProgram) -> list[Node]:
 
 
 class InlineModesPass(ProgramPass):
-    """Returns `program` itself when there is nothing to inline."""
+    """Inline such graphs; return `program` itself if there are none."""
 
     name = "inline"
 

@@ -1,7 +1,7 @@
-"""Write the product of an activation and a parameter as `aten.linear`, whichever operator a model spells it with.
+"""Rewrite products of an activation and a parameter as `aten.linear`, whichever operator spells them.
 
-`x @ W.T`, `addmm(b, x, W)` (GPT-2's Conv1D), `einsum("...i,oi->...o", x, W)` and others are the same function, so that
-the passes after this one know one form. The result is that of the operator, up to the order of sums.
+`x @ W.T`, `addmm(b, x, W)` (GPT-2's Conv1D), `einsum("...i,oi->...o", x, W)` and others are the same function; later
+passes then handle one form. Results are those of the original operator, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINEAR = aten.linear.default
 
 @dataclass(frozen=True)
 class Product:
-    """linear(x, weight) + bias; with `columns`, of x's last two dimensions the first is contracted, as in `W @ x`.
+    """linear(x, weight) + bias; `columns` contracts x's second-to-last dimension instead, as in `W @ x`.
 
     `seen` is the weight; with `transposed` the parameter is stored as (in_features, out_features).
     """
@@ -37,7 +37,7 @@ class Product:
 
 
 class LinearsPass(ProgramPass):
-    """Returns `program` itself when every product with a parameter that can be an `aten.linear` is one."""
+    """Rewrite such products; return `program` itself if there are none."""
 
     name = "linears"
 
@@ -58,8 +58,7 @@ class LinearsPass(ProgramPass):
 
 
 def as_linears(program: ExportedProgram) -> ExportedProgram:
-    """The program as `find_sites` reads it: nested graphs that only switch modes are inlined, and Linears are
-    `aten.linear`."""
+    """Prepare a program for `find_sites`: inline graphs that only switch modes, rewrite products as `aten.linear`."""
     return LinearsPass()(InlineModesPass()(program))
 
 
@@ -69,7 +68,7 @@ def _products(program: ExportedProgram) -> bool:
 
 
 def match(node: Node, weights: Weights) -> Product | None:
-    """The Linear that `node`, which isn't an `aten.linear`, computes with a parameter; None if it computes none."""
+    """Match `node`, other than an `aten.linear`, as a Linear with a parameter; None if it is none."""
     matcher = _MATCHERS.get(node.target)  # pyright: ignore[reportArgumentType]
     return matcher(node.args, node.kwargs, weights) if matcher else None
 
@@ -81,12 +80,12 @@ def _product(
     if not isinstance(x, Node) or not isinstance(weight, Node) or x.meta["val"].dtype not in (*FLOATS, torch.float64):
         return None
     found = weights.seen(weight)
-    # A product of two parameters is one that the model computes of them, such as an adapter that is added to a weight.
+    # A product of two parameters, such as an adapter that is added to a weight, involves no activation.
     if found is None or not weights.is_parameter(found) or weights.seen(x) is not None:
         return None
     if not (found.whole or found.transposed):
         return None
-    # `einsum` repeats an operand of one feature.
+    # `einsum` broadcasts an operand of one feature; `aten.linear` doesn't.
     if x.meta["val"].shape[-2 if columns else -1] != weight.meta["val"].shape[1 if rows else 0]:
         return None
     return Product(x, found, found.whole != rows, bias, columns)
@@ -165,7 +164,7 @@ def _write(editor: ProgramEditor, node: Node, product: Product) -> None:
     if bias is not None and not is_vector:
         result = add("sum", aten.add.Tensor, result, bias)
     if product.columns:
-        # What follows may take views that only the contiguous result of a product allows.
+        # Readers may take views that only a contiguous result allows, as the product's was.
         result = add("dense", aten.contiguous.default, add("columns", aten.transpose.int, result, -1, -2))
     editor.replace(node, result)
     for operand in old:

@@ -1,4 +1,4 @@
-"""What a program takes: the table that it looks its token ids up in, and the ranges of its inputs' sizes."""
+"""Inputs of a program: rows of its token embedding, and ranges of input sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
 def table_rows(program: ExportedProgram | GraphModule) -> int | None:
-    """Rows of the smallest table whose row numbers are the program's first input; None if there is none."""
+    """Rows of the smallest table that the program's first input indexes; None if there is none."""
     graph, rows = program.graph, []
     weights = parameter_fqns(program) if isinstance(program, ExportedProgram) else {}
     first = next((node for node in graph.find_nodes(op="placeholder") if node.name not in weights), None)
@@ -43,7 +43,7 @@ def user_placeholders(program: ExportedProgram) -> list[Node]:
 
 
 def size_ranges(program: ExportedProgram, placeholder: Node) -> list[tuple[float, float]]:
-    """(least, most) of every dimension of an input; a size that is fixed has its range at both ends."""
+    """(least, most) of every dimension of an input; both are the size where it is fixed."""
     ranges = []
     for size in placeholder.meta["val"].shape:
         if isinstance(size, int):
@@ -53,7 +53,7 @@ def size_ranges(program: ExportedProgram, placeholder: Node) -> list[tuple[float
         if known is None:
             ranges.append((0, math.inf))
             continue
-        # torch.export writes 2 where it knows no least size, and symbolic infinities are no numbers of Python's.
+        # torch.export writes 2 where it knows no least size, and symbolic infinities are not Python numbers.
         low = int(known.lower)
         ranges.append((low if low > 2 else 0, _number(known.upper)))
     return ranges
@@ -64,7 +64,7 @@ def _number(end: Any) -> float:
 
 
 def _source(node: Node) -> Node:
-    """What a view or copy was made of."""
+    """Follow views and copies back to their source."""
     while (source := node.args[0] if node.target in _COPIES else viewed_operand(node)) is not None:
         assert isinstance(source, Node)
         node = source

@@ -1,7 +1,7 @@
-"""One packed Linear for several that read the same activation: their rows below each other, its result taken apart.
+"""Merge packed Linears that read one activation: concatenate their out_features, then slice the result.
 
-int8 up factors have one scale a component and Linear. Where these differ, the merged `up_scale` has a row for every
-gcd(rows) rows, so no factor is rounded again and the results are those of the separate Linears.
+An int8 up factor has one scale per component and Linear. Where they differ, the merged `up_scale` has one row per
+gcd(rows) rows: no factor is rounded again, and the results are those of the separate Linears.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 from lopro_fx.passes.rewrite import enclosing
 
 aten = torch.ops.aten
-# What a merge may add to the stored bytes: scales of up factors whose row counts have a small common divisor.
+# Largest growth of the stored bytes: row counts with a small common divisor need many rows of `up_scale`.
 _GROWTH = 0.01
 
 
 class MergeLinearsPass(PackedPass):
-    """Merges packed Linears that read one tensor and agree in format, its numbers and the low-rank branch.
+    """Merge packed Linears that read one tensor and agree in format, spec, dtype of scales and low-rank branch.
 
-    Left alone, with the reason in the record: a Linear without such a partner, one whose weight other nodes read too
-    (it would be stored twice), one whose bias is computed, and a merge that would store over 1% more.
+    Skipped, with the reason in the record: a Linear without such a partner, one whose weight other nodes read too (it
+    would be stored twice), one whose bias is computed, and a merge that would store over 1% more.
     """
 
     name = "merge"
@@ -88,7 +88,7 @@ def _merge_readers(editor: ProgramEditor, nodes: list[Node]) -> list[Note]:
 
 
 def _key(node: Node) -> tuple[tuple[str, Any], ...]:
-    """What the members of a merge have in common, with names for the record."""
+    """Key that the members of a merge share, with names for the record."""
     call = operands(node)
     factor = None if call.up is None else (call.up.meta["val"].dtype, call.up_scale is None)
     format = format_of(node)
@@ -125,7 +125,7 @@ def _own(node: Node) -> dict[str, Node]:
 
 
 def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor] | str:
-    """Tensors of the merged Linear, by the operand's name, or the reason why its format can't have them."""
+    """Tensors of the merged Linear by operand name, or the reason why the format can't merge them."""
     weight = format_of(members[0]).cat([stored_weight(node, lambda at: editor.stored(at).detach()) for node in members])
     if not isinstance(weight, Packed):
         return weight
@@ -143,7 +143,7 @@ def _merged(editor: ProgramEditor, members: list[Node]) -> dict[str, Tensor] | s
 
 
 def _up_scale(scales: list[Tensor], rows: list[int]) -> Tensor:
-    """(rank,) if all agree, else (parts, rank) for parts of equally many rows, none of which spans two members."""
+    """(rank,) if all agree, else (parts, rank): parts have equally many rows, and none spans two members."""
     if all(torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]
     runs = [(scale.view(-1, scale.shape[-1]), count) for scale, count in zip(scales, rows, strict=True)]
@@ -183,7 +183,7 @@ def _merge(editor: ProgramEditor, members: list[Node], tensors: dict[str, Tensor
     for node, part in zip(members, parts, strict=True):
         node.meta["val"] = part.meta["val"]
         if not editor.refresh_views(node):
-            # A reader takes a view that only the contiguous result of a Linear of its own allows.
+            # A reader takes a view that a slice doesn't allow: give it a contiguous copy.
             part = add(part.next, sites_of(part), f"{node.name}_dense", aten.contiguous.default, part)
             node.meta["val"] = part.meta["val"]
             editor.refresh_views(node)

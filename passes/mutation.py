@@ -1,4 +1,4 @@
-"""What running a program writes: buffers, such as a KV cache, and values that are still read."""
+"""Find in-place writes of a program: to buffers, such as a KV cache, and to values between two nodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mutated_buffers(program: ExportedProgram) -> set[str]:
 
 
 def written_between(source: Node, first: Node, last: Node) -> bool:
-    """Whether something from `first` to before `last` writes `source` in place, directly or through a view."""
+    """Whether a node from `first` to before `last` writes `source` in place, directly or through a view."""
     owner, node = base_of(source), first
     while node is not last:
         if any(base_of(written) is owner for written in written_operands(node)):
@@ -34,10 +34,10 @@ def written_between(source: Node, first: Node, last: Node) -> bool:
 
 
 def clean_constants(program: ExportedProgram) -> dict[str, Any]:
-    """`program.constants` with every non-persistent buffer that the graph writes as zeros.
+    """`program.constants` with zeros for every non-persistent buffer that the graph writes.
 
-    Running a program writes its caches, and with gradients enabled makes them part of an autograd graph: neither
-    belongs in what is delivered.
+    Running a program fills its caches, and with gradients enabled ties them to an autograd graph: neither belongs in a
+    saved program.
     """
     constants: dict[str, Any] = dict(program.constants)
     for name in mutated_buffers(program) & constants.keys():
@@ -46,7 +46,7 @@ def clean_constants(program: ExportedProgram) -> dict[str, Any]:
 
 
 def base_of(node: Node) -> Node:
-    """The node that owns the storage which `node` is a view of."""
+    """Follow views from `node` to the node that owns the storage."""
     while (viewed := viewed_operand(node)) is not None:
         node = viewed
     return node

@@ -1,4 +1,4 @@
-"""The compiled kernel of a format for CPUs, in the place of every packed Linear."""
+"""Replace packed Linears by the compiled CPU kernel of their format."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class NativeCpuPass(PackedPass):
-    """Replaces each "site", and each "linear" with the rotation and projection that it reads, by the format's "cpu".
+    """Replace each "site", and each "linear" with its rotation and projection, by the format's "cpu" operator.
 
-    A rotation or projection with several readers is computed by each of them, which costs less than an operator of its
-    own. Parameters ask for no gradients any more. Left alone, with the reason in the record: a Linear whose format has
-    no such kernel, and one whose low-rank branch doesn't project its own input.
+    Each reader of a shared rotation or projection computes it again, which costs less than a separate operator.
+    Parameters no longer require gradients. Skipped, with the reason in the record: a Linear whose format has no such
+    kernel, whose rounding the kernel lacks, or whose low-rank branch doesn't project its own input.
 
     Args:
-        act_bits: 8 rounds activations that the program keeps to int8 for the packed product, 0 keeps them. What the
-            program rounds stays rounded.
+        act_bits: 8 rounds activations to int8 for the packed gemm, 0 doesn't. Those that the program rounds keep their
+            bits.
     """
 
     name = "native_cpu"
@@ -42,7 +42,7 @@ class NativeCpuPass(PackedPass):
                 )
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
-        # The operator has no derivative: asking for one shall fail, not give gradients to a part of the parameters.
+        # The operator has no derivative: backward must fail, not reach only a part of the parameters.
         for placeholder in editor.graph.find_nodes(op="placeholder"):
             editor.freeze(placeholder)
         notes: list[Note] = []

@@ -23,7 +23,7 @@ class Norm(NamedTuple):
 
 
 def match_norm(node: Node) -> Norm | None:
-    """The RMS norm whose result `node` is; `weight` is a placeholder, and casts on the way are left out."""
+    """Match `node` as the result of an RMS norm whose `weight` is a placeholder; look through casts."""
     inside: set[Node] = set()
     top = _uncast(node, inside)
     if top.target is aten.rms_norm.default:
@@ -42,7 +42,7 @@ def match_norm(node: Node) -> Norm | None:
 
 
 def _normalised(scaled: Node, weight: Node, inside: set[Node], dtype: torch.dtype) -> Norm | None:
-    """The norm whose last step multiplies `scaled` with a weight, if x * rsqrt(mean(x * x) + eps) is what that is."""
+    """Match `scaled` as x * rsqrt(mean(x * x) + eps), which a norm multiplies by its weight."""
     shift = 0.0
     if weight.target is aten.add.Tensor and isinstance(weight.args[1], (int, float)):
         inside.add(weight)
@@ -66,14 +66,14 @@ def _normalised(scaled: Node, weight: Node, inside: set[Node], dtype: torch.dtyp
 
 
 def _checked(norm: Norm) -> Norm | None:
-    """The norm, if its weight is one number a column that the program holds."""
+    """The norm if the program stores its weight, one number per column; else None."""
     weight = norm.weight.meta["val"]
     held = norm.weight.op == "placeholder" and isinstance(weight, torch.Tensor)
     return norm if held and tuple(weight.shape) == (norm.x.meta["val"].shape[-1],) else None
 
 
 def _uncast(node: Node, inside: set[Node], dtype: torch.dtype | None = None) -> Node:
-    """What a chain of casts casts, or the first of them that is of `dtype`; the casts before go to `inside`."""
+    """Strip casts from `node`; stop at the first value of `dtype`. Stripped casts are added to `inside`."""
     while node.target in _CASTS and node.meta["val"].dtype != dtype:
         inside.add(node)
         node = _node(node.args[0])
@@ -89,14 +89,14 @@ def _factors(node: Node) -> list[tuple[Node, Node]]:
 
 
 def _squared(node: Node) -> tuple[Node | None, ...]:
-    """The factors of a square, or of any product; None if `node` is neither."""
+    """The factors of a square or product; (None,) if `node` is neither."""
     if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
         return (_node(node.args[0]),)
     return next(iter(_factors(node)), (None,))
 
 
 def _keeps_last(mean: Node) -> bool:
-    """Whether a mean is one over the last dimension, which stays with size 1."""
+    """Whether a mean reduces the last dimension and keeps it with size 1."""
     dims, keeps, *_ = (*mean.args[1:], False)
     last = _node(mean.args[0]).meta["val"].dim() - 1
     return dims in ([-1], [last]) and bool(keeps)

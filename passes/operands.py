@@ -13,7 +13,7 @@ from torch.fx import Node
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.kernels.plan import ACTIVATIONS
 
-# The program may hold these too, but they stand for no weight: what a token brings, and what the model had before.
+# Never part of a packed weight, even if the program stores them: inputs of a token, and tensors of the original model.
 _NO_WEIGHTS = frozenset({*ACTIVATIONS, "ids", "bias", "norm"})
 
 
@@ -47,7 +47,7 @@ class Operands:
         return cls(operator, filled)
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and pickling look for methods of such names, before there are operands.
+        # Copying and pickling look for such methods before `named` is set.
         if name.startswith("__"):
             raise AttributeError(name)
         if name not in self.named:
@@ -67,7 +67,7 @@ class Operands:
 
     @property
     def weights(self) -> dict[str, Node]:
-        """Operands that stand for a weight: every node that is no activation, bias or norm."""
+        """Operands that stand for a weight: every node that is no activation, ids, bias or norm."""
         return {name: value for name, value in self.named.items()
                 if isinstance(value, Node) and name not in _NO_WEIGHTS}  # fmt: skip
 
@@ -76,7 +76,7 @@ class Operands:
         return self.of(self.operator, **{**self.named, **changes})
 
     def to(self, operator: OpOverload, /, **changes: Any) -> Operands:
-        """The operands of the same names for another operator, and `changes`.
+        """Operands of another operator: those of the same names, and `changes`.
 
         Raises:
             GraphError: the other operator has no place for an operand that is set.
@@ -106,7 +106,7 @@ def _schema(operator: OpOverload) -> dict[str, Any]:
 
 
 def _is_given(argument: Any) -> bool:
-    """Whether every call gives an argument, by its position."""
+    """Whether an argument is positional and has no default."""
     return not argument.has_default_value() and not argument.kwarg_only
 
 

@@ -27,29 +27,28 @@ def optimize(
     target: str | None = None,
     activations: str = DEFAULT,
 ) -> ExportedProgram:
-    """Compute the same with fewer nodes; with the target "cpu", unless told otherwise, from activations in 8 bits.
+    """Fuse the nodes of a quantised program; with the target "cpu", round activations to 8 bits by default.
 
-    What was done, and what was left with the reason, is listed in `graph_module.meta["lopro_fx"]["optimized"]`.
+    `graph_module.meta["lopro_fx"]["optimized"]` lists what each pass did, and what it skipped with the reason.
 
     Args:
         program: from `quantize`, `apply` or `load`. It is not changed.
         merge: packed Linears that read one tensor become one.
         fuse: rotation, down-projection and packed Linear become one `lopro::packed_site`; a rounded activation and the
             packed Linear that reads it become one `lopro::packed_int8`.
-        fold: permutations move into the rows of the Linears before, where only elementwise operators are between.
-        prologue, residual: with the target "cuda", norms and gated activations before a site, and sums after it, become
-            part of it.
+        fold: permutations move into the rows of preceding Linears, if only elementwise operators are between.
+        prologue, residual: with the target "cuda", fuse norms and gated activations before a site, and sums after it.
         target: "cuda" or "cpu". "cpu" makes every packed Linear a `lopro::cpu_site`, compiled code where a C++ compiler
-            is found. Such a program runs on CPUs fast, elsewhere slowly. None is "cuda" for a program that lies on a
-            GPU; otherwise it keeps operators for every device.
-        activations: of layers whose activations the program keeps. With the target "cpu", "int8" (the default of every
-            function that has the choice) rounds what a packed product reads to 8 bits, with a scale a token and block
-            of at most 128 columns, which adds 0.05 to 0.2 % to the perplexity of language models and is two to four
-            times faster; "float" keeps it.
+            is found. Such a program runs on CPUs fast, elsewhere slowly. None means "cuda" for a program on a GPU,
+            otherwise operators that run on every device.
+        activations: of layers whose activations the program doesn't round, with the target "cpu". "int8", the default
+            of every function that has the choice, rounds the input of a packed gemm to 8 bits, with one scale per token
+            and block of at most 128 columns. It adds 0.05 to 0.2 % to the perplexity of language models and is two to
+            four times faster. "float" rounds nothing.
 
     Returns:
-        A new program. Without "int8" its outputs differ by no more than the order of fp32 sums, and the rounding of
-        activations in 16-bit types: what becomes part of a site isn't rounded before it.
+        A new program. Without "int8" its outputs differ only by the order of fp32 sums and by fewer roundings to 16-bit
+        types: values inside a site are not rounded.
 
     Raises:
         ConfigError: `target` or `activations` is unknown.

@@ -1,4 +1,4 @@
-"""What lopro_fx notes in a program: a record of the whole, and a mark on each of its own nodes.
+"""Metadata that lopro_fx keeps in a program: one record, and a mark on each of its own nodes.
 
 Both are plain dicts in `meta`, which a saved program keeps as JSON.
 """
@@ -45,10 +45,10 @@ def is_quantised(program: ExportedProgram) -> bool:
 
 
 def require_program(program: object) -> None:
-    """Refuse what is no program.
+    """Require an ExportedProgram.
 
     Raises:
-        GraphError: names its class.
+        GraphError: it is another object; the message names its class.
     """
     if not isinstance(program, ExportedProgram):
         raise GraphError(
@@ -68,7 +68,7 @@ def record_of(program: ExportedProgram, purpose: str) -> Record:
 
 
 def add_notes(graph_module: GraphModule, notes: list[Note]) -> None:
-    """Add what a pass did to the record."""
+    """Append the notes of a pass to the record."""
     record = graph_module.meta.get(META, {})
     graph_module.meta[META] = {**record, "optimized": [*record.get("optimized", ()), *notes]}
 
@@ -94,6 +94,6 @@ def sites_of(node: Node) -> list[str]:
 
 
 def group_of(node: Node) -> str:
-    """Name of the group that one of lopro's nodes belongs to."""
+    """Name of the group that a lopro node belongs to."""
     mark: Mark = node.meta.get(META, {})
     return mark.get("group", node.name)

@@ -1,4 +1,4 @@
-"""The inverse of the rewrite: inputs and layers of a program that was quantised."""
+"""Recover inputs and layers from a quantised program: the inverse of the rewrite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def recover(program: ExportedProgram) -> tuple[dict[str, Input], dict[str, Layer
     """Inputs and layers by name, as `RewritePass` takes them; the tensors are the program's own.
 
     Raises:
-        GraphError: the program was not quantised, or was optimised after it, which merges and folds what is asked for.
+        GraphError: the program was not quantised, or was optimised since, which merges and folds layers.
     """
     record = record_of(program, "recover")
     if "optimized" in record:

@@ -1,5 +1,4 @@
-"""Replace each calibrated Linear by rotate → project, round_activation → linear of its format, and embeddings tied to
-it by lookups."""
+"""Replace each calibrated Linear by rotate → project, round_activation → packed linear; tied embeddings by lookups."""
 
 from __future__ import annotations
 
@@ -27,9 +26,9 @@ _Buffers = Mapping[str, dict[str, Node]]
 
 
 class _Shared(NamedTuple):
-    """What the layers of an input read instead of one value, and the last of them so far.
+    """Replacement of an input value for its layers, and the last `reader` so far.
 
-    It is `computed` unless they read the value itself.
+    `computed` is False if the layers read the value itself.
     """
 
     rotated: Node
@@ -39,9 +38,9 @@ class _Shared(NamedTuple):
 
 
 class RewritePass(ProgramPass):
-    """Rewrites every layer of `layers`.
+    """Rewrite every layer of `layers`.
 
-    Embeddings that share the weight of a layer with `embedding` look up its packed rows.
+    Embeddings tied to a layer whose `embedding` is set look up its packed rows.
 
     Args:
         inputs: by name.
@@ -113,7 +112,7 @@ class RewritePass(ProgramPass):
         bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
         known = inputs.get((group.name, source))
-        # A value that was written meanwhile, through a view of it, is another one.
+        # A value that was written in place since is another one.
         if known is None or (known.computed and written_between(source, known.reader, linear)):
             rotated, latent = self._input_side(editor, linear, source, group, shared[group.name])
         else:
@@ -139,11 +138,11 @@ class RewritePass(ProgramPass):
         group: Input,
         shared: Mapping[str, Node],
     ) -> tuple[Node, Node | None]:
-        """What the packed weights read of one input, placed before its first reader, and the latent, None at rank 0."""
+        """Insert the nodes of an input; return what its packed weights read, and the latent (None at rank 0)."""
 
         def add(kind: str, operands: Operands) -> Node:
             node = editor.add_operator(before, f"{kind}_{before.name}", operands, before)
-            # Several modules read the value, so it belongs to the innermost one around them all.
+            # Several modules read the value: it belongs to the innermost module that contains them all.
             if len(group.readers) > 1 and "nn_module_stack" in node.meta:
                 node.meta["nn_module_stack"] = enclosing(node.meta["nn_module_stack"], group.readers)
             node.meta[META] = Mark(group=group.name)
@@ -183,7 +182,7 @@ def _look_up(editor: ProgramEditor, embedding: Node, layer: Layer, own: Mapping[
 
 
 def _drop_weights(editor: ProgramEditor, weights: Set[str]) -> None:
-    """Remove those of the named weights that nothing reads any more, under every name that they have."""
+    """Remove named weights that nothing reads any more, under all their tied names."""
     names: dict[Any, list[Node]] = {}
     for placeholder in editor.graph.find_nodes(op="placeholder"):
         tensor = editor.tensor(placeholder)
@@ -211,8 +210,8 @@ def enclosing(stack: Mapping[str, Any], members: tuple[str, ...]) -> dict[str, A
 
 
 def _all_sites(program: ExportedProgram, wanted: Collection[str]) -> dict[str, Site]:
-    """Every Linear with a parameter, the output projection included, by FQN: by the `wanted` one of several that a tied
-    weight has, for programs that don't tell which module computes a Linear."""
+    """Every Linear with a parameter by FQN, output projections included. A tied weight goes by its `wanted` name: some
+    programs don't tell which module computes a Linear."""
     found = {}
     for site in find_sites(program, keep=False).sites:
         name = next((name for name in (site.name, *site.owners) if name in wanted), site.name)

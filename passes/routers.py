@@ -1,4 +1,4 @@
-"""Find the Linears that choose experts: what they return goes into a top-k, elementwise steps aside."""
+"""Find MoE routers: Linears whose logits reach a top-k, through operators such as softmax and casts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 _TOP_K = aten.topk.default
-# From logits to what is ranked: scores, a bias for balance, groups of experts of which the best are taken.
+# Operators between logits and top-k: scores, a load-balancing bias, selection of groups of experts.
 _BETWEEN = frozenset({
     aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.to.dtype, aten._to_copy.default,
     aten.type_as.default, aten.view.default, aten.reshape.default, aten.add.Tensor, aten.masked_fill.Scalar,

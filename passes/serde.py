@@ -1,6 +1,6 @@
 """An ExportedProgram as JSON, by torch's own (private) serialiser; tried on torch 2.13.0.
 
-Apart from `compat.py` because importing the serialiser takes as long as importing torch.
+Kept apart from `compat.py`: importing the serialiser takes as long as importing torch.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def program_from_json(
 
 
 def _with_stacks(program: ExportedProgram, rename: Callable[[str], str]) -> ExportedProgram:
-    """The program with renamed modules in `nn_module_stack`; `program` itself where that changes nothing.
+    """Rename modules in `nn_module_stack`; return `program` itself where that changes nothing.
 
-    torch joins their names by commas and semicolons, and counts brackets when it takes them apart. Quotes, backslashes
-    and line ends, which a name can hold too, are nothing that a file should bring.
+    torch joins module names by commas and semicolons, and counts brackets to split them again. Quotes, backslashes and
+    line ends are replaced too: names in a file should hold none.
     """
     stacks = [node.meta.get("nn_module_stack", {}) for node in _nodes(program.graph_module)]
     if all(_renamed(stack, rename) == stack for stack in stacks):
@@ -82,7 +82,7 @@ def _quoted(name: str) -> str:
 
 
 def _from_json(kind: Any, value: Any) -> Any:
-    """`serialize._dict_to_dataclass`, which resolves the same annotations for every object, in a fifth of its time."""
+    """`serialize._dict_to_dataclass` in a fifth of its time: annotations are resolved once a class, not an object."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if value is None else _from_json(next(part for part in parts if part is not type(None)), value)

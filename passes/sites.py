@@ -1,9 +1,9 @@
 """Find every Linear of an exported program.
 
-A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed; it is named by the fully
-qualified name (FQN) of the module that owns the weight, so the same calibrated result fits every program of the same
-model; of a weight that several modules share, after the one which computes the Linear first. Sites whose Linear nodes
-read the same tensor form a group: they share one Gram matrix, one rotation and one down-projection.
+A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed. Its name is the fully
+qualified name (FQN) of the module that owns the weight, so one calibrated result fits every program of a model. A
+shared weight is named after the module that computes the first Linear. Sites whose Linear nodes read the same tensor
+form a group: they share one Gram matrix, one rotation and one low-rank down factor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lopro_fx.passes.weights import FLOATS, Seen, Weights, tensor_of
 aten = torch.ops.aten
 _EMBEDDING = aten.embedding.default
 _LINEAR = aten.linear.default
-# Other products, with the places of operands that can be weights: with a parameter they are listed.
+# Other products, with the positions of operands that can be weights; with a parameter they are reported as skipped.
 _PRODUCTS = {
     aten.addmm: (1, 2),
     aten.mm: (0, 1),
@@ -43,7 +43,7 @@ _PRODUCTS = {
     aten.conv2d: (1,),
     aten.conv3d: (1,),
 }
-# Kept by default: the output projection is a large share of a small model's quality and none of its decode layers.
+# Kept by default: an output projection decides much of a small model's quality, and is no decoder layer.
 OUTPUT_PATTERNS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "output_projection")
 
 
@@ -79,7 +79,7 @@ class Group:
 
     @property
     def source(self) -> Node:
-        """The node that every first use in the group reads."""
+        """The shared input: the node that each site's first Linear reads."""
         source = self.sites[0].nodes[0].args[0]
         assert isinstance(source, Node)
         return source
@@ -91,7 +91,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A product with a parameter that stays as it is, with the reason."""
+    """A product with a parameter that is not quantised, with the reason."""
 
     name: str
     target: str
@@ -101,7 +101,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `find_sites` decided: groups to rewrite, output projections to pack (each alone), and what is skipped."""
+    """Result of `find_sites`: groups to rewrite, output projections to pack (each alone), and skipped products."""
 
     groups: list[Group]
     skipped: list[Skipped]
@@ -119,15 +119,14 @@ def find_sites(
     heads: bool = False,
     keep: bool = True,
 ) -> Selection:
-    """List the Linears of `program` to rewrite and those to leave.
+    """List the Linears of `program` to rewrite and those to skip.
 
     Args:
         program: an exported program before decomposition (`aten.linear` nodes intact), after `as_linears`.
         include: name patterns (fnmatch, on the FQN of the module); a site must match one.
-        exclude: name patterns that leave a site alone; they win over `include`.
-        heads: list output projections that `include` doesn't name as `heads`, whatever else it says, instead of leaving
-            them.
-        keep: leave output projections, routers and Linears of one output feature that `include` doesn't name exactly.
+        exclude: name patterns of sites to skip; they win over `include`.
+        heads: list output projections as `heads` instead of skipping them, unless `include` names them exactly.
+        keep: skip output projections, routers and Linears of one output feature, unless `include` names them exactly.
 
     Returns:
         A `Selection` in graph order.
@@ -161,7 +160,7 @@ def find_sites(
             if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[fqn].transposed:
                 sites[fqn].nodes.append(node)
                 continue
-            # Packed rows serve one form, and kept beside them the weight would save nothing.
+            # Packed rows serve one form only; keeping the weight for the other would save nothing.
             del sites[fqn]
             outputs.discard(fqn)
             reason = f"its weight is also read in another form, by '{node.name}' ({node.target})"
@@ -202,7 +201,7 @@ def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
 
 
 def _names(program: ExportedProgram) -> dict[Any, list[str]]:
-    """FQNs of every tensor, by its identity."""
+    """FQNs of each tensor of the state dict, by its identity."""
     names: dict[Any, list[str]] = {}
     for fqn, tensor in program.state_dict.items():
         names.setdefault(identity(tensor), []).append(fqn)
@@ -210,10 +209,10 @@ def _names(program: ExportedProgram) -> dict[Any, list[str]]:
 
 
 def _name(node: Node, fqn: str, tied: Sequence[str]) -> str:
-    """Name of the Linear that `node` is.
+    """Name of the Linear that `node` computes.
 
-    Of the names of a tied weight, exporters choose the first or the last; the module that applies it is the same in
-    every program.
+    Exporters choose the first or the last name of a tied weight; the module that applies it is the same in every
+    program.
     """
     paths = [path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())] if len(tied) > 1 else []
     return next((path for path in paths if f"{path}.weight" in tied), fqn.removesuffix(".weight"))
@@ -224,10 +223,10 @@ def _packet(node: Node) -> Any:
 
 
 def _weight_of(node: Node, weights: Weights) -> Seen | None:
-    """The weight that `node` multiplies with, looking at the operands where one can stand.
+    """Find the weight among those operands of `node` that can be one.
 
-    Of operators other than `aten.linear`, buffers and constants are no weights but where they are read as they are:
-    models multiply with tables of frequencies, masks and the like.
+    For operators other than `aten.linear`, a buffer or constant counts only if it is read directly: models multiply by
+    views of frequency tables, masks and the like.
     """
     places = (1,) if node.target is _LINEAR else _PRODUCTS[_packet(node)]
     for place in places:
@@ -264,7 +263,7 @@ def _reason_to_keep(node: Node, routers: set[Node]) -> str | None:
 
 
 def _reason_of_output(name: str, tensor: torch.Tensor, embeddings: dict[Node, torch.Tensor]) -> str | None:
-    """Why a Linear is an output projection."""
+    """Reason to treat a Linear as an output projection; None if it is none."""
     if any(_share_storage(table, tensor) for table in embeddings.values()):
         return "its weight is tied to an embedding"
     if _matches(name, OUTPUT_PATTERNS):
@@ -273,7 +272,7 @@ def _reason_of_output(name: str, tensor: torch.Tensor, embeddings: dict[Node, to
 
 
 def _reason_of_reader(program: ExportedProgram, weights: Weights, tensor: torch.Tensor) -> str | None:
-    """Why an output projection can't be packed: something besides Linears and embeddings reads its weight."""
+    """Reason why an output projection can't be packed: other nodes than Linears and embeddings read its weight."""
     for placeholder in program.graph.find_nodes(op="placeholder"):
         other = tensor_of(program, weights.fqns[placeholder.name]) if placeholder.name in weights.fqns else None
         if other is None or not placeholder.users or not _share_storage(other, tensor):
@@ -288,7 +287,7 @@ def _reason_of_reader(program: ExportedProgram, weights: Weights, tensor: torch.
 
 
 def _other_reader(weight: Node, weights: Weights) -> Node | None:
-    """What reads a weight, or a view of it, as neither a Linear nor an embedding does."""
+    """First reader of a weight, or of a view of it, that is neither a Linear nor an embedding."""
     for user in weight.users:
         at = [index for index, operand in enumerate(user.args) if operand is weight]
         if (user.target, at) in ((_LINEAR, [1]), (_EMBEDDING, [0])):
@@ -316,7 +315,7 @@ def _nested_linears(root: GraphModule, weights: Weights) -> Iterator[tuple[str, 
     for call in root.graph.nodes:
         nodes = [operand for operand in pytree.tree_leaves(call.args) if isinstance(operand, Node)]
         bodies = [node for node in nodes if node.op == "get_attr" and isinstance(_attribute(root, node), GraphModule)]
-        # Operands stand behind the graphs that take them.
+        # A call's operands follow the graphs that take them.
         operands = nodes[nodes.index(bodies[-1]) + 1 :] if bodies else []
         for body in bodies:
             nested = _attribute(root, body)

@@ -1,4 +1,4 @@
-"""Which tensors of a program are one: weights that several modules share keep a name in each."""
+"""Recognise tied tensors: a weight that several modules share has a name in each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program on another device."""
+"""Move a program to another device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_device(program: ExportedProgram, device: torch.device) -> ExportedProgram
     constants = {name: _like(value, moved[identity(value)]) if isinstance(value, Tensor) else value
                  for name, value in program.constants.items()}  # fmt: skip
     graph_module = compat.copied(program.graph_module)
-    # torch's pass changes a program in place and moves tied tensors apart; these are there already.
+    # torch's pass works in place and would untie tensors as it moves them; these are moved already.
     return move_to_device_pass(compat.rebuild(program, graph_module, program.graph_signature, state, constants), device)
 
 

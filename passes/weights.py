@@ -1,4 +1,4 @@
-"""Which parameter a node is: itself, or seen through views, transposes and copies of the same numbers."""
+"""Resolve the parameter that a node shows, directly or through views, transposes and copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lopro_fx.passes.mutation import base_of
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# They copy or cast their operand; what is beside it says how.
+# These copy or cast their first operand; the others say how.
 _COPIES = frozenset({
     aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.to.dtype,
     aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default, aten.lift_fresh_copy.default,
@@ -35,7 +35,7 @@ class Seen:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the parameter, (out_features, in_features) like this."""
+        """Whether it is the whole parameter, not transposed."""
         return self._is(lambda matrix: matrix)
 
     @property
@@ -49,7 +49,7 @@ class Seen:
 
 
 class Weights:
-    """The parameters, buffers and constants of a graph that nothing writes, by the name of their placeholder."""
+    """Parameters, buffers and constants of a graph that nothing writes, by placeholder name."""
 
     def __init__(self, graph: Graph, fqns: Mapping[str, str], signature: ExportGraphSignature) -> None:
         self._written = {base_of(operand) for node in graph.nodes for operand in written_operands(node)}
@@ -60,25 +60,25 @@ class Weights:
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Weights:
-        """Those of a program."""
+        """Weights of a program."""
         return cls(program.graph, parameter_fqns(program), program.graph_signature)
 
     def inside(self, graph: Graph, operands: Sequence[Node]) -> Weights:
-        """Those of a nested graph, which is given `operands`."""
+        """Weights of a nested graph that is called with `operands`."""
         placeholders = graph.find_nodes(op="placeholder")
         given = zip(placeholders, map(self.seen, operands), strict=False)
         return Weights(graph, {node.name: self.fqn(seen) for node, seen in given if seen}, self._signature)
 
     def fqn(self, seen: Seen) -> str:
-        """Its FQN."""
+        """FQN of a seen weight."""
         return self.fqns[seen.placeholder.name]
 
     def is_parameter(self, seen: Seen) -> bool:
-        """Whether it is a parameter, and neither a buffer nor a constant."""
+        """Whether a seen weight is a parameter, and neither a buffer nor a constant."""
         return self.fqn(seen) in self._parameters
 
     def seen(self, node: Node) -> Seen | None:
-        """What `node` shows of one of them; None if it is computed from something else or otherwise."""
+        """Resolve `node` to the weight that it shows; None if it is computed."""
         chain: list[Node] = []
         while node not in self._written:
             if node.name in self.fqns:
@@ -100,7 +100,7 @@ def _view(placeholder: Node, chain: Sequence[Node]) -> Tensor | None:
                 value = step.target(value, *step.args[1:], **step.kwargs)
             elif step.meta["val"].dtype not in FLOATS:
                 return None
-    # Sizes that are computed by the program are nodes, which no operator takes.
+    # Sizes that the program computes are nodes, which operators refuse.
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
         return None
     return value if isinstance(value, Tensor) and value.dtype == torch.float32 else None
@@ -123,7 +123,7 @@ def tensor_of(program: ExportedProgram, fqn: str) -> Tensor:
 
 
 def _contiguous(value: Tensor) -> Tensor:
-    # Not at the start of its storage, where operators that copy when they can't view, as `reshape`, put their result.
+    # At offset 1 of its storage: a copy, such as `reshape` may make, starts at 0 and can't be taken for a view.
     return torch.empty(1 + value.numel(), dtype=torch.float32, device="meta")[1:].view(value.shape)
 
 

@@ -1,1 +1,1 @@
-"""Activations rounded to integers: the one definition of what every kernel computes."""
+"""Rounding of activations to integers: one definition for every kernel."""

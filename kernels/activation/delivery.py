@@ -1,4 +1,4 @@
-"""What the packed product of the CPU kernel reads: the choices, and the one that every function makes unless told."""
+"""Activations of the CPU kernel's packed gemm: the choices, and the default of every function that has the choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration of `lopro::round_activation`, which a program shows and passes make part of an integer product."""
+"""Registration of `lopro::round_activation`, which passes fuse into an integer gemm."""
 
 from __future__ import annotations
 

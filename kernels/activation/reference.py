@@ -6,25 +6,24 @@ import torch
 from torch import Tensor
 
 BITS = (4, 8)
-# Columns that share a step, unless told: rotation spreads outliers over the columns; without it they cost the others
-# bits.
+# Default columns per step: rotation spreads outliers; unrotated, an outlier costs the columns of its step bits.
 ROTATED_GROUP, PLAIN_GROUP = 128, 32
-# Groups whose largest magnitude is below this are zero; the step of smaller ones would be subnormal.
+# Groups whose largest magnitude is at most this are zero: far below it, their step would be subnormal.
 LEAST = 1e-30
 
 
 def group_for(rotated: bool) -> int:
-    """Columns that share a step, unless told."""
+    """Default number of columns that share a step."""
     return ROTATED_GROUP if rotated else PLAIN_GROUP
 
 
 def integers(x: Tensor, top: int, group: int) -> tuple[Tensor, Tensor]:
-    """Symmetric integers of x (..., n), to the nearest, halves to even, with a step for each run of `group` columns.
+    """Round x (..., n) to symmetric integers, halves to even, with one step for each run of `group` columns.
 
     Args:
         x: any floating-point dtype; the arithmetic is fp32.
         top: largest integer, such as 127 for 8 bits.
-        group: columns that share a step, the last of which may be fewer; -1 for all.
+        group: columns that share a step, -1 for all; the last group may have fewer.
 
     Returns:
         fp32 (..., groups, group) whole numbers in [-top, top], padded with zeros, and the step fp32 (..., groups):
@@ -34,7 +33,7 @@ def integers(x: Tensor, top: int, group: int) -> tuple[Tensor, Tensor]:
     parts = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     most = parts.abs().amax(-1)
     small = most <= LEAST
-    # Of a number and a tensor torch multiplies by a reciprocal, which is rounded twice.
+    # Two tensors: of a number and a tensor, torch multiplies by the reciprocal, which rounds twice.
     inverse = torch.where(small, 0.0, torch.full_like(most, top) / most)
     step = torch.where(small, 0.0, most * (1.0 / top))
     return torch.round(parts * inverse.unsqueeze(-1)), step
@@ -46,7 +45,7 @@ def round_activation(x: Tensor, bits: int, group: int) -> Tensor:
     Args:
         x: activation.
         bits: 4 or 8.
-        group: columns that share a step, or -1 for a token's all.
+        group: columns that share a step, or -1 for the whole token.
     """
     codes, step = integers(x, (1 << (bits - 1)) - 1, group)
     return (codes * step.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)

@@ -8,7 +8,7 @@ import triton.language as tl
 from lopro_fx.kernels.activation.reference import LEAST as _LEAST
 
 LEAST = tl.constexpr(_LEAST)
-# Added to a number below 2^22, it leaves no bit of its fraction: the sum is rounded to the nearest, halves to even.
+# Adding it rounds a number below 2^22 to an integer, halves to even: the sum has no bits for a fraction.
 ROUNDER = tl.constexpr(1.5 * 2**23)
 
 

@@ -1,7 +1,7 @@
-"""What a packed weight is, and what a format has to say about it.
+"""Packed weights, and the interface of a format.
 
-A format is one class: `empty` and `dequantize` define it. The rest has defaults that hold for any format whose tensors
-have one row an output feature; another one overrides them.
+A format is one class: `empty` and `dequantize` define it. The other methods have defaults that hold if each tensor has
+one row per output feature; other formats override them.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class Packed:
 class Format:
     """A way to store a weight (out_features, in_features). Register one object of a subclass.
 
-    `spec` holds the names of what `empty` needs beside the shape, with defaults whose types are those of the operators'
-    scalars. The first tensor has a row for each output feature.
+    `spec` names what `empty` needs beside the shape; its defaults have the types of the operators' scalars. The first
+    tensor has one row per output feature.
     """
 
     name: ClassVar[str]
     spec: ClassVar[Mapping[str, Scalar]] = {}
-    # Operators beside those that follow from it, which passes know by these kinds: "cpu", compiled code for CPUs, takes
-    # what `_site` takes, but nothing around it, and `act_bits`.
+    # Further operators, by the kind that passes look for: "cpu", compiled code for CPUs, takes the operands of `_site`
+    # without prologue and residual, and `act_bits`.
     operators: ClassVar[Mapping[str, str]] = {}
 
     @property
     def prefix(self) -> str:
-        """Of the names of its operators: `lopro::<prefix>_linear`, `_site` and `_embedding`."""
+        """Prefix of its operators' names: `lopro::<prefix>_linear`, `_site` and `_embedding`."""
         return self.name
 
     def empty(self, shape: tuple[int, int], spec: Mapping[str, Scalar]) -> Packed:
@@ -81,7 +81,7 @@ class Format:
         return self.dequantize(part, dtype).view(*ids.shape, packed.shape[1])
 
     def cat(self, parts: Sequence[Packed]) -> Packed | str:
-        """The weights of several Linears of one input and spec below each other, or the reason why that can't be."""
+        """Concatenate weights of one input and spec along out_features, or return the reason why that can't be."""
         if not self.has_rows(parts[0]):
             return f"the rows of a weight in format '{self.name}' can't be joined"
         rows = sum(part.shape[0] for part in parts)
@@ -93,17 +93,17 @@ class Format:
         )
 
     def permute_rows(self, packed: Packed, order: Tensor) -> Packed | str:
-        """The weight with its rows in another order, int64 (out_features,), or the reason why that can't be."""
+        """Permute the rows by `order`, int64 (out_features,), or return the reason why that can't be."""
         if not self.has_rows(packed):
             return f"the rows of a weight in format '{self.name}' can't be reordered"
         return packed.map(lambda tensor: tensor[order])
 
     def kernels(self) -> Sequence[Kernel]:
-        """Faster ways to compute the operators, best first. Where all of them refuse, `dequantize` does it."""
+        """Faster kernels of the operators, best first. Where all of them refuse, the definition runs."""
         return ()
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:  # noqa: ARG002
-        """Options for AOTInductor of a program with its "cpu" operator, to be used inside.
+        """Context with AOTInductor's options for a program with the "cpu" operator; compile inside it.
 
         Args:
             folder: empty, with a path that a command line takes, for libraries to link.
@@ -119,7 +119,7 @@ class Format:
 
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:
-        """Operands of its operators, in order."""
+        """Names of its tensors, in the order of the operators' operands."""
         return tuple(self.empty((32, 32), self.spec).tensors)
 
     def of(self, named: Mapping[str, Any], in_features: int) -> Packed:
@@ -139,7 +139,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute an operator of a format.
+    """One implementation of a format's operator.
 
     Args:
         name: as reports show it.

@@ -1,4 +1,4 @@
-"""The definitions of a format's operators, plain ATen, from what the format says a weight is."""
+"""Definitions of a format's operators in plain ATen, from its `dequantize` and `lookup`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lopro_fx.kernels.rotate.reference import rotate
 
 
 def linear(format: Format, named: Mapping[str, Any]) -> Tensor:
-    """Matrix product with a packed weight, and the low-rank branch.
+    """Gemm with a packed weight, plus bias and low-rank branch.
 
     Args:
         format: of the weight.
@@ -40,7 +40,7 @@ def linear(format: Format, named: Mapping[str, Any]) -> Tensor:
 
 
 def site(format: Format, named: Mapping[str, Any]) -> Tensor:
-    """`linear` of `rotate` and `project`, where nothing else reads them, with what stands around it in a model.
+    """`linear` with the `rotate` and `project` that only it reads, a prologue and a residual.
 
     Args:
         format: of the weight.

@@ -1,4 +1,4 @@
-"""The formats there are, and the operators that each of them brings.
+"""Registry of formats, and of the operators that each of them brings.
 
 Schemas follow from a format's tensors and spec:
 
@@ -38,11 +38,11 @@ _AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual":
 def register_format(format: Format) -> None:
     """Add a format and define its operators.
 
-    A program that holds them can be loaded where the format is registered; what is compiled from one runs anywhere.
+    A program that holds them loads only where the format is registered; code compiled from it runs anywhere.
 
     Raises:
-        ConfigError: the name is no identifier, or another format has it, or one of its tensors or numbers has the name
-            of another operand.
+        ConfigError: the name is no identifier, or the format, an operator or an operand of that name exists; or a value
+            of the spec is no int, float or str.
     """
     if not isinstance(format, Format):
         raise ConfigError(f"register_format({format!r}): give an object of a subclass of Format")
@@ -101,7 +101,7 @@ def known_format(name: str) -> Format:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight (out_features, in_features) that a packed one stands for."""
+    """Dequantise a packed weight to (out_features, in_features) of `dtype`."""
     return format_of(packed).dequantize(packed, dtype)
 
 
@@ -114,7 +114,7 @@ def operator_of(format: str, kind: str) -> Any:
 
 
 def reference(format: str, kind: str) -> Callable[..., Tensor]:
-    """The definition of `operator_of(format, kind)`, with the same operands, whatever kernels there are."""
+    """The definition of `operator_of(format, kind)`, with the same operands and no faster kernels."""
     operator, owner = operator_of(format, kind), known_format(format)
     return _implementation(owner, kind, [argument.name for argument in operator._schema.arguments], ())
 

@@ -20,7 +20,7 @@ def dense_factor(values: Tensor, scale: Tensor | None, dim: int) -> Tensor:
 
 
 def project(x: Tensor, down: Tensor, scale: Tensor | None) -> Tensor:
-    """Down-projection shared by all Linears of a group.
+    """Low-rank down-projection, shared by all Linears of an input.
 
     Args:
         x: (..., in_features) rotated activation.

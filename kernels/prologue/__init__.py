@@ -1,1 +1,1 @@
-"""What stands before a packed site and is computed where its input is loaded: RMS norm, gated activation."""
+"""Prologue of a packed site, computed where its input is loaded: RMS norm, gated activation."""

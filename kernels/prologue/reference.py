@@ -16,7 +16,7 @@ ACTIVATIONS = {
 def prologue(
     x: Tensor, perm: Tensor | None, norm: Tensor | None, eps: float, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """activation(gate) * x, then x / sqrt(mean(x^2) + eps), gathered by `perm`, * norm; each where it is given.
+    """Compute activation(gate) * x, then x / sqrt(mean(x^2) + eps), gathered by `perm`, * norm; each if given.
 
     The norm's weight is in the order of the gathered columns, so that a kernel needn't wait for `perm` to load it.
 
@@ -29,7 +29,7 @@ def prologue(
         activation: of the gate, one of `ACTIVATIONS`.
 
     Returns:
-        A tensor of x's shape and dtype, x itself without a norm and a gate; and the permutation that is left to do.
+        A tensor of x's shape and dtype (x itself without norm and gate), and the permutation that is still to apply.
     """
     if norm is None and gate is None:
         return x, perm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of a step over a row.
+# Columns that a step of the loop over a row reads.
 _STEP = tl.constexpr(1024)
 
 

@@ -1,4 +1,4 @@
-"""`lopro::rotate_device` and `lopro::rotate_project`: `lopro::rotate` by Triton, alone and with `lopro::project`."""
+"""`lopro::rotate_device` and `lopro::rotate_project`: `lopro::rotate` in Triton, alone and with `lopro::project`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lopro_fx.kernels.rotate.triton import rotate_kernel
 from lopro_fx.kernels.tiles import stand_in
 
 _CHUNK = 256
-# Partial sums of a projection, at most; and rows of its factor at a time.
+# Most partial sums of a projection; rows of the down factor loaded at a time.
 _PARTS, _RANKS = 16, 16
 
 
@@ -19,7 +19,7 @@ def launch(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, norm: Tensor | None = None,
     eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
 ) -> Tensor:  # fmt: skip
-    """Arguments and result as `lopro::rotate`, for x (M, K) with contiguous columns, after a prologue.
+    """`lopro::rotate` of x (M, K) with contiguous columns, after a prologue.
 
     norm, eps, gate and activation are as in `launch_project`.
     """
@@ -32,15 +32,15 @@ def launch_project(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor, scale: Tensor | None,
     chunk: int, norm: Tensor | None = None, eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rotate an activation and project what comes out, before it is rounded to x's dtype.
+    """Rotate an activation and project the result before it is rounded to x's dtype.
 
     Args:
         x: (M, K), with contiguous columns.
         perm, signs, block, skip: as in `lopro::rotate`.
         down, scale: as in `lopro::project`.
         chunk: columns of one partial sum, a multiple of `block` and a power of two.
-        norm, eps, gate, activation: what is applied first, as in `prologue/reference.py`, one of norm and gate; gate
-            (M, K) with contiguous columns.
+        norm, eps, gate, activation: prologue as in `prologue/reference.py`, with norm or gate, not both; gate (M, K)
+            has contiguous columns.
 
     Returns:
         x' (M, K) of x's dtype, and fp32 (parts, M, R), whose sum over the parts is the projection.
@@ -75,11 +75,11 @@ def _run(
 
 
 def chunk_for(tokens: int | torch.SymInt, columns: int, block: int) -> int:
-    """Columns of a partial sum: many parts fill the device for one token; others sum few in each of their programs."""
+    """Columns of a partial sum: one token needs many parts to fill the device; more tokens sum fewer parts."""
     few = _CHUNK if dispatch.at_most(tokens, dispatch.DECODE_TOKENS) else -(-columns // _PARTS)
     return max(block, _CHUNK, 1 << (few - 1).bit_length())
 
 
-# The functions above stay callable as they are, which is how launches are recorded without a device.
+# The functions above stay callable as they are, so that launches can be recorded without a device.
 rotate_device = registry.register_triton("rotate_device", launch)
 rotate_project = registry.register_triton("rotate_project", launch_project)

@@ -9,7 +9,7 @@ from lopro_fx.kernels.rotate import reference
 
 
 def rotate(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int) -> Tensor:
-    """`reference.rotate`, by Triton where that serves."""
+    """`reference.rotate`, in Triton where it serves."""
     if not dispatch.runs_triton(x):
         return reference.rotate(x, perm, signs, block, skip)
     from lopro_fx.kernels.rotate.device import rotate_device

@@ -1,7 +1,7 @@
 """The definition of `lopro::rotate`, plain ATen: x' = Tᵀ x with T = P S D (LoPRo section 3.3, equations 5-8).
 
-`P` gathers columns by a permutation, `S` flips signs, and `D = diag(I, H, H, …)` leaves the first `skip` columns alone
-and applies a normalised Sylvester-Hadamard matrix to each block of `block` columns after them.
+`P` gathers columns by a permutation, `S` flips signs, and `D = diag(I, H, H, …)` leaves the first `skip` columns
+unrotated and applies a normalised Sylvester-Hadamard matrix to each block of `block` columns after them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def rotate(x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, ski
         perm: int16 or int32 (n,), or None: column j of the result comes from column perm[j] (a gather).
         signs: uint8 (ceil(n / 8),) packed signs over all n columns, or None; those of the first `skip` are unused.
         block: Hadamard size, a power of two that divides n - skip; 1 leaves everything unrotated.
-        skip: leading columns that are left alone.
+        skip: leading columns that stay unrotated.
 
     Returns:
         A tensor of x's shape and dtype.

@@ -1,4 +1,4 @@
-"""`lopro::rotate` in one launch, a prologue and the partial sums of A x' with it."""
+"""`lopro::rotate` in one launch, with a prologue and the partial sums of A x'."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def rotate_kernel(
     start = tl.where(rotated, SKIP + (chunk - SKIPPED) * CHUNK, chunk * CHUNK)
     limit = tl.where(rotated, K, SKIP)
     k = start + tl.arange(0, CHUNK)
-    # Rows of A are asked for ahead of what is computed between, whose barriers no load is moved across. A few at a
-    # time: whole, they would not fit the registers beside a wide chunk.
+    # Rows of A are prefetched before the rotation: its barriers would otherwise hold the loads back. A few at a time:
+    # all of A would not fit the registers beside a wide chunk.
     r = tl.arange(0, BLOCK_R)
     if R > 0:
         a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < limit)[None, :], other=0)

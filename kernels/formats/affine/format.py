@@ -30,8 +30,8 @@ from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
 
 
 class Affine(Format):
-    """weight = scale * (code - zero): `bits` wide codes (2, 3, 4, 8), a scale and zero for `group_size` columns (-1:
-    the whole row)."""
+    """weight = scale * (code - zero): codes of `bits` bits (2, 3, 4, 8), a scale and zero per `group_size` columns
+    (-1: the whole row)."""
 
     name: ClassVar[str] = "affine"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3, "group_size": 64}
@@ -39,7 +39,7 @@ class Affine(Format):
 
     @property
     def prefix(self) -> str:
-        # Programs that were stored hold operators of these names.
+        # Stored programs hold operators with this prefix.
         return "packed"
 
     def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
@@ -89,7 +89,7 @@ class Affine(Format):
 
 
 def affine(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, in_features: int) -> Packed:
-    """A weight in this format, of tensors as `packing/format.py` describes them."""
+    """Packed weight in this format, from tensors as in `packing/format.py`."""
     spec = {"bits": bits, "group_size": group_size}
     return Packed(Affine.name, (scales.shape[0], in_features), spec, {"codes": codes, "scales": scales, "zeros": zeros})
 

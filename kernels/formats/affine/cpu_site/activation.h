@@ -114,7 +114,7 @@ void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token
       for (int64_t r = s.rank; r < p.lanes; ++r) tokens[t].latent[part * p.lanes + r] = 0.0f;
 }
 
-// Steps and sums of the blocks of x, and with INT8 x as integers in the order of the columns.
+// Steps and sums of the blocks of x; with INT8, also x as integers in the order of the columns.
 template <class V, bool INT8>
 void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) {
   using F = typename V::F;
@@ -130,7 +130,7 @@ void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) 
         poison = V::fma(v, V::zero(), poison);  // NaN where v is not finite
       }
       float most = V::reduce_max(top) + V::reduce(poison);
-      // As in reference.py: nothing but zeros, and no subnormal step.
+      // As in activation/reference.py: zeros, and no subnormal step.
       float inverse = most > 1e-30f ? 127.0f / most : most != most ? most : 0.0f;
       float step = most > 1e-30f || most != most ? most * (1.0f / 127.0f) : 0.0f;
       F factor = V::set(inverse);
@@ -146,7 +146,7 @@ void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) 
   for (; b < p.padded_blocks; ++b) token.steps[b] = token.sums[b] = 0.0f;
 }
 
-// int8 columns, chunk by chunk, into the order of the bytes that a shift and a mask make of packed codes.
+// Reorders int8 columns, chunk by chunk, like the bytes that a shift and a mask make of packed codes.
 template <int FIELDS>
 void interleave(const int8_t* in, int8_t* out, int64_t columns) {
   for (int64_t c = 0; c < columns; c += 64 * FIELDS)

@@ -1,8 +1,8 @@
-"""What AOTInductor needs to call the kernel by its C function and to link it into the model's own library.
+"""Make AOTInductor call the kernel's C function and link it into the model's own library.
 
-The kernel goes into the artifact as machine code, for every processor path, so that the artifact runs in a process
-that has torch, or libtorch, and nothing else. A registered operator would need its library beside the artifact, and a
-Python one this package; a template of Inductor's would be private code of torch that moves with each release.
+The artifact holds the kernel as machine code for every processor path, and runs with torch or libtorch alone. A
+registered operator would need its library beside the artifact, and a Python one this package. A template of Inductor's
+would depend on private code of torch that moves with each release.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*
 
 @contextmanager
 def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
-    """Options for `torch._inductor.aot_compile` of a program with `lopro::cpu_site`, to be used inside.
+    """Context with options for `torch._inductor.aot_compile` of a program with `lopro::cpu_site`; compile inside it.
 
     Args:
         folder: empty, with a path that a command line takes; the linker finds the kernel there.
@@ -32,7 +32,7 @@ def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
     """
     archive = build.archive()
     operator = torch.ops.lopro.cpu_site.default
-    # The cache may be in a folder whose name holds what separates folders.
+    # A link: the cache's own path may hold the character that separates folders.
     (folder / archive.name).symlink_to(archive.absolute())
     # gcc and clang look for libraries here; Inductor has no option for a folder.
     with variable("LIBRARY_PATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("LIBRARY_PATH"))))):

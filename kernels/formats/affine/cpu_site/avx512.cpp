@@ -73,7 +73,7 @@ struct V512 {
   static I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I load_bytes(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p); }
-  // Loads once: the compiler would rather load again for each field than hold a register.
+  // Keeps a load in its register: otherwise the compiler would load again for each field.
   static void keep(I& v) { asm("" : "+v"(v)); }
   static void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
@@ -108,7 +108,7 @@ struct V512 {
     F table = _mm512_cvtepi32_ps(mask(iota(), (1 << (BITS & 7)) - 1));
     return _mm512_permutexvar_ps(a, table);
   }
-  // Into the second cache. The compiler would drop the intrinsic, in a function that does nothing else.
+  // Into L2. The compiler would drop the intrinsic in a function that does nothing else.
   static void fetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
   static void transpose(I* v) {
     I a[16];

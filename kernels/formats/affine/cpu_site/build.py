@@ -1,4 +1,4 @@
-"""Compiles the CPU kernel with Inductor's compiler: a shared library for eager mode and an archive for AOTInductor.
+"""Compile the CPU kernel with Inductor's compiler: a shared library for eager mode and an archive for AOTInductor.
 
 Results are cached by a hash of sources, flags, compiler and torch, so a change of any of them builds anew.
 """
@@ -35,7 +35,7 @@ _PATHS = {
     "register.cpp": (),
 }
 _EAGER_ONLY = "register.cpp"
-# What g++ 12 takes for the largest of them.
+# Memory that g++ 12 takes for the largest of them.
 _COMPILER_BYTES = 1 << 30
 
 
@@ -80,7 +80,7 @@ def _built() -> Path:
 
 
 def _build(compiler: str, target: Path) -> None:
-    """Builds in a folder beside the target, which takes its place at once, so that it is whole or absent."""
+    """Build in a folder beside the target and rename it, so that the target is whole or absent."""
     for stale in target.parent.glob(f".{_NAME}-*"):
         # Left by a process that was killed: nobody else builds now.
         shutil.rmtree(stale, ignore_errors=True)
@@ -112,7 +112,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def _compiler() -> str:
-    """The compiler that Inductor uses; a private function, here alone."""
+    """The compiler that Inductor uses, from a private function of torch."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -6,7 +6,7 @@
 namespace lopro {
 namespace {
 
-// Codes c of a row: the plane of low bits and, of 3-bit codes, that of the high ones.
+// Chunk c of a row: the plane of low bits and, for 3-bit codes, that of the high bits.
 template <class V, int BITS>
 inline void load_codes(const uint8_t* row, int64_t plane, int64_t c, bool whole, typename V::I& low,
                        typename V::I& high) {
@@ -58,7 +58,7 @@ struct FlatZeros {
   using F = typename V::F;
   using I = typename V::I;
   const Site& s;
-  I word, shift;  // of the low bits of each of 16 codes: the same wherever a step of 16 codes leads
+  I word, shift;  // of the low bits of each of 16 codes: steps of 16 codes don't change them
 
   FlatZeros(const Site& s, int64_t first) : s(s) {
     I bit = V::add_i(V::template times<C::width>(V::iota()), V::set_i(static_cast<int>(first * C::width % 32)));
@@ -72,7 +72,7 @@ struct FlatZeros {
     return V::load_bytes(s.zeros + at, static_cast<int>(4 * (s.zero_words - at)));
   }
 
-  // Zeros `first` ... `first` + 15; any finite value behind the last.
+  // Zeros `first` ... `first` + 15; any finite value after the last.
   F operator()(int64_t first) const {
     I low = V::shrv(V::permute_i(words(first * C::width / 32), word), shift);
     if (BITS != 3) return V::add(V::to_f(V::mask(low, (1 << C::width) - 1)), V::set(0.5f));

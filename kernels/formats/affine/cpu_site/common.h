@@ -13,7 +13,7 @@ namespace lopro {
 namespace {
 
 constexpr int64_t PAD = 256;          // columns that buffers are padded to: a multiple of every chunk and block
-constexpr int64_t DECODE_TOKENS = 8;  // up to here, weights are read and used at once
+constexpr int64_t DECODE_TOKENS = 8;  // up to here, weights are used as they are read, without a panel
 constexpr int64_t PANEL_COLUMNS = 512;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -137,7 +137,7 @@ struct Plan {
   bool by_group;              // scales of a row are kept by group of 2^log_ratio blocks, else by block
   int log_ratio;
   int64_t scales;             // kept, of a row
-  int64_t stride;             // of what rows are to a token: blocks, without gaps or padded
+  int64_t stride;             // of a row in `weigh`'s results: blocks, without gaps or padded
   int64_t lanes;              // of a latent, padded
 };
 

@@ -7,16 +7,16 @@
 namespace lopro {
 namespace {
 
-// Asks memory for these bytes.
+// Prefetches these bytes.
 template <class V>
 void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) V::fetch(static_cast<const char*>(p) + i);
 }
 
-// Bytes that memory is asked for in advance, where `rows` rows are multiplied together: those after them at least.
+// Prefetch distance in bytes where `rows` rows are multiplied together: at least as many rows.
 inline int64_t ahead(const Plan& p, int64_t rows) { return p.row_bytes * rows > 8192 ? p.row_bytes * rows : 8192; }
 
-// Asks memory for what rows row ... row + rows - 1 need besides their codes.
+// Prefetches what rows row ... row + rows - 1 need besides their codes.
 template <class V>
 void fetch_rows(const Site& s, int64_t row, int64_t rows) {
   int64_t scale_bytes = s.groups * (s.scales_type == Type::f32 ? 4 : 2);
@@ -54,9 +54,9 @@ void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, floa
     }
 }
 
-// What `rows` rows of `expand_scales` are to T tokens, (T, rows, p.stride) each: weights, of each block's integer
-// product, and offsets, which a row's sum loses. Made for many rows before the first is used, since a load from a store
-// that is still in the queue waits for every load of codes before it.
+// Combines the scales of `rows` rows with T tokens, (T, rows, p.stride) each: `weights` multiply each block's product,
+// `offsets` are subtracted from a row's sum. Many rows at once, before the first is used: a load from a store that is
+// still in the queue would wait for every load of codes before it.
 template <class V, bool INT8, int T>
 void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales, const float* shifts, float* weights,
            float* offsets) {
@@ -118,7 +118,7 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
     repeat<R>([&](auto r) LOPRO_INLINE {
       load_codes<V, BITS>(codes + r * p.row_bytes, p.plane, c, whole, low[r], high[r]);
     });
-    // The rows lie behind each other, so do what the next steps read.
+    // The rows are contiguous, and so is what the next steps read.
     repeat<lines>([&](auto i) LOPRO_INLINE { V::fetch(next + c * (R * bytes) + i * 64); });
     int64_t block = c * C::chunk >> p.log_block;
     I index = SINGLE ? lanes : V::add_i(lanes, V::set_i(static_cast<int>(block & 15)));
@@ -126,7 +126,7 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
       const float* own = weights + (t * rows + r) * p.stride;
       if (SINGLE) return V::set(own[block]);
       int64_t first = block & ~int64_t{15};
-      // Behind a row's last block are the next row's weights, which may be no numbers.
+      // After a row's last block come the next row's weights, which may be NaN.
       F some = whole ? V::load(own + first) : V::load_n(own + first, static_cast<int>(p.blocks - first));
       return V::permute(some, index);
     };
@@ -267,11 +267,11 @@ inline int64_t first_row(int64_t rows, int thread, int threads) {
   return thread == threads ? rows : rows * thread / threads / 4 * 4;
 }
 
-// Work of one thread. `next` counts the rows that are taken by whoever is free.
+// Work of one thread. `next` counts the rows that free threads have taken.
 template <class V, int BITS, bool INT8>
 void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared, int64_t* next) {
   constexpr int R = V::template rows<BITS>;
-  // Rows in runs whose scales, and with several tokens codes, stay in the first cache.
+  // Runs of rows whose scales, and with several tokens codes, stay in L1.
   int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.scales / 4 * 4);
   int64_t held = s.tokens > 1 ? 4 * run : run;
   Scratch scratch(p.columns * 12 + 1024 + token_bytes(s, p) + 2 * (run * p.scales + 32) * 4 +
@@ -284,9 +284,9 @@ void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared
   float* weights = scratch.take<float>(held * p.stride + 16);
   float* offsets = scratch.take<float>(held * p.stride + 16);
   if (s.tokens == 1) {
-    // Every thread prepares the one token for itself: that is shorter than waiting for another to do it.
+    // Every thread prepares the one token for itself: waiting for another thread would take longer.
     Token own = take_token(scratch, s, p);
-    // The processor may be taken away from one of the threads: the last rows go to whoever is there.
+    // A thread may lose its core, and all would wait for it: the last tenth of the rows goes to free threads.
     int64_t fixed = threads > 1 ? s.out * 9 / 10 : s.out, unit = ceil_div(65536, p.row_bytes * run) * run;
     int64_t from = first_row(fixed, thread, threads), to = first_row(fixed, thread + 1, threads);
     fetch<V>(reinterpret_cast<const uint8_t*>(s.codes) + from * p.row_bytes, ahead(p, R));

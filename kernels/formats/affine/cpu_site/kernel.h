@@ -11,8 +11,8 @@
 //
 //   y = sum over blocks of s_w * (sum q * x - (zero + 1/2) * sum x),   x = step * int8 where activations are rounded
 //
-// For many tokens, 16 rows are transposed and unpacked into a panel, four codes of each row side by side, which 12
-// tokens share while it is in the cache.
+// For many tokens, V::panel * 16 rows are transposed and unpacked into a panel (int8: four codes of each row side by
+// side). Tiles of V::tile tokens share it while it is in the cache.
 #pragma once
 
 #ifdef _OPENMP
@@ -29,7 +29,7 @@ template <class V, int BITS, bool INT8>
 void call(const Site& s) {
   Plan p = make_plan(s);
 #ifdef _OPENMP
-  // A thread for so many bytes of weights at least: to wake one takes a few microseconds.
+  // At least so many bytes of weights per thread: waking one takes a few microseconds.
   int64_t useful = ceil_div(s.out * p.row_bytes * least(s.tokens, 64), 16384);
   int wanted = static_cast<int>(least(omp_get_max_threads(), useful));
 #endif

@@ -35,7 +35,7 @@ def active_path() -> str:
 
 @contextmanager
 def forced(path: str) -> Iterator[bool]:
-    """Run `path` inside; gives False, and changes nothing, where the processor or the kernel doesn't have it."""
+    """Run `path` inside; yield False and change nothing where the processor or the kernel lacks it."""
     library = _loaded()
     before = active_path()
     found = library is not None and library.lopro_cpu_site_set_path(path.encode())

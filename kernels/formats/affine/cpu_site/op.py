@@ -1,7 +1,7 @@
 """Registration of `lopro::cpu_site`.
 
-It is no composite operator: a program for a CPU keeps it as one node, so that AOTInductor can call the compiled kernel
-by its C function (see `aoti.py`). In eager mode the first call on a CPU tensor loads the kernel, which torch's
+It is not composite: a program for a CPU keeps it as one node, so that AOTInductor can call the compiled kernel by its C
+function (see `aoti.py`). In eager mode the first call on a CPU tensor loads the kernel, which torch's
 dispatcher then calls without Python; where there is none, the definition in ATen runs. It has no derivative.
 """
 
@@ -21,7 +21,7 @@ def cpu_site(
     down_scale: Tensor | None, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, up: Tensor | None,
     up_scale: Tensor | None, bits: int, group_size: int, act_bits: int,
 ) -> Tensor:  # fmt: skip
-    """`reference.cpu_site`, after an attempt to load the kernel that takes its place on the CPU."""
+    """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run `reference.cpu_site`."""
     args = (x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size,
             act_bits)  # fmt: skip
     _check(x, group_size, act_bits)

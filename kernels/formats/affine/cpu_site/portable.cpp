@@ -1,4 +1,4 @@
-// Plain C++ for every other processor: loops over 16 lanes, which the compiler makes what it can of.
+// Plain C++ for every other processor: loops over 16 lanes, for the compiler to vectorise.
 #include "kernel.h"
 
 namespace lopro {
@@ -98,7 +98,7 @@ struct Plain {
     return make([=](int i) { return i < n ? static_cast<float>(p[i]) : 0.0f; });
   }
   static F round_i8(const F& x, int8_t* p) {
-    // The processor's own rounding, to the nearest even; what isn't a number must not be cast.
+    // The processor's own rounding, to the nearest even; casting a NaN would be undefined.
     F r = make([&](int i) { return x.v[i] >= -127.5f && x.v[i] <= 127.5f ? std::nearbyint(x.v[i]) : 0.0f; });
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(r.v[i]);
     return r;

@@ -247,7 +247,7 @@ void prefill(const Site& s, const Plan& p, int thread, int threads, const Tiles&
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
-  // Few panels for many threads: the tiles are divided too.
+  // Few panels for many threads: tiles are divided too, otherwise threads would idle.
   int64_t cuts = panels >= 4 * threads ? 1 : least(tiles, ceil_div(4 * threads, panels));
   int64_t each = ceil_div(tiles, cuts), jobs = panels * cuts;
   Scratch scratch(each * T * P * 4 + PANEL_COLUMNS / 32 * P * 8 + s.rank * P * 4 + PANEL_COLUMNS * P * 4 + 512);

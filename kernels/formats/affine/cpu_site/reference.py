@@ -13,8 +13,7 @@ from lopro_fx.kernels.rotate.reference import rotate
 
 
 def activation_group(in_features: int, group_size: int, rotated: bool) -> int:
-    """Columns that share a step: as many as without a format, or the largest power of two below that divides the
-    weight's groups."""
+    """Columns that share a step: `group_for`, or the largest power of two up to it that divides the weight's groups."""
     most = group_for(rotated)
     return most if group_count(in_features, group_size) == 1 else min(most, group_size & -group_size)
 
@@ -37,15 +36,15 @@ def cpu_site(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    """`lopro::packed_site` in fp32, rounded once to x's dtype; the packed product may take rounded activations.
+    """`lopro::packed_site` in fp32, rounded once to x's dtype; the packed gemm may take rounded activations.
 
     Args:
         x: (..., in_features) float32, bfloat16 or float16.
         perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits: as in
             `lopro::packed_site`.
         group_size: -1 or a multiple of 32.
-        act_bits: 8 rounds the rotated activation to int8 per token and block of columns for the packed product; the
-            low-rank branch takes it as it is. 0 rounds nothing.
+        act_bits: 8 rounds the rotated activation to int8 per token and block of columns for the packed gemm; the
+            low-rank branch takes it unrounded. 0 rounds nothing.
 
     Returns:
         (..., out_features) of x's dtype.

@@ -3,7 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 namespace lopro {
-// Why the last call on this thread failed.
+// Reason why the last call on this thread failed.
 const char* error();
 }  // namespace lopro
 

@@ -1,4 +1,4 @@
-// What one call of lopro::cpu_site works on; every path (avx512.cpp, avx2.cpp, portable.cpp) takes the same.
+// Operands of one call of lopro::cpu_site, the same for every path (avx512.cpp, avx2.cpp, portable.cpp).
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ void run_avx512(const Site& site);
 
 // "avx512", "avx2" or "portable": the fastest that this processor has, or a lower one that LOPRO_FX_CPU_ISA names.
 const char* path();
-// False, and nothing is changed, if this processor can't run it.
+// Returns false and changes nothing if this processor can't run it.
 bool set_path(const char* name);
 void run(const Site& site);
 

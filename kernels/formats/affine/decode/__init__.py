@@ -1,1 +1,1 @@
-"""Products with one or a few tokens: activations as 16-bit block fixed point, weights left packed."""
+"""Gemv with one or a few tokens: activations in 16-bit block fixed point, weights left packed."""

@@ -16,7 +16,7 @@ from lopro_fx.kernels.formats.affine.decode.triton import prepare_kernel, produc
 from lopro_fx.kernels.formats.affine.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import NATIVE, main_width, stand_in
 
-# Columns of a group in the fixed-point activation where the weights have one scale a row.
+# Columns of a fixed-point group where the weights have one scale per row.
 _WIDE_GROUP = 128
 
 
@@ -36,8 +36,8 @@ def prepare(
         perm, signs, block: as in `lopro::rotate` with `skip` 0.
         down: int8 or fp16 (R, K), or None; its scale is applied by `decode_product`.
         bits, group_size: of the weights that will be multiplied.
-        norm, eps, gate, activation: what is applied first, as in `prologue/reference.py`, one of norm and gate; gate
-            (M, K) with contiguous columns.
+        norm, eps, gate, activation: prologue as in `prologue/reference.py`, with norm or gate, not both; gate (M, K)
+            has contiguous columns.
 
     Returns:
         words int32 (M, 2, fields, words): high and low bytes of the fixed-point values, four a word.
@@ -72,15 +72,15 @@ def product(
     down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, splits: int,
     dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Product of a prepared activation with a packed weight, plus low-rank branch and bias.
+    """Gemv of a prepared activation and a packed weight, plus low-rank branch, bias and residual.
 
     Args:
         words, steps: from `decode_prepare`.
         latent: fp32 (parts, M, R), summed over its parts: from `decode_prepare`, or A x' itself.
         codes, scales, zeros, bias, up, up_scale, bits, group_size: as in `lopro::packed_linear`.
         down_scale: fp16 (R,), or None where `latent` holds it already.
-        splits: parts of the columns, each with programs of its own; their sum is returned in `dtype`, so the result
-            doesn't depend on the order in which programs finish.
+        splits: parts of the columns, each with programs of its own. They are summed afterwards, so the result doesn't
+            depend on the order in which programs finish.
         dtype: of the result.
         residual: (M, N), contiguous, added to the result before it is rounded.
 
@@ -96,7 +96,7 @@ def product(
     group_words = activation_group(group_size) * width // WORD
     block_w = max(min(_block_words(bits), triton.next_power_of_2(count)), group_words)
     block_n = _block_rows(n, dispatch.processors(words.device))
-    # Partial sums stay fp32; a single part is written in the type that is asked for.
+    # Partial sums stay fp32; a single part is written in `dtype`.
     y = words.new_empty((splits, m, n), dtype=dtype if splits == 1 else torch.float32)
     wrap_triton(product_kernel)[(triton.cdiv(n, block_n), splits, m)](
         words, steps, latent, codes, scales, zeros, words if bias is None else bias,
@@ -113,26 +113,26 @@ def product(
     return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 
 
-# The functions above stay callable as they are, which is how launches are recorded without a device.
+# The functions above stay callable as they are, so that launches can be recorded without a device.
 decode_prepare = registry.register_triton("decode_prepare", prepare)
 decode_product = registry.register_triton("decode_product", product)
 
-# Steps on their way at a time, for four warps each: programs keep their share of what an H200 needs in flight.
+# Steps in flight, and warps: with fewer, programs would keep less in flight than an H200's bandwidth needs.
 _STAGES, _WARPS = 3, 4
 
 
 def _block_rows(rows: int, processors: int) -> int:
-    """Rows of a program: fewer read an activation more often, more leave multiprocessors without a second program."""
+    """Rows of a program: fewer reread the activation, more leave multiprocessors without a second program."""
     return 32 if triton.cdiv(rows, 32) >= 2 * processors else 16
 
 
 def _block_words(bits: int) -> int:
-    """Words of a row that one step reads: 512 bytes, one 16-byte load a lane; half of it beside a second plane."""
+    """Words of a row that one step reads: 512 bytes, a 16-byte vectorised load per lane; half with a second plane."""
     return 64 if bits == 3 else 128
 
 
 def choose_splits(rows: int, words: int, processors: int) -> int:
-    """Parts of the columns: several only where rows alone don't occupy the multiprocessors, for a sum is a launch."""
+    """Parts of the columns: several only where rows alone don't fill the multiprocessors, as their sum is a launch."""
     programs = triton.cdiv(rows, _block_rows(rows, processors))
     splits = 1
     while 2 * programs * splits < 3 * processors and words >= 2 * splits * 2 * _block_words(2):

@@ -1,10 +1,10 @@
-"""Decode: y = Q̂ x' + B (A x') + b for a few tokens, limited by how fast packed weights can be read.
+"""Gemv of decoding: y = Q̂ x' + B (A x') + b for a few tokens, bound by the bandwidth of reading packed weights.
 
-`prepare_kernel` applies a prologue, gathers, rotates and writes x' as 16-bit fixed point with one scale a group, split
-into a signed high and an unsigned low byte and laid out as the words of the weights want it, together with the partial
-sums of A x'. `product_kernel` then needs, for four weights, a shift, a mask and two four-way dot products of bytes. The
-integer sums of a group are exact; fixed point rounds x' by at most 2^-16 of the group's largest entry, less than bf16
-or fp16 do.
+`prepare_kernel` applies a prologue, gathers and rotates. It writes x' as 16-bit fixed point with one scale a group, and
+the partial sums of A x'. Each value is split into a signed high and an unsigned low byte, in the layout of the weights'
+words. `product_kernel` then needs a shift, a mask and two four-way dot products of bytes for four weights. The integer
+sums of a group are exact. Fixed point rounds x' by about 2^-16 of the group's largest entry at most, less than bf16 or
+fp16 do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def prepare_kernel(
     chunk = tl.program_id(1)
     start = chunk * CHUNK
     if R > 0:
-        # Asked for before the rotation, whose barriers no load is moved across.
+        # Prefetched before the rotation: its barriers would otherwise hold the load back.
         r, k = tl.arange(0, BLOCK_R), start + tl.arange(0, CHUNK)
         a = tl.load(down_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0)
     x = load_rotated(
@@ -102,7 +102,7 @@ def product_kernel(
     ROW: tl.constexpr = WORDS * BITS // WIDTH
     codes_ptr += first.to(tl.int64) * ROW
     acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    # What the epilogue reads of memory is on its way while the loop runs; one of the parts adds it.
+    # Operands of the epilogue are prefetched, in flight while the loop runs; only the first part adds them.
     n_last = (n < N) & (split == 0)
     if R > 0:
         r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_CHUNKS)
@@ -113,7 +113,7 @@ def product_kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + m * N + n, mask=n_last, other=0.0)
     tiles = tl.cdiv(tl.cdiv(WORDS, BLOCK_W), SPLITS)
-    # The steps ahead are copied to shared memory while one is multiplied: memory is waited for once, not every step.
+    # Pipelined: the next steps are copied to shared memory meanwhile; otherwise every step would wait for memory.
     for tile in tl.range(split * tiles, min((split + 1) * tiles, tl.cdiv(WORDS, BLOCK_W)), num_stages=STAGES):
         w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
         inside = n_inside & (w < WORDS)[None, :]
@@ -122,8 +122,8 @@ def product_kernel(
         if BITS == 3:
             # Two words of the main plane share one of the high plane; the second takes its bits four places up.
             p = tile * (BLOCK_W // 2) + tl.arange(0, BLOCK_W // 2)
-            # Never 2: with an address that may be no multiple of 16 bytes, a thread loads the two words that belong to
-            # its four of the main plane, and none is exchanged with another thread.
+            # Adds 0, but hides that the address is a multiple of 16 bytes: with a vectorised load of four words,
+            # threads would have to exchange two of them. Now each loads the two of its four main-plane words.
             p += tl.where(split < 0, 2, 0)
             pairs = n_inside & (p < WORDS // 2)[None, :]
             shared = tl.load(codes_ptr + rows[:, None] * ROW + WORDS + p[None, :], mask=pairs, other=0)

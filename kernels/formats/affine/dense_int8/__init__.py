@@ -1,1 +1,1 @@
-"""Product of integer activations with a weight that was written out as int8, for many tokens."""
+"""Gemm of integer activations and a weight unpacked to int8, for many tokens."""

@@ -12,7 +12,7 @@ from lopro_fx.kernels.formats.affine.dense_int8.triton import dense_int8_kernel
 from lopro_fx.kernels.formats.affine.packed_int8.device import WIDE, columns
 from lopro_fx.kernels.tiles import WHOLE_ROW
 
-# (tokens, features) of a product by the products of a program, which has eight warps for each.
+# (tokens, features) of a product, by the products of a program; each has eight warps.
 _SHAPES = {1: (128, 128), 2: (64, 256)}
 _STAGES = 3
 
@@ -22,7 +22,7 @@ def launch(
     up: Tensor | None, up_scale: Tensor | None, group_size: int, act_group: int, dtype: torch.dtype,
     halves: int,
 ) -> Tensor:  # fmt: skip
-    """Arguments and result as `dense_int8/reference.py`, all contiguous; integer sums are exact.
+    """`dense_int8.reference.dense_int8` of contiguous tensors; integer sums are exact.
 
     halves: products of a program, 1 or 2, from `choose_halves`; it decides speed, not the result.
     """
@@ -44,10 +44,10 @@ def launch(
 
 
 def choose_halves(device: torch.device, group_size: int, act_group: int, dtype: torch.dtype) -> int:
-    """Two, so that L2 is read less, where their sums fit the registers: on Hopper, whose operands need none."""
+    """Two where their sums fit the registers, to read less from L2: on Hopper, whose operands need no registers."""
     fits = columns(group_size, act_group) == WIDE and act_group == -1 and dtype != torch.float32
     return 2 if fits and dispatch.capability(device) == (9, 0) else 1
 
 
-# `launch` stays callable as it is, which is how launches are recorded without a device.
+# `launch` stays callable as it is, so that launches can be recorded without a device.
 dense_int8_device = registry.register_triton("dense_int8_device", launch)

@@ -15,7 +15,7 @@ def doubled(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size:
 
     Args:
         codes, scales, zeros, group_size, in_features: as in `packing.format.dequantize`.
-        bits: up to 4, whose results fit.
+        bits: at most 4: results of 8 would not fit int8.
     """
     n, groups = scales.shape
     size = in_features if group_size == -1 else group_size
@@ -27,7 +27,7 @@ def dense_int8(
     x: Tensor, steps: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, latent: Tensor | None,
     up: Tensor | None, up_scale: Tensor | None, group_size: int, act_group: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Product of rounded activations with a doubled weight, plus low-rank branch and bias, computed in fp32.
+    """Gemm of rounded activations and a doubled weight, plus low-rank branch and bias, computed in fp32.
 
     Args:
         x: int8 (M, K).

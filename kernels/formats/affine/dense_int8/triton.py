@@ -1,7 +1,7 @@
-"""int8 by int8 on tensor cores, both operands straight from memory, scaled once a group.
+"""int8 gemm on tensor cores, both operands straight from memory, scaled once a group.
 
-Unpacking codes costs more than a tensor core takes for them, and a program does it anew for each tile of tokens. So for
-many tokens it is done once, by `dequantize_kernel`.
+Unpacking codes takes longer than a tensor core multiplies them, and a packed gemm repeats it for each tile of tokens.
+So for many tokens `dequantize_kernel` does it once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dense_int8_kernel(
 ):  # fmt: skip
     """One program: HALVES times BLOCK_M tokens by BLOCK_N output features; BLOCK_K columns share a scale and a step.
 
-    With two halves, some warps scale the product of one while tensor cores compute the other for the rest.
+    With two halves, some warps scale the product of one while tensor cores compute the other.
     """
     first_m, first_n = tile_of(tl.program_id(0), M, N, HALVES * BLOCK_M, BLOCK_N, GROUP_M)
     # Tiles start at 64-bit addresses; inside a tile 32 bits are enough.
@@ -44,7 +44,7 @@ def dense_int8_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     more = acc
     for start in range(0, K, BLOCK_K):
-        # What scales the products is on its way while tensor cores compute them.
+        # Scales are in flight while tensor cores compute the products.
         scale = tl.load(scales_ptr + n * WEIGHT_GROUPS + start // GROUP, mask=n_inside, other=0.0).to(tl.float32)
         k = start + tl.arange(0, BLOCK_K)
         at = weight_ptr + cols[:, None] * K + k[None, :]
@@ -77,7 +77,7 @@ def _product(
     rows, m, k, M,
     K: tl.constexpr, ACT_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, tokens) fp32, in steps of the activation if it has several."""
+    """(BLOCK_N, tokens) fp32, times the activation's steps if it has several groups."""
     inside = m < M
     x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0)
     product = tl.dot(weight, tl.trans(x)).to(tl.float32)

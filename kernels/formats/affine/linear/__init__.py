@@ -1,1 +1,1 @@
-"""Packed low-bit matrix product with the low-rank up-projection and the bias in its epilogue."""
+"""Packed low-bit gemm with the low-rank up factor and the bias in its epilogue."""

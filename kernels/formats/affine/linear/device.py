@@ -12,9 +12,9 @@ from lopro_fx.kernels.formats.affine.linear.triton import matmul_kernel
 from lopro_fx.kernels.formats.affine.packing.format import WORD
 from lopro_fx.kernels.tiles import NATIVE, WHOLE_ROW, main_width
 
-# (tokens, features, warps, stages) by the most tokens that the shape is for.
+# (tokens, features, warps, stages) by the most tokens that the shape is for; 0 for any number.
 _SHAPES = {16: (16, 64, 4, 4), 64: (64, 64, 4, 3), 0: (64, 64, 4, 3)}
-# Columns of a step, which lie in one group where groups are as large.
+# Columns of a step; they lie in one group if groups are at least as large.
 _COLUMNS = 128
 
 
@@ -23,7 +23,7 @@ def launch(
     up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, tokens: int, splits: int,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Packed product with `tl.dot`.
+    """Packed gemm with `tl.dot`.
 
     Args:
         x: (M, K), contiguous.
@@ -45,7 +45,7 @@ def launch(
     rank = 0 if up is None else up.shape[1]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     if latent is not None and tokens == 0 and latent.shape[0] > 1:
-        # Each of many programs would read all parts of its tokens.
+        # Otherwise each of many programs would read all parts of its tokens.
         latent = latent.sum(0, keepdim=True)
     y = x.new_empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32)
     wrap_triton(matmul_kernel)[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), splits)](
@@ -73,5 +73,5 @@ def tile_for(tokens: int | torch.SymInt, rows: int, columns: int, processors: in
     return 0, 1
 
 
-# `launch` stays callable as it is, which is how launches are recorded without a device.
+# `launch` stays callable as it is, so that launches can be recorded without a device.
 packed_linear_device = registry.register_triton("packed_linear_device", launch)

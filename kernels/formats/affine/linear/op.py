@@ -13,7 +13,7 @@ def packed_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
     up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int,
 ) -> Tensor:  # fmt: skip
-    """`definition.linear`, in one launch for the product."""
+    """`definition.linear` by the Triton kernels for the number of tokens."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if latent is not None:
         latent = latent.reshape(1, -1, latent.shape[-1]).contiguous()
@@ -25,7 +25,7 @@ def product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
     up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`packed_linear` by Triton, of x (M, K), contiguous, and latent (parts, M, R), which is summed over its parts.
+    """`packed_linear` of x (M, K), contiguous, and latent (parts, M, R), summed over its parts, by gemv or gemm.
 
     `residual` (M, N), contiguous, is added to the result.
     """

@@ -1,7 +1,7 @@
-"""Packed product for several tokens: codes become an operand of `tl.dot` in registers, scales follow the product.
+"""Packed gemm for several tokens: codes become an operand of `tl.dot` in registers.
 
-Tiles are transposed, output features by tokens: a tensor core takes its first operand in larger pieces, and tokens may
-be few.
+Tiles are transposed, output features by tokens: a tensor core takes its first operand in larger pieces, which few
+tokens would leave empty.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Packed product with integer activations: W4A8, W8A8, W4A4."""
+"""Packed gemm with integer activations: W4A8, W8A8, W4A4."""

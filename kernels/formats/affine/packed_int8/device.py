@@ -13,9 +13,9 @@ from lopro_fx.kernels.formats.affine.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width, stand_in
 
 _CHUNK = 256
-# Most columns of an integer product; the fewer, the more often its sums are scaled.
+# Most columns of an integer product; with fewer, sums would be scaled more often.
 WIDE = 128
-# (tokens, features, warps, stages) by the most tokens that the shape is for.
+# (tokens, features, warps, stages) by the most tokens that the shape is for; 0 for any number.
 _SHAPES = {16: (16, 64, 4, 3), 64: (64, 64, 4, 3), 0: (64, 128, 8, 3)}
 
 
@@ -36,8 +36,8 @@ def round_rows(
         sum_size: columns whose integers are summed, a divisor of the group.
 
     Returns:
-        int8 (M, K), steps fp32 (groups, M), sums of the integers fp32 (ceil(K / sum_size), M): times the step, but for
-        a single group, whose step multiplies the result.
+        int8 (M, K), steps fp32 (groups, M), sums of the integers fp32 (ceil(K / sum_size), M): times the step,
+        unless a single group's step multiplies the result.
     """
     m, k = x.shape
     size = max(triton.next_power_of_2(k), block, sum_size) if act_group == -1 else act_group
@@ -61,7 +61,7 @@ def matmul(
     latent: Tensor | None, up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, act_group: int,
     tokens: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Packed product with a rounded activation, in int8.
+    """Packed gemm with a rounded activation, in int8.
 
     Args:
         x, steps, sums: from `round_rows` with `sum_size` = `columns(group_size, act_group)`.
@@ -96,6 +96,6 @@ def tile_for(tokens: int | torch.SymInt) -> int:
     return next((shape for shape in _SHAPES if shape and dispatch.at_most(tokens, shape)), 0)
 
 
-# The functions above stay callable as they are, which is how launches are recorded without a device.
+# The functions above stay callable as they are, so that launches can be recorded without a device.
 round_device = registry.register_triton("round_device", round_rows)
 int8_matmul_device = registry.register_triton("int8_matmul_device", matmul)

@@ -15,7 +15,7 @@ def packed_int8(
     zeros: Tensor, bias: Tensor | None, latent: Tensor | None, up: Tensor | None, up_scale: Tensor | None, bits: int,
     group_size: int, act_bits: int, act_group: int,
 ) -> Tensor:  # fmt: skip
-    """`reference.packed_int8`, by Triton where that serves."""
+    """`reference.packed_int8`, in Triton where it serves."""
     if not dispatch.runs_triton(x):
         return reference.packed_int8(
             x, perm, signs, block, skip, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, act_bits,
@@ -24,7 +24,7 @@ def packed_int8(
     from lopro_fx.kernels.formats.affine.packed_int8.device import columns, int8_matmul_device, round_device, tile_for
 
     if skip:
-        # Columns left alone shift the Hadamard blocks away from the groups, so the rotation has a launch of its own.
+        # Unrotated columns shift the Hadamard blocks against the groups, so the rotation has a launch of its own.
         x, perm, signs, block = rotate(x, perm, signs, block, skip), None, None, 1
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if latent is not None:

@@ -1,4 +1,4 @@
-"""The definition of `lopro::packed_int8`, plain ATen: activations rounded to integers, then the packed product."""
+"""The definition of `lopro::packed_int8`, plain ATen: activations rounded to integers, then the packed gemm."""
 
 from __future__ import annotations
 

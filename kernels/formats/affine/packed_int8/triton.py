@@ -76,13 +76,13 @@ def int8_matmul_kernel(
     m, n = first_m + rows, first_n + cols
     m_inside, n_inside = m < M, n < N
     BLOCK_W: tl.constexpr = BLOCK_K * WIDTH // 32
-    # Codes of 8 bits don't fit int8, so half their range is taken off and put back with the zero point.
+    # 8-bit codes don't fit int8: half their range is subtracted, and added back with the zero point.
     CENTRE: tl.constexpr = 128 if BITS == 8 else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     step_ptr += m
     sum_ptr += m
     for tile in range(TILES):
-        # What scales the product is on its way while tensor cores compute it.
+        # Operands that scale the product are in flight while tensor cores compute it.
         at = n * WEIGHT_GROUPS + tile * BLOCK_K // GROUP
         scale = tl.load(scales_ptr + at, mask=n_inside, other=0.0).to(tl.float32)
         offset = CENTRE - load_zeros(zeros_ptr, at, n_inside, N * WEIGHT_GROUPS, BITS, WIDTH)

@@ -1,1 +1,1 @@
-"""The packed weight format; `format.py` is its one page, `oracle.py` the NumPy twin that tests hold it against."""
+"""The packed weight format, defined in `format.py`; tests compare it with a NumPy twin."""

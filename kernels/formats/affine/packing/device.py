@@ -1,4 +1,4 @@
-"""`lopro::dequantize_device`: the Triton form of `packing.format.dequantize`, a low-rank branch with it."""
+"""`lopro::dequantize_device`: the Triton form of `packing.format.dequantize`, with a low-rank branch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def launch(
     up: Tensor | None = None, up_scale: Tensor | None = None, down: Tensor | None = None,
     down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Q̂, or Q̂ + B A, so that many tokens need one matmul.
+    """Dequantise to Q̂, or to Q̂ + B A, so that many tokens need one gemm.
 
     Args:
         codes, scales, zeros, bits, group_size, in_features, dtype: as in `packing.format.dequantize`; with torch.int8,
@@ -47,5 +47,5 @@ def launch(
     return y
 
 
-# The function above stays callable as it is, which is how launches are recorded without a device.
+# The function above stays callable as it is, so that launches can be recorded without a device.
 dequantize_device = registry.register_triton("dequantize_device", launch)

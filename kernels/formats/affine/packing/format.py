@@ -1,12 +1,11 @@
 """Bit-packed integer codes.
 
-A tensor of `bits`-wide codes is stored as bit planes whose widths are powers of two: 2, 4 and 8 bits are one plane,
+A tensor of `bits`-wide codes is stored as bit planes whose widths are powers of two. 2, 4 and 8 bits are one plane;
 3 bits are a plane of the low two bits followed by a plane of the high bit. Within a plane, code `i` of the last
-dimension sits in 32-bit word `i * width // 32`, lowest field first, except in the plane of single bits: there, the bit
-of code 16b + 4j + i (i < 4, j < 4, b < 2) of a word is bit 8j + 4b + i. A shift and a mask then bring four codes and
-their high bits into the same four bytes, which is what byte-wise dot products (dp4a, VNNI) take. The last dimension is
-padded with zero codes to a multiple of 32, so a row of `n` codes takes `ceil(n / 32) * bits` words: nothing is wasted
-when 32 divides `n`.
+dimension sits in 32-bit word `i * width // 32`, lowest field first. In the plane of single bits the order differs: the
+bit of code 16b + 4j + i (i < 4, j < 4, b < 2) of a word is bit 8j + 4b + i. A shift and a mask then bring four codes
+and their high bits into the same four bytes, as byte-wise dot products (dp4a, VNNI) take them. The last dimension is
+padded with zero codes to a multiple of 32, so a row of `n` codes takes `ceil(n / 32) * bits` words.
 
     codes   int32 (out_features, words)          one row per output feature
     scales  fp16  (out_features, groups)         fp32 where a row's weights lie outside fp16's range
@@ -102,7 +101,7 @@ def dequantize(
 
 
 def scaled(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Weights of `dtype` that unpacked codes (..., in_features) stand for, by scales and zero codes (..., groups)."""
+    """Dequantise unpacked codes (..., in_features) by scales and zero codes (..., groups) to `dtype`."""
     in_features, groups = codes.shape[-1], scales.shape[-1]
     q, zero, scale = codes.to(torch.float32), zeros.to(torch.float32) + ZERO_OFFSET, scales.to(torch.float32)
     if groups > 1:

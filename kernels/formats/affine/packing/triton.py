@@ -1,4 +1,4 @@
-"""Packed weight to dense, in one pass: 2 to 8 bits read, 8 to 32 written, the low-rank branch added up."""
+"""Dequantise in one pass: read 2 to 8 bits a weight, write 8 to 32, and add the low-rank branch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dequantize_kernel(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HAS_UP_SCALE: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr,
     DOUBLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows by BLOCK_K columns; DOUBLED leaves the scale out and takes centred codes twice."""
+    """One program: BLOCK_N rows by BLOCK_K columns; DOUBLED writes twice the centred codes, without scale."""
     first, start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
     codes_ptr += first.to(tl.int64) * (WORDS * BITS // WIDTH)
     y_ptr += first.to(tl.int64) * K

@@ -17,11 +17,11 @@ def packed_site(
     up_scale: Tensor | None, bits: int, group_size: int, norm: Tensor | None = None, eps: float = 0.0,
     gate: Tensor | None = None, activation: str = "", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`definition.site`: two launches, three where partial sums or full weights are written."""
+    """`definition.site`: two launches, three with partial sums or dense weights, more for a prologue kept apart."""
     shape = (*x.shape[:-1], scales.shape[0])
     rows = _rows(x)
     gate, residual = (None if value is None else _rows(value) for value in (gate, residual))
-    # Columns left alone shift the Hadamard blocks away from the groups, so the rotation has a launch of its own then.
+    # Unrotated columns shift the Hadamard blocks against the groups: the rotation then has a launch of its own.
     decodes = dispatch.at_most(rows.shape[0], dispatch.DECODE_TOKENS) and not skip
     rotates = perm is not None or block > 1
     fused = decodes or (rotates and (norm is None or dispatch.at_most(rows.shape[0], dispatch.NORM_TOKENS)))
@@ -69,6 +69,6 @@ def packed_site(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(tokens, columns): a view whose columns are next to each other where x allows one."""
+    """x as (tokens, columns) with contiguous columns: a view where x allows one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 and isinstance(rows.stride(0), int) else rows.contiguous()
