@@ -25,7 +25,7 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Feedback:
-    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is what was needed."""
+    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is the damping used."""
 
     upper: Tensor
     pivots: Tensor
