@@ -17,7 +17,7 @@ from lopro_fx.report.table import render
 
 @dataclass(frozen=True)
 class Line:
-    """One weight: `taken` with the group that it shares an input with, or skipped with the `reason`."""
+    """One weight: `taken`, with the `group` of Linears that read the same input, or skipped, with the `reason`."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Explanation:
 
 
 def explain(program: ExportedProgram, config: Method | None = None) -> Explanation:
-    """Say what `quantize(program, config=config)` would take and leave; nothing is run.
+    """List what `quantize(program, config=config)` would take and skip; nothing is run.
 
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """
