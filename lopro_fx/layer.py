@@ -21,7 +21,7 @@ from lopro_fx.kernels.rotate.reference import rotate, unrotate
 
 @dataclass(frozen=True)
 class Transform:
-    """Operands of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, skip."""
+    """Operands of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, columns to skip."""
 
     perm: Tensor | None = None
     signs: Tensor | None = None

@@ -23,7 +23,7 @@ BUILT_IN = "built-in text (Python's pydoc topics)"
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it."""
+    """Text and its name."""
 
     name: str
     content: str

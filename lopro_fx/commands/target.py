@@ -1,4 +1,4 @@
-"""The folder that `quantize --out` fills: checked before the long work, written in one step after it."""
+"""Output folder of `quantize --out`: checked before the long work, written in one step after it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def journal_of(folder: Path) -> Path:
 
 
 class Target:
-    """An output folder and, beside it, the journal of the run that fills it.
+    """Output folder and, beside it, the journal of the run that fills it.
 
     Raises:
         CheckpointError: the folder holds something that lopro_fx didn't write, or its parent can't be written.

@@ -108,8 +108,8 @@ def divergence(
 
 
 def token_divergence(logits: Tensor, original: Tensor, targets: Tensor) -> Tensor:
-    """Compare by token: (4, N) float64 on the CPU of D(original || program) in nats, -ln of the target's probability
-    under the program and under the original, and 1 where both have the same likeliest token, else 0.
+    """Compare by token: (4, N) float64 on the CPU. Rows are D(original || program) in nats, -ln of the target's
+    probability under the program and under the original, and 1 where the likeliest tokens agree, else 0.
 
     Args: logits, original: (N, V), any floating-point type. targets: (N,) int64.
     Raises: ConfigError if the two have different vocabularies.

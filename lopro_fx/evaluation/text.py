@@ -20,8 +20,8 @@ _WORD_START = re.compile(r"(?<=\s)\S")
 def builtin_text() -> tuple[str, str]:
     """(calibration text, evaluation text): the language reference that every Python carries as `pydoc` topics.
 
-    Topics go by their sorted names, every third one to evaluation. Topics quote each other, so a paragraph that has
-    been seen is left out: the two texts share none. They differ a little between Python versions.
+    Topics go by their sorted names, every third one to evaluation. Topics quote each other, so a paragraph that was
+    seen is skipped: the two texts share none. They differ a little between Python versions.
     """
     from pydoc_data.topics import topics
 

@@ -2,8 +2,8 @@
 
 A scorer program (`export_scorer`) takes all endings of an item in one forward pass: the tokens that they share come
 once, then each ending's own as a branch. Positions restart with each branch, and the mask lets a token see the shared
-part and its own branch only, so every ending gets the logits that a pass of its own would give. A program that takes
-token ids only, such as that of a saved folder, needs a pass for each (`branched=False`).
+part and its own branch only. Every ending then gets the logits of a pass of its own. A program that takes token ids
+only, such as that of a saved folder, needs a pass for each (`branched=False`).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class TokenModel(Protocol):
 
 
 class Generator:
-    """A prefill and a decode program with the cache between them. One thread at a time.
+    """Prefill and decode programs with the cache between them. One thread at a time.
 
     Args:
         prefill, decode: programs as in `GenerationPrograms`, or anything callable with their inputs.
@@ -151,7 +151,7 @@ class Generator:
 
 
 class Recompute:
-    """A program without a cache as a `TokenModel` of one row: the whole prefix runs again for every token.
+    """`TokenModel` of one row from a program without a cache: the whole prefix runs again for every token.
 
     Args:
         program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic. An exported one gets ids on the device

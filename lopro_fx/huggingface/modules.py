@@ -76,7 +76,7 @@ class PackedWeight(PackedModule):
         return replace(self.layout, tensors=dict(zip(self.layout.tensors, self.table_tensors(), strict=True)))
 
     def operator(self, kind: str) -> Any:
-        """The format's operator of this kind; None if it has none."""
+        """Return the format's operator of this kind; None if it has none."""
         return operator_of(self.layout.format, kind)
 
     @property
@@ -94,7 +94,7 @@ class PackedWeight(PackedModule):
         return self.dense() if torch.compiler.is_compiling() else DenseWeight(self)
 
     def dense(self) -> Tensor:
-        """The weight (rows, columns) that the module computes with, in `dtype`."""
+        """Return the weight (out_features, in_features) that the module computes with, in `dtype`."""
         raise NotImplementedError
 
     def place(self) -> tuple[tuple[int, int], torch.device]:

@@ -11,8 +11,8 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, Weight
 
 from lopro_fx.huggingface.modules import PackedModule, PackedWeight
 
-# A reader that doesn't know the format stops at the shape of a `weight`, instead of taking the layer for one without
-# weights and filling it with random ones.
+# Under this name, a reader that doesn't know the format stops at the shape; under another, it would fill the layer with
+# random weights.
 STORED = "weight"
 
 

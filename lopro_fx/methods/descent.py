@@ -88,7 +88,7 @@ def _slices(n: int, size: int) -> list[slice]:
 
 
 def _descend_group(codes: Tensor, error: Tensor, slope: Tensor, gram: Tensor, scale: Tensor, top: int) -> None:
-    """Descend over one group's columns; `codes`, `error` and `slope` = (H Eᵀ), (width, m), are updated in place."""
+    """Descend over one column group; `codes`, `error` and `slope` = (H Eᵀ), (width, m), are updated in place."""
     inverse = 1.0 / scale
     for j in range(codes.shape[0]):
         best = (slope[j] / gram[j, j]).mul_(inverse).add_(codes[j]).round_().clamp_(0, top)

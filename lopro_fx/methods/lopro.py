@@ -216,7 +216,7 @@ def column_scale(magnitude: Tensor) -> Tensor:
 
 
 def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, generator: torch.Generator) -> Transform:
-    """The candidate transform `name` (see `LoPRo.transforms`) for a residual (m, n) and its Gram."""
+    """Make the candidate transform `name` (see `LoPRo.transforms`) for a residual (m, n) and its Gram."""
     n = residual.shape[1]
     if name == "identity":
         return Transform()

@@ -44,7 +44,7 @@ def randomized_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading `rank` singular triplets (m, r), (r,), (r, n) by block subspace iteration (Halko et al. 0909.4061, 4.4).
 
-    Needs `2 * iterations + 2` passes over the matrix, each one matrix product of width rank + oversample.
+    Needs `2 * iterations + 2` passes over the matrix, each a GEMM of width rank + oversample.
     """
     m, n = matrix.shape
     width = min(rank + oversample, m, n)

@@ -1,4 +1,4 @@
-"""A matrix rounded to the format "affine", before it is packed."""
+"""Matrix rounded to the format "affine", before it is packed."""
 
 from __future__ import annotations
 

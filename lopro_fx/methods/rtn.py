@@ -1,4 +1,4 @@
-"""Rounding to nearest, one group of input columns at a time."""
+"""Rounding to nearest, one column group at a time."""
 
 from __future__ import annotations
 

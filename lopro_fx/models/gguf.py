@@ -17,7 +17,7 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file begins as a GGUF does, whatever its name."""
+    """Whether a file begins like a GGUF, whatever its name."""
     with file.open("rb") as opened:
         return opened.read(len(_MAGIC)) == _MAGIC
 

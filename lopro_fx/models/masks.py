@@ -37,7 +37,7 @@ _NEGATIVE = -1e3  # far below any score
 
 
 class Misuse(Exception):
-    """A mask is read in another form than it has. The text names the operator and the form."""
+    """Mask read in another form than it has. The text names the operator and the form."""
 
 
 def check_masks(program: ExportedProgram, name: str, form: Form, least: int) -> None:

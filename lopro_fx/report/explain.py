@@ -1,4 +1,4 @@
-"""`explain`: every product with a parameter in a program, taken or skipped, and why."""
+"""`explain`: every matrix product or convolution with a parameter in a program, taken or skipped, and why."""
 
 from __future__ import annotations
 

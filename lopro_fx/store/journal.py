@@ -30,7 +30,7 @@ _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
 class Journal:
-    """A folder with one safetensors file a finished unit.
+    """Folder with one safetensors file per finished unit.
 
     Raises:
         CheckpointError: the folder belongs to another run, or can't be written.

@@ -1,4 +1,4 @@
-"""The manifest of a saved folder: what wrote it, which format it is in, and the SHA-256 of every file."""
+"""Manifest of a saved folder: its writer, its format, and the SHA-256 of every file."""
 
 from __future__ import annotations
 

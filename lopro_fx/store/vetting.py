@@ -1,8 +1,8 @@
 """Checks a serialised program before torch reads it, because torch's reader evaluates what the file says.
 
-It passes shape expressions to `sympify` (an `eval`), compiles guards and node names into Python source, imports the
-module of an enum or default factory that an input structure names, and resolves a node's target to any attribute of
-`torch`. Each of these is held here against the little that an exported program needs.
+It passes shape expressions to `sympify` (an `eval`) and compiles guards and node names into Python source. It imports
+the module of an enum or default factory in an input structure, and resolves a node's target to any attribute of
+`torch`. Each of these is checked here against the little that an exported program needs.
 """
 
 from __future__ import annotations
