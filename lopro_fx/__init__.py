@@ -1,4 +1,4 @@
-"""lopro_fx: quantises language models to 2-4 bits after training, as a pass over torch.export programs."""
+"""lopro_fx: post-training quantisation of language models to 2-4 bits, as a pass over torch.export programs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Classes derived from those of transformers, which is imported when one of them is asked for.
+    # They derive from classes of transformers, which is imported on first access.
     if name in ("LoProConfig", "LoProQuantizer"):
         return getattr(lopro_fx.huggingface, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ from lopro_fx import streams
 from lopro_fx.errors import LoProError
 
 _OK, _INTERNAL, _ERROR, _INTERRUPTED = 0, 1, 2, 130
-# Command: (module, what it does). A module is imported when its command is asked for.
+# Command: (module, what it does). Only the module of the given command is imported.
 _COMMANDS = {
     "quantize": ("quantize", "quantise a model, with perplexity before and after"),
     "eval": ("evaluate", "perplexity, divergence from the original, and tasks"),
@@ -87,7 +87,7 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Our own warnings as one line each; those of the libraries below only with `--debug`."""
+    """Show lopro_fx's warnings as one line each, and those of other libraries only with `debug`."""
     if debug:
         yield
         return

@@ -1,4 +1,4 @@
-"""Where a program's tensors lie, and where work on them is done."""
+"""Devices of a program's tensors and of the work on them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def home_of(program: ExportedProgram) -> torch.device:
 
 
 def available(device: torch.device | str) -> torch.device:
-    """The device with its index, if torch can compute there; "auto" is a CUDA device where there is one, else the CPU.
+    """Resolve a device, a GPU to one with an index; "auto" is a CUDA device where there is one, else the CPU.
 
     Raises:
-        ConfigError: it can't.
+        ConfigError: torch can't compute there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def available(device: torch.device | str) -> torch.device:
             if found.type != "meta":
                 return torch.device("cpu") if found.type == "cpu" else found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # What torch says of other kinds of devices is a page.
+        # For other kinds of devices, torch's message is a page long.
         reason = first_line(error) if str(device).startswith("cuda") else reason
         raise ConfigError(f"device '{device}': torch can't compute there: {reason}") from error
     raise ConfigError(f"device '{device}': torch can't compute there: {reason}")
@@ -42,11 +42,11 @@ def available(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute fp32 products in fp32, whatever the process allows elsewhere.
+    """Compute fp32 GEMMs in fp32 inside the block, whatever the process allows elsewhere.
 
-    A Cholesky factor of a Gram with 10 bits of TF32 or 8 of bf16 fails or is another matrix's.
+    With the 10 bits of TF32 or 8 of bf16, the Cholesky factorisation of a Gram fails or gives another matrix's factor.
     """
-    # pyright knows nothing of the second.
+    # pyright doesn't know `torch.backends.mkldnn.matmul`.
     backends: list[Any] = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]  # pyright: ignore[reportAttributeAccessIssue]
     before = [backend.fp32_precision for backend in backends]
     try:

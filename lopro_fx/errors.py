@@ -1,4 +1,4 @@
-"""The errors a user meets, defined on the ground floor because passes raise them too, and how others are quoted."""
+"""Errors that a user meets, defined in `kernels` because passes raise them too, and the quoting of others."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ __all__ = ["CalibrationError", "CheckpointError", "ConfigError", "GraphError", "
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
+    """Return the first line of an error's text, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a solved layer is, and what layers of one input share. Every method makes these, every pass and file holds them.
+"""Solved layers (`Layer`) and what layers of one input share (`Input`): made by methods, held by passes and files.
 
 W ≈ (Q + B A) Tᵀ    Q: `Layer.weight`, B: `Layer.up`, A: `Input.down`, T: `Input.transform`
 """
@@ -21,7 +21,7 @@ from lopro_fx.kernels.rotate.reference import rotate, unrotate
 
 @dataclass(frozen=True)
 class Transform:
-    """Operands of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, skip."""
+    """Operands of `lopro::rotate`: perm int16/int32 (n,), signs uint8 (ceil(n/8),), Hadamard block, columns to skip."""
 
     perm: Tensor | None = None
     signs: Tensor | None = None
@@ -47,7 +47,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Factor:
-    """A stored low-rank factor: int8 codes or fp16 values, with a scale per component, which fp16 values needn't have.
+    """Stored low-rank factor: int8 codes with a scale per component, or fp16 values with or without one.
 
     `values` is (rank, n) for a down factor and (m, rank) for an up factor; `dim` is the dimension of the components.
     """
@@ -61,7 +61,7 @@ class Factor:
         return self.values.shape[self.dim]
 
     def dense(self) -> Tensor:
-        """fp32, exactly what the operators compute with."""
+        """Return the fp32 values that the operators compute with."""
         return dense_factor(self.values, self.scale, self.dim)
 
 
@@ -73,21 +73,21 @@ class Activation:
     group: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) rounded, of its dtype."""
+        """Round x (..., n), in its dtype."""
         return round_activation(x, self.bits, self.group)
 
 
 @dataclass(frozen=True)
 class Input:
-    """What the layers that read one tensor share.
+    """Shared part of the layers that read one tensor.
 
     Args:
-        name: of the first of them.
-        readers: names of all of them.
+        name: name of the first of them.
+        readers: names of all of them, in graph order.
         in_features: width of the tensor.
-        transform: applied to it.
-        down: the low-rank branch's down factor, of the transformed tensor; None without a branch.
-        activation: how the transformed tensor is rounded for the packed weights; the branch takes it as it is.
+        transform: applied to the tensor.
+        down: low-rank down factor, applied to the transformed tensor; None without a branch.
+        activation: rounding of the transformed tensor for the packed weights; the branch takes it unrounded.
     """
 
     name: str
@@ -99,12 +99,12 @@ class Input:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of buffers: perm, signs, down, down_scale."""
+        """Tensors by buffer name: perm, signs, down, down_scale."""
         found = {"perm": self.transform.perm, "signs": self.transform.signs, **_named("down", self.down)}
         return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Input:
-        """The same with each tensor changed."""
+        """Return a copy with `change` applied to each tensor."""
         old, down = self.transform, self.down
         perm, signs = (None if tensor is None else change(tensor) for tensor in (old.perm, old.signs))
         return replace(self, transform=replace(old, perm=perm, signs=signs), down=_mapped(down, change))
@@ -112,15 +112,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Layer:
-    """One Linear.
+    """One quantised Linear.
 
     Args:
         name: fully qualified.
         input: name of its `Input`.
         weight: packed, (out_features, in_features) of the transformed input.
-        up: the low-rank branch's up factor; None without a branch.
-        metrics: the layer's line in the report, ready for JSON.
-        embedding: embeddings that share the weight read it packed too.
+        up: low-rank up factor; None without a branch.
+        metrics: the layer's row in the report, ready for JSON.
+        embedding: whether embeddings that share the weight read it packed too.
     """
 
     name: str
@@ -140,12 +140,12 @@ class Layer:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of buffers: those of the format, up, up_scale."""
+        """Tensors by buffer name: those of the format, up, up_scale."""
         return {**self.weight.tensors, **_named("up", self.up)}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The part of `metrics` that follows from the tensors."""
+        """Metrics that follow from the tensors."""
         return {
             "format": self.weight.format,
             **self.weight.spec,
@@ -154,12 +154,12 @@ class Layer:
         }
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Layer:
-        """The same with each tensor changed."""
+        """Return a copy with `change` applied to each tensor."""
         return replace(self, weight=self.weight.map(change), up=_mapped(self.up, change))
 
 
 def dense_weight(shared: Input, layer: Layer) -> Tensor:
-    """fp32 (out_features, in_features) in the original coordinates: what the operators compute with, as one matrix."""
+    """Return the matrix that the operators amount to: fp32 (out_features, in_features), in original coordinates."""
     dense = dequantize(layer.weight, torch.float32)
     if layer.up is not None and shared.down is not None:
         dense = dense + layer.up.dense() @ shared.down.dense()
@@ -167,12 +167,12 @@ def dense_weight(shared: Input, layer: Layer) -> Tensor:
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' values, as they stand in a file."""
+    """Bytes of the tensors' values in a file."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def factor_of(name: str, tensors: dict[str, Tensor], dim: int) -> Factor | None:
-    """The factor of this name among tensors by the names of buffers."""
+    """Return the factor called `name` from tensors by buffer name, or None."""
     return Factor(tensors[name], tensors.get(f"{name}_scale"), dim) if name in tensors else None
 
 

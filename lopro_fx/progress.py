@@ -18,7 +18,7 @@ from lopro_fx import streams
 Progress = Callable[[int, int, str], None]
 
 SECONDS = 10.0  # between two lines
-# When the process wrote a line: short steps one after the other are silent no longer than that.
+# When the process last wrote a line: without it, many short steps in a row would print nothing.
 _last = time.monotonic()
 
 
@@ -28,13 +28,13 @@ def silent(done: int, total: int, label: str) -> None:
 
 @contextmanager
 def bar(title: str, enabled: bool | None = None) -> Iterator[Progress]:
-    """A progress bar on standard error; by default only where that is a terminal."""
+    """Show a progress bar on standard error; by default only where that is a terminal."""
     if not (_terminal() if enabled is None else enabled):
         yield silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[label]}"))  # fmt: skip
-    # The stream as it is now: what runs inside may silence a library by putting another in its place.
+    # Bound now: work inside may replace sys.stderr to silence a library, and the bar would vanish with it.
     with Bar(*columns, console=Console(file=sys.stderr), transient=True) as shown:
         task = shown.add_task(title, total=None, label="")
 
@@ -48,7 +48,7 @@ def bar(title: str, enabled: bool | None = None) -> Iterator[Progress]:
 
 @contextmanager
 def reporting(title: str) -> Iterator[Progress]:
-    """The bar on a terminal; elsewhere a line every ten seconds, also while the work inside reports nothing."""
+    """Show the bar on a terminal; elsewhere print a line every ten seconds, also while the work reports nothing."""
     if _terminal():
         with bar(title, enabled=True) as progress:
             yield progress
@@ -64,7 +64,7 @@ def reporting(title: str) -> Iterator[Progress]:
 
 
 class _Lines:
-    """The state of one piece of work, and the thread that tells it."""
+    """State of one piece of work, and the loop that prints it."""
 
     def __init__(self, title: str) -> None:
         self._title, self._stream, self._begun = title, sys.stderr, time.monotonic()

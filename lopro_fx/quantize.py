@@ -1,4 +1,4 @@
-"""The five stages on one page: find, calibrate, solve, rewrite; `store/`, `packages/` and `generation/` deliver it."""
+"""Find, calibrate, solve and rewrite, on one page; `store/`, `packages/` and `generation/` deliver the result."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def quantize(
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
         config: `LoPRo` (default), `GPTQ`, `RTN`, or another method.
-        resume: folder that keeps each finished group, so that a run that was stopped continues there.
+        resume: folder that keeps each finished unit, so that a stopped run continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
-        device: where to measure and solve; by default where the program's tensors lie. They stay where they are: each
-            weight is brought over for the layer that reads it, and what replaces it is put where it was.
+        device: where to measure and solve; by default the device of the program's tensors. They stay there: each weight
+            is copied for the layer that reads it, and the packed tensors are put on the program's device.
 
     Returns:
         A new ExportedProgram whose Linears are `lopro::rotate`, `lopro::project` and `lopro::packed_linear` nodes, or
-        the linear operator of another format, and with `head_bits` a tied embedding `lopro::packed_embedding`.
+        the linear operator of another format. With `head_bits`, a tied embedding is `lopro::packed_embedding`.
 
     Raises:
         ConfigError: torch can't compute on `device`.
@@ -151,7 +151,7 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
         config=state.config,
         left=state.skipped,
         info=state.info,
-        # What the tensors tell stands in the record too: a state that was made by hand has no metrics.
+        # The record repeats the facts of the tensors: a state that was made by hand has no metrics.
         sites={name: {**layer.facts, **layer.metrics} for name, layer in state.layers.items()},
         groups={name: list(shared.readers) for name, shared in state.inputs.items()},
     )
@@ -159,7 +159,7 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
 
 
 def select(program: ExportedProgram, config: Method) -> Selection:
-    """Linears to take and to leave, of a program after `as_linears`.
+    """Select the Linears to quantise in a program after `as_linears`.
 
     Raises:
         GraphError: none is taken.
@@ -174,7 +174,7 @@ def select(program: ExportedProgram, config: Method) -> Selection:
 
 
 def _warn_of_patterns(selection: Selection, config: Method) -> None:
-    """Say which patterns are no Linear's name: a mistyped one takes nothing, or leaves nothing out."""
+    """Warn of patterns that match no Linear: a mistyped one takes nothing, or excludes nothing."""
     names = [*(site.name for site in selection.sites), *(item.name for item in selection.skipped)]
     for what in ("include", "exclude"):
         for pattern in getattr(config, what):
@@ -194,13 +194,13 @@ def _require_finite(program: ExportedProgram, selection: Selection) -> None:
 
 
 def seed_of(name: str, seed: int) -> int:
-    """Seed of the group of that name in a run with `seed`: the same in every process and version."""
+    """Derive the seed of the unit `name` in a run with `seed`: the same in every process and version."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) -> Solved:
-    """A unit's result, with everything that a report says of its layers."""
-    # One generator a unit: a result doesn't depend on what was solved before it, be it read or excluded.
+    """Solve a unit, and complete its layers' metrics for the report."""
+    # One generator a unit: with a shared one, the result would depend on units resumed or excluded before it.
     generator = torch.Generator().manual_seed(seed_of(unit.name, config.seed))
     started = time.monotonic()
     try:
@@ -226,7 +226,7 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
 
 
 def _rounding(solved: Solved, config: Method) -> Solved:
-    """The result with the activation of the configuration, unless the method has chosen one."""
+    """Set the configuration's activation rounding, unless the method has chosen one."""
     shared = solved.input
     if not config.act_bits or shared.activation is not None:
         return solved
@@ -249,7 +249,7 @@ def _round_head(head: Group, weight: Tensor, config: Method) -> Solved:
 
 
 def _reported(solved: Solved, method: str, started: float, known: Mapping[str, Any]) -> Solved:
-    """The result with `metrics` that hold what follows from its tensors, too."""
+    """Add the method, time and facts of the tensors to the layers' `metrics`."""
     rows = sum(layer.out_features for layer in solved.layers)
     shared, layers = stored_bytes(solved.input.tensors.values()), []
     for layer in solved.layers:
@@ -267,7 +267,7 @@ def _reported(solved: Solved, method: str, started: float, known: Mapping[str, A
 
 
 def _at_home(solved: Solved, home: torch.device) -> Solved:
-    """The result with its tensors where the program's are."""
+    """Move the result's tensors to the program's device."""
 
     def bring(tensor: Tensor) -> Tensor:
         return tensor.to(home)
@@ -276,7 +276,7 @@ def _at_home(solved: Solved, home: torch.device) -> Solved:
 
 
 class _Result:
-    """Inputs and layers so far, how far that is, and what calibration had too few tokens for."""
+    """Inputs and layers so far, their progress, and the units with too few calibration tokens."""
 
     def __init__(self, selection: Selection, progress: Progress) -> None:
         self.inputs: dict[str, Input] = {}

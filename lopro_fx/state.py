@@ -1,4 +1,4 @@
-"""The result of a calibration, independent of the program that it was made on."""
+"""Result of a calibration, independent of the program that it was made on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lopro_fx.passes.recover import recover
 class QuantState:
     """Inputs and layers by fully qualified name; `lopro_fx.apply` puts them into any program of the same model.
 
-    `config` is the method and its parameters, `skipped` lists what was not taken as (name, reason), `info` holds the
-    run's own figures (tokens, seconds, warnings).
+    `config` is the method and its parameters, `skipped` lists (name, reason) of what was not quantised, `info` holds
+    the run's own figures (versions, calibration tokens, seconds).
     """
 
     config: dict[str, Any]
@@ -44,10 +44,10 @@ class QuantState:
 
 
 def state_of(program: ExportedProgram) -> QuantState:
-    """What was applied to a quantised program; its tensors are the program's own.
+    """Recover the state that was applied to a quantised program; its tensors are the program's own.
 
     Raises:
-        GraphError: the program was not quantised, or was optimised after it.
+        GraphError: the program was not quantised, or was optimised since.
     """
     inputs, layers = recover(program)
     record = record_of(program, "recover")

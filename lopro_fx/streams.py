@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, left by their reader, full, or in an encoding of few characters."""
+"""Standard output and error that may be closed, abandoned by their reader, full, or in a narrow encoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-# Spellings of what tables hold; any other character that an encoding lacks becomes its escape.
+# ASCII spellings of characters in tables; any other character that an encoding lacks becomes its escape.
 _PLAIN = {"±": "+-", "─": "-", "│": "|", "╶": "-", "╴": "-", "…": "..."}
 
 
@@ -23,10 +23,10 @@ codecs.register_error("lopro_fx.spelt", _spelt)
 
 
 def open_closed() -> None:
-    """Give closed descriptors of the standard streams, and Python's streams, somewhere to lead.
+    """Open closed standard streams, and Python's objects for them, on the null device.
 
-    A file opened later would get the number, and what a library prints would go into it. What is meant for standard
-    output goes to standard error where only that is open.
+    Otherwise a file opened later gets the free descriptor, and what a library prints goes into it. Where only standard
+    error is open, standard output goes there.
     """
     for descriptor in range(3):
         try:
@@ -50,7 +50,7 @@ def put(stream: TextIO, text: str) -> None:
 
 
 def note(text: str, stream: TextIO | None = None) -> None:
-    """A line on standard error; dropped where that takes nothing more, because work goes on without it."""
+    """Write a line to standard error; drop it if the stream takes nothing more, because work goes on without it."""
     stream = stream or sys.stderr
     if stream is None:
         return
@@ -61,7 +61,7 @@ def note(text: str, stream: TextIO | None = None) -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Let a stream that takes nothing more lead nowhere, so that what it still holds is no error when Python ends."""
+    """Redirect a broken stream to the null device, so that flushing its buffer at exit raises nothing."""
     with suppress(OSError, ValueError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, stream.fileno())

@@ -1,4 +1,4 @@
-"""Refuse token ids that a model doesn't know, before it is run on them."""
+"""Refuse token ids that a model doesn't know, before it runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 
 
 def require_known(program: ExportedProgram | Callable[..., Any], ids: Tensor | Iterable[int], what: str) -> None:
-    """Check token ids against the table that `program` looks them up in, where that can be seen.
+    """Check token ids against the embedding table of `program`, if its graph shows one.
 
     Args:
         program: exported, or its `.module()`; anything else is not checked.
         ids: int64 of any shape, or numbers.
-        what: to call them in an error.
+        what: name of the ids in an error.
 
     Raises:
         ConfigError: names an id that the table lacks.

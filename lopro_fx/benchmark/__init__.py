@@ -1,4 +1,4 @@
-"""Measures a generator: tokens a second, memory, and how near decoding comes to the memory limit of the machine."""
+"""Measure a generator: tokens a second, memory, and decoding's share of the machine's memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: what decoding can't exceed, since each token reads all weights."""
+"""Read bandwidth of this machine's memory, the limit of decoding, since each token reads all weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SMALLEST = 256 << 20
 
 
 def read_bandwidth(size: int | None = None, repeats: int = 7) -> float:
-    """Bytes a second at which a large tensor is summed with torch's threads: the best of several runs.
+    """Measure the bytes a second at which torch's threads sum a large tensor: the best of several runs.
 
     Args:
         size: bytes to read; by default four times the last-level cache, 256 MiB at least.
-        repeats: runs after one that is not counted, which also gets the pages from the system.
+        repeats: runs that count, after one that doesn't.
     """
     size = max(_SMALLEST, 4 * last_level_cache()) if size is None else size
     values = torch.ones(size // 8, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""Loads a package in a process of its own and prints what it measures, so that memory counts nothing else.
+"""Load a package in a process of its own and print its measurements, so that memory counts nothing else.
 
 python -m lopro_fx.benchmark.child '{"package": "model.pt2", "prompt_tokens": 32, …}'
 """
@@ -76,7 +76,7 @@ def run(package: str, prompt_tokens: int, new_tokens: int, repeats: int, threads
 
 
 def main() -> int:
-    """Print the figures as JSON; after an error of the user's, its text, and return 2."""
+    """Print the figures as JSON and return 0; after an error of the user's, print its text and return 2."""
     try:
         sys.stdout.write(json.dumps(run(**json.loads(sys.argv[1]))))
     except LoProError as error:

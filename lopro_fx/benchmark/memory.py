@@ -10,9 +10,9 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss() -> int:
-    """Most bytes that this program has had resident.
+    """Peak of the bytes that this program has had resident.
 
-    On Linux from its own status: `ru_maxrss` there also counts the program that started it, before the exec.
+    On Linux it is from /proc: `ru_maxrss` there also counts the program that started this one, before the exec.
     """
     if _STATUS.exists():
         (line,) = (line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

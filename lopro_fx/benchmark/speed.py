@@ -15,7 +15,7 @@ from lopro_fx.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of every repeat: of the prompt's pass, up to the first token (that pass and the choice), and of the
+    """Seconds of every repeat: of the prompt's pass, of that pass and the choice of the first token, and of the
     `new_tokens` decode steps after it, each with its choice. The rest are medians; tokens count all rows."""
 
     batch: int
@@ -35,7 +35,7 @@ class Speed:
 
     @property
     def first_token(self) -> float:
-        """Seconds."""
+        """Median seconds to the first token."""
         return median(self.first_token_seconds)
 
 

@@ -1,4 +1,4 @@
-"""Calibration batches: whatever the user hands over, checked against the program's inputs."""
+"""Calibration batches: flatten what the user passes and check it against the program's inputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _line(spec: pytree.TreeSpec) -> str:
 
 
 def _reordered(spec: pytree.TreeSpec, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-    """Keyword inputs in the order of the export; a dict's order is part of its pytree structure."""
+    """Put keyword inputs in the order of the export; a dict's order is part of its pytree structure."""
     names = list(spec.context or [])
     if set(names) != set(kwargs):
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""How much an error at the output of a Linear matters to the result of the whole program, by token and by output.
+"""Importance of an error at a Linear's output to the result of the whole program, by token and by output feature.
 
 The second-order effect of an error e in an output y on the loss is E[(gᵀe)²], with g the gradient of the log-likelihood
 (the empirical Fisher matrix). Weights of |g|² on the Gram's tokens, and on the rows of the weights that compete for one
@@ -29,13 +29,13 @@ from lopro_fx.progress import Progress, silent
 
 # The weight is |g|: with |g|² a few attention-sink tokens are most of some layers' Grams, which generalises worse.
 _POWER = 0.5
-# Part of the mean below which no token's |g|² falls, so that every direction that was seen stays in the Gram.
+# Floor of a token's |g|², as a part of the mean: without it, directions that were seen would drop out of the Gram.
 _FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Weights with mean 1: `tokens`, fp32 (tokens,) for each batch, and `rows`, fp32 (features of all sites,)."""
+    """Weights with mean 1: `tokens`, fp32 (tokens,) for each batch, and `rows`, fp32 (out_features of all layers,)."""
 
     tokens: list[Tensor]
     rows: Tensor
@@ -49,13 +49,13 @@ def measure_importance(
     progress: Progress = silent,
     device: torch.device | None = None,
 ) -> dict[str, Importance]:
-    """Weights of every token and output of every group, from one forward and one backward run of each batch.
+    """Measure the weight of every token and output feature of every group, by one forward and backward run a batch.
 
     Args:
         program: unquantised; its first floating-point output is taken as logits over its last dimension.
-        groups: what to weigh; a group's sites count the same.
+        groups: Linears to weigh; those of a group count the same.
         batches: flattened user inputs, on `device`.
-        seed: of the predictions that are drawn where there are no labels.
+        seed: seed of the labels drawn from predictions where there are none.
         progress: called as (batches done, batches, label).
         device: where to run; by default where the program's tensors lie.
 
@@ -75,7 +75,7 @@ def measure_importance(
 
 
 class _Recorder(LockstepRunner):
-    """Runs one batch with gradients, and keeps sums of the squared gradient g (tokens, features) of watched outputs.
+    """Run of one batch with gradients that keeps sums of the squared gradient (tokens, features) of watched outputs.
 
     `found` holds, for each, fp32 (tokens + features,): sums over features, then sums over tokens.
     """
@@ -90,7 +90,7 @@ class _Recorder(LockstepRunner):
         self.found: dict[Node, Tensor] = {}
         self.leads: dict[Node, torch.Size] = {}
         self._watched = watched
-        # Added to an output, it starts the graph there and leaves the output free for writes in place.
+        # Added to an output, it starts autograd's graph there; as a leaf, the output could not be written in place.
         self._start = torch.zeros((), requires_grad=True, dtype=torch.float32, device=self.device)
 
     def _run(self, node: Node) -> None:
@@ -129,7 +129,7 @@ def _squared_gradients(
             "importance='none'"
         )
     logits = floating[0].reshape(-1, floating[0].shape[-1]).to(torch.float32)
-    # The gradient of the summed cross-entropy, written down: softmax minus one-hot. Logits are large; this is one copy.
+    # Gradient of the summed cross-entropy in closed form, softmax minus one-hot: one copy of the logits, no more.
     gradient = logits.detach().softmax(-1)
     padding = Padding(program, batch)
     visible = padding.visible(floating[0].shape[:-1])
@@ -145,13 +145,12 @@ def _squared_gradients(
     del outputs, floating
     logits.backward(gradient)
     parts = [_of_text(total, padding.visible(recorder.leads[node])) for node, total in recorder.found.items()]
-    # One block instead of hundreds of small ones, which would lie in the holes that the next batch needs whole.
+    # One block: hundreds of small ones would fragment the memory that the next batch needs whole.
     return dict(zip(recorder.found, torch.cat(parts).split([len(part) for part in parts]), strict=True))
 
 
 def _of_text(total: Tensor, visible: Tensor | None) -> Tensor:
-    """What `_Recorder` found, without the sums of hidden tokens; those over tokens hold no gradient of theirs, unless
-    others attend to them."""
+    """Drop the sums of hidden tokens. Sums over tokens hold no gradient of those, unless others attend to them."""
     if visible is None:
         return total
     tokens, features = total[: len(visible)], total[len(visible) :]
@@ -172,7 +171,7 @@ def _next_tokens(batch: Sequence[Any], logits: Tensor, visible: Tensor | None) -
 
 
 def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
-    """`squared` holds, for each site, what `_Recorder` found in each batch."""
+    """Combine `squared`, for each Linear `_Recorder`'s sums of each batch, to weights."""
     widths = [site.out_features for site in group.sites]
     sizes = [len(batch) - widths[0] for batch in squared[0]]
     tokens, rows = squared[0][0].new_zeros(sum(sizes)), []
@@ -187,7 +186,7 @@ def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
 
 
 def _tempered(squared: Tensor) -> Tensor:
-    """Weights with mean 1."""
+    """Turn squared gradients into weights with mean 1."""
     mean = squared.mean()
     weight = (squared / mean if mean > 0 else torch.ones_like(squared)).clamp_min(_FLOOR).pow(_POWER)
     return weight / weight.mean()

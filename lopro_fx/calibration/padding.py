@@ -1,4 +1,4 @@
-"""Which tokens of a batch its attention mask hides: padding, which is no text and must not count."""
+"""Padding: tokens that a batch's attention mask hides, which are no text and must not count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Padding:
         self._masks = [mask != 0 for mask in masks if mask.dim() == 2 and not mask.is_floating_point()]
 
     def visible(self, lead: Sequence[int]) -> Tensor | None:
-        """Bool (tokens,), which tokens of a value (*lead, features) are text.
+        """Return bool (tokens,), True for the tokens of a value (*lead, features) that are text.
 
         None where all count: nothing is hidden, no mask has this shape, or several that do differ.
         """
@@ -34,5 +34,5 @@ class Padding:
 
 
 def kept(rows: Tensor, visible: Tensor | None) -> Tensor:
-    """Rows (tokens, ...) without those that are hidden."""
+    """Drop hidden tokens from `rows` (tokens, ...)."""
     return rows if visible is None else rows[visible.to(rows.device)]

@@ -1,4 +1,4 @@
-"""Walk the graph once: measure each unit where it is first read, and run what replaces it from there on."""
+"""Walk the graph once: measure each unit before it first runs, and run its replacement from there on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lopro_fx.passes.sites import Group, weight_of
 
 
 class Replay:
-    """The units of a program in the order in which they are to be solved, with what calibration saw of each.
+    """Units of a program in solving order, with the calibration statistics of each.
 
     Args:
         program: what to run; not changed.
         groups: Linears to solve, each group reading one tensor.
         batches: flattened user inputs on `device`; None, or no group, runs nothing.
         method: its observers, `token_clip` and `sequential` apply.
-        importance: of tokens and rows, by group, see `measure_importance`.
-        device: where to run, and where units have their tensors.
+        importance: of tokens and output features, by group, see `measure_importance`.
+        device: where to run; units have their tensors there.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Replay:
         self._runner: LockstepRunner | None = None
 
     def units(self) -> Iterator[tuple[Unit, Statistics]]:
-        """Each unit, before the graph goes on from where it stands: `install` what it was solved to until then."""
+        """Yield each unit before the graph runs it; call `install` with its solution before taking the next."""
         if self._batches is None or not self._groups:
             for group in self._groups:
                 yield self._unit(group), data_free(group.in_features, self._method.observers(), self._device)
@@ -65,7 +65,7 @@ class Replay:
             yield self._unit(group), replace(seen, rows=weight.rows if weight else None)
 
     def install(self, solved: Solved) -> None:
-        """From here on the graph runs the operators of these layers, with `sequential`."""
+        """Run the operators of these layers from here on, if the method is `sequential`."""
         if self._runner is None or not self._method.sequential:
             return
         shared = solved.input.map(lambda tensor: tensor.to(self._device))

@@ -1,9 +1,8 @@
 """Run an exported graph node by node on all batches in lockstep.
 
 Every value is dropped after its last use, so memory holds the live activations of all batches and no more. The runner
-stops at chosen nodes and hands out what they read; Linears can be replaced there, so what follows sees their results.
-It may run on another device than the one that holds the weights, which are then brought over for the node that reads
-them.
+stops at chosen nodes and yields their inputs. Linears can be replaced there, so later nodes read the replacement's
+results. It may run on another device than that of the weights, which are then copied for each node that reads them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _EMBEDDING = torch.ops.aten.embedding.default
 class LockstepRunner:
     """One pass of `program` over `batches` (flattened user inputs) on `device`.
 
-    `replaced` maps a Linear to what computes it in its place, from its input and bias; the caller may add to it at
+    `replaced` maps a Linear's node to a function of input and bias that is called instead; the caller may add to it at
     every stop.
     """
 
@@ -103,7 +102,7 @@ class LockstepRunner:
             return
         assert node.op == "call_function", node.format_node()
         if not self._mutates and all(operand in self._shared for operand in node.all_input_nodes):
-            # What no input reaches is the same for every batch.
+            # A value that depends on no input is the same for every batch.
             self._shared[node] = self._call(node, {}, self._brought(node))
             return
         brought = self._brought(node)
@@ -111,7 +110,7 @@ class LockstepRunner:
             if node.target is _EMBEDDING:
                 self._check_indices(node, values, index)
             values[node] = self._call(node, values, brought)
-        # What was unpacked for it isn't needed any more.
+        # The replacement holds an unpacked weight, which would stay in memory.
         self.replaced.pop(node, None)
 
     def _free(self, dead: Sequence[Node]) -> None:
@@ -124,7 +123,7 @@ class LockstepRunner:
         return value.to(self.device) if self._moves and isinstance(value, Tensor) else value
 
     def _brought(self, node: Node) -> dict[Node, Any]:
-        """Operands that are the same for every batch, where the node runs."""
+        """Copy operands that all batches share to the device on which the node runs."""
         found = {}
         unread = node.args[1] if node in self.replaced else None
         for operand in node.all_input_nodes:
@@ -136,7 +135,7 @@ class LockstepRunner:
         def load(operand: Any) -> Any:
             if isinstance(operand, Node):
                 return brought[operand] if operand in brought else values[operand]
-            # Where the graph was traced, what it makes would lie.
+            # The graph names the device of its tracing; new tensors would be made there.
             return self.device if self._moves and isinstance(operand, torch.device) else operand
 
         return map_aggregate(operands, load)
@@ -166,7 +165,7 @@ class LockstepRunner:
 
 
 def _last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
-    """Node to the values that nothing after it reads."""
+    """Map each node to the values that nothing after it reads."""
     last: dict[Node, Node] = {}
     for node in nodes:
         last[node] = node

@@ -1,6 +1,6 @@
-"""What a solved layer's operators compute, for the layers calibrated after it: stored numbers, in the model's dtype.
+"""Simulate a solved layer's operators while later layers are calibrated: stored numbers, in the model's dtype.
 
-Packed weights are unpacked once and not once a batch, which changes no result.
+Packed weights are unpacked once instead of once a batch, which changes no result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Simulated = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def simulated(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
-    """`rotate`, `project`, `round_activation` and the linear operator of the layer's format, for x of `dtype`."""
+    """Return `rotate`, `project`, `round_activation` and the format's linear as one function, for x of `dtype`."""
     weight = dequantize(layer.weight, dtype)
     branch = None
     if layer.up is not None and shared.down is not None:

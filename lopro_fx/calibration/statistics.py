@@ -1,4 +1,4 @@
-"""What calibration measures of the tensor that a group of Linears reads."""
+"""Calibration statistics of the tensor that a group of Linears reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lopro_fx.methods.observers import Observer, Statistics
 
 
 def data_free(in_features: int, observers: Iterable[Observer], device: torch.device | str = "cpu") -> Statistics:
-    """What stands for an input without data."""
+    """Return the stand-in for an input's statistics without data."""
     return Statistics({observer.name: observer.data_free(in_features, device) for observer in observers}, 0)
 
 
@@ -29,13 +29,13 @@ def measure(
 ) -> Statistics:
     """Show every token to the observers; each input is a batch (..., n) of any float dtype.
 
-    `importance`, fp32 (tokens,) for each batch, weighs tokens. After that, the weight of a token whose squared norm is
-    above `token_clip` times the median is lowered to that (0: no token's is). One
-    attention-sink token may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and the damping that is
-    relative to it drowns every other token.
+    `importance`, fp32 (tokens,) for each batch, weighs tokens. Then each token whose weighted squared norm exceeds
+    `token_clip` times the median gets a lower weight, which brings it to that (0: none does). One attention-sink token
+    may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and damping relative to it drowns every
+    other token.
 
-    `visible`, bool (tokens of the batch,) or None for each batch, leaves out what it doesn't hold, see `Padding`;
-    `importance` has weights for the others alone.
+    `visible`, bool (tokens of the batch,) or None for each batch, selects the tokens that count, see `Padding`;
+    `importance` has weights for those alone.
 
     Raises:
         CalibrationError: a value is NaN or infinite; names the node, the layer that reads it and the batch.
@@ -52,7 +52,7 @@ def measure(
     norms = [tokens_of(batch, text).square().sum(1) for batch, text in zip(inputs, seen, strict=True)]
     weights = importance or [torch.ones_like(norm) for norm in norms]
     every = torch.cat(norms) * torch.cat(list(weights))
-    # Zero tokens, such as padding, would make the median zero where they are the most.
+    # Zero tokens, such as padding, would make the median zero where they are the majority.
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
     tokens = 0
     directions = _Directions(n)
@@ -74,7 +74,7 @@ def measure(
 
 
 def _exponent(inputs: Sequence[Tensor]) -> int:
-    """Of the unit of the activations: 0 where the squares of their largest are well inside fp32's range."""
+    """Exponent of the activations' unit: 0 where the largest one's square is well inside fp32's range."""
     largest = max((batch.abs().amax().item() for batch in inputs if batch.numel()), default=0.0)
     if not 0 < largest < math.inf or 2.0**-40 < largest < 2.0**40:
         return 0
@@ -82,7 +82,7 @@ def _exponent(inputs: Sequence[Tensor]) -> int:
 
 
 class _Directions:
-    """Counts tokens that don't point where another does, by the cells of a few random projections of their directions.
+    """Count of distinct token directions, by the cells of a few random projections.
 
     Rounding in the model moves equal tokens over the edge of a cell now and then; a repeated token still counts as few.
     """
@@ -96,7 +96,7 @@ class _Directions:
         self._seen: list[Tensor] = []
 
     def add(self, rows: Tensor, norm: Tensor) -> None:
-        """`norm` (t,) holds the squares of the rows' lengths."""
+        """Add rows (t, n), whose squared lengths are `norm` (t,)."""
         some = norm > 0
         direction = rows[some] @ self._projection.to(rows.device) / norm[some].sqrt().unsqueeze(1)
         # Sums of products wrap around, which makes them a hash of the cell.

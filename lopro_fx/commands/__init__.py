@@ -1,1 +1,1 @@
-"""What the command line does, one command a file: `add` declares its arguments, `run` does the work."""
+"""Commands of the command line, one a file: `add` declares its arguments, `run` does the work."""

@@ -23,13 +23,13 @@ BUILT_IN = "built-in text (Python's pydoc topics)"
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it."""
+    """Text and its name."""
 
     name: str
     content: str
 
     def windows(self, tokenizer: Any, seq_len: int, count: int) -> Tensor:
-        """(at most `count`, seq_len) int64; a warning says where the text fills fewer.
+        """Cut the text into (at most `count`, seq_len) int64; warn if it fills fewer.
 
         Raises:
             ConfigError: the text is too short for one.
@@ -48,7 +48,7 @@ class Text:
 
 
 def warn_of_overlap(calibration: Tensor, evaluation: Tensor) -> None:
-    """Say where evaluation windows (W, S) hold text of the calibration windows (V, S)."""
+    """Warn if evaluation windows (W, S) hold text of the calibration windows (V, S)."""
     length = min(_PASSAGE, calibration.shape[1], evaluation.shape[1])
 
     def passages(windows: Tensor) -> list[set[bytes]]:
@@ -65,7 +65,7 @@ def warn_of_overlap(calibration: Tensor, evaluation: Tensor) -> None:
 
 
 def calibration_text(path: str | None) -> Text:
-    """The file, or the built-in calibration text.
+    """Read the file, or the built-in calibration text.
 
     Raises:
         ConfigError: the file can't be read.
@@ -74,7 +74,7 @@ def calibration_text(path: str | None) -> Text:
 
 
 def evaluation_text(path: str | None) -> Text:
-    """The file, or the built-in evaluation text, which shares no paragraph with the one for calibration.
+    """Read the file, or the built-in evaluation text, which shares no paragraph with the one for calibration.
 
     Raises:
         ConfigError: the file can't be read.
@@ -83,19 +83,19 @@ def evaluation_text(path: str | None) -> Text:
 
 
 def positive(parser: ArgumentParser, name: str, default: int, meaning: str) -> None:
-    """An option that takes a whole number of at least 1."""
+    """Add an option that takes a whole number of at least 1."""
     parser.add_argument(name, type=whole, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
 
 def whole(value: str) -> int:
-    """Reads a whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     if not value.isdecimal() or int(value) < 1:
         raise ArgumentTypeError(f"{value}: must be a whole number, at least 1")
     return int(value)
 
 
 def above_zero(value: str) -> float:
-    """Reads a finite number above 0."""
+    """Parse a finite number above 0."""
     try:
         number = float(value)
     except ValueError:
@@ -108,7 +108,7 @@ def above_zero(value: str) -> float:
 def measure(
     title: str, program: ExportedProgram, tokenizer: Any, windows: Tensor, device: torch.device
 ) -> PerplexityResult:
-    """Perplexity and bits per byte, on `device`, with a progress bar."""
+    """Measure perplexity and bits per byte on `device`, with a progress bar."""
     module = to_device(program, device).module()
     with reporting(title) as progress:
         return perplexity(

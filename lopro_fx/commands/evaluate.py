@@ -87,7 +87,7 @@ def run(args: Namespace) -> None:
 
 
 def _tasks(given: list[str], limit: int | None) -> dict[str, tuple[str, list[Item]]]:
-    """(file, items) by name, read before the long work starts."""
+    """Read (file, items) by name, before the long work starts."""
     tasks = {}
     for entry in given:
         name, equals, file = entry.partition("=")
@@ -100,7 +100,7 @@ def _tasks(given: list[str], limit: int | None) -> dict[str, tuple[str, list[Ite
 
 
 def _harness(names: list[str]) -> Callable[..., dict[str, Any]]:
-    """What runs tasks of lm-eval.
+    """Import the function that runs tasks of lm-eval.
 
     Raises:
         ConfigError: it is not installed.
@@ -115,7 +115,7 @@ def _harness(names: list[str]) -> Callable[..., dict[str, Any]]:
 
 
 def _original(model: str, against: str | None, dtype: str) -> Source | None:
-    """The model to compare with: the one asked for, or else the one that the folder says it was made from."""
+    """Open the model to compare with: `against`, or else the one that the folder was made from, if it says so."""
     if against is not None:
         return open_either(against, dtype)
     report = Path(model) / _REPORT
@@ -133,7 +133,7 @@ def _original(model: str, against: str | None, dtype: str) -> Source | None:
 
 
 def _open(model: str, dtype: str, original: Source | None) -> Source:
-    """The model to evaluate; a folder of `lopro_fx.save`, which holds no tokenizer, takes the original's."""
+    """Open the model to evaluate; a folder of `lopro_fx.save`, which holds no tokenizer, takes the original's."""
     if original is None or not is_checkpoint(model) or any(Path(model).glob("tokenizer*")):
         return open_either(model, dtype)
     return Source(load(model), original.tokenizer, model, f"folder {Path(model).resolve()}")
@@ -154,7 +154,7 @@ def _compare(models: _Models, tokenizer: Any, windows: Tensor, device: torch.dev
 def _score(
     name: str, task: tuple[str, list[Item]], models: _Models, tokenizer: Any, device: torch.device
 ) -> dict[str, Any]:
-    """File and figures of a task, by model."""
+    """Score a task: its file, and figures by model."""
     file, items = task
     figures: dict[str, Any] = {"file": file}
     for which, program in models.items():

@@ -1,4 +1,4 @@
-"""`lopro-fx explain`: which Linears quantize would take, and why it would leave the others."""
+"""`lopro-fx explain`: list the Linears that quantize would take, and why it would skip others."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _save_for_transformers(args: Namespace) -> None:
 
 
 def _settings(folder: str) -> tuple[Any, Any]:
-    """Configurations of the model and of its generation."""
+    """Read the configurations of the model and of its generation."""
     for name in ("config.json", "generation_config.json"):
         if not Path(folder, name).is_file():
             raise CheckpointError(f"{folder} doesn't say which model it holds ({name}); quantise again")

@@ -56,7 +56,7 @@ def run(args: Namespace) -> None:
 
 
 def _open(args: Namespace) -> tuple[Any, Any]:
-    """What generates, and its tokenizer."""
+    """Open the model to generate with, and its tokenizer."""
     if Path(args.model).suffix != ".pt2":
         source = open_either(args.model, args.dtype)
         return to_device(source.program, device_of(args)), source.tokenizer

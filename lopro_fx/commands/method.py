@@ -1,4 +1,4 @@
-"""Flags of the methods: one for each setting that has a help text, whichever method it belongs to."""
+"""Flags of the methods: one for each setting with a help text, of whichever method."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_method(parser: ArgumentParser) -> None:
 
 
 def method_of(args: Namespace) -> Method:
-    """The method that the flags describe, with the settings for language models.
+    """Make the method that the flags describe, with the settings for language models.
 
     Raises:
         ConfigError: a flag belongs to another method, or a value is out of range.

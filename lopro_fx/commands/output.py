@@ -1,4 +1,4 @@
-"""What commands write: text on standard output, notes on standard error, JSON files."""
+"""Output of commands: text on standard output, notes on standard error, JSON files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lopro_fx.store.files import reason_of, replacing, require_writable
 
 
 def say(text: object) -> None:
-    """A line, or a table, on standard output; errors as `show`."""
+    """Write a line, or a table, to standard output; errors as `show`."""
     show(f"{text}\n")
 
 
 def show(text: str) -> None:
-    """Text on standard output, at once, without a line's end of its own.
+    """Write text to standard output at once, without adding a newline.
 
     Raises:
         BrokenPipeError: its reader has gone.
@@ -57,7 +57,7 @@ def check_json_path(path: str | None) -> None:
 
 
 def deliver(path: str | None, result: dict[str, Any], text: object) -> None:
-    """`result` as JSON in a file, and `text` on standard output even where the file can't be written.
+    """Write `result` as JSON to a file, and `text` to standard output even if the file can't be written.
 
     Raises:
         CheckpointError: the file or standard output can't be written.
@@ -69,7 +69,7 @@ def deliver(path: str | None, result: dict[str, Any], text: object) -> None:
 
 
 def write_result(path: str | None, result: dict[str, Any]) -> None:
-    """`result` as JSON, keys in their order; nothing if `path` is None.
+    """Write `result` as JSON, keys in their order; nothing if `path` is None.
 
     Raises:
         CheckpointError: the file can't be written.

@@ -85,7 +85,7 @@ def run(args: Namespace) -> None:
     before = data.measure("perplexity before", source.program, source.tokenizer, windows, device)
     quantized, seconds = _quantize(source, samples, config, out, device)
     tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
-    # The original weights go before the second evaluation.
+    # Without this, the original weights would stay in memory during the second evaluation.
     del source
     after = data.measure("perplexity after", quantized, tokenizer, windows, device)
     if kept != computed:
@@ -138,7 +138,7 @@ def _quantize(
 
 
 def _stored_as(dtype: torch.dtype, quantized: ExportedProgram, config: Any) -> ExportedProgram:
-    """The same packed tensors in the program of a model of `dtype`, and a configuration that says so."""
+    """Put the packed tensors into the program of a model of `dtype`, and set the configuration's dtype."""
     with reporting("export"), quiet():
         program = export_causal_lm(rebuild_model(quantized, config, dtype))
     config.dtype = dtype

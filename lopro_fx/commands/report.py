@@ -1,4 +1,4 @@
-"""`lopro-fx report`: what was done to each layer of a saved folder, or which kernels they run."""
+"""`lopro-fx report`: list the layers of a saved folder and how each was quantised, or the kernels that they run."""
 
 from __future__ import annotations
 

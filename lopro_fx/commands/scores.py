@@ -1,4 +1,4 @@
-"""The tables of `lopro-fx eval`."""
+"""Tables of `lopro-fx eval`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lopro_fx.report.table import render
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Figures of the model, and of the original beside it where there is one, then how far they are apart."""
+    """Draw figures of the model and, where there is one, of the original beside it, then their divergence."""
     original = result.get("original")
     scores = [result] if original is None else [result, original]
     which = ("model", "original")[: len(scores)]

@@ -1,4 +1,4 @@
-"""What a command works on: a model by name, or a folder that lopro_fx wrote."""
+"""Source that a command works on: a model by name, or a folder that lopro_fx wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Source:
-    """A program that takes `input_ids` and returns logits, its tokenizer, and where both came from.
+    """Program from `input_ids` to logits, its tokenizer, and where both came from.
 
     `settings` are the model's own configurations, each with `save_pretrained`, where there was a model.
     """
@@ -36,19 +36,19 @@ class Source:
 
 
 def add_model(parser: ArgumentParser, **options: Any) -> None:
-    """The arguments that `open_model` reads."""
+    """Add the arguments that `open_model` reads."""
     add_name(parser, **options)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
 
 
 def add_name(parser: ArgumentParser, **options: Any) -> None:
-    """The argument that `load_model` reads."""
+    """Add the argument that `load_model` reads."""
     options.setdefault("help", "smollm2-135m, a Hugging Face folder, a GGUF file or a hub name")
     parser.add_argument("model", metavar="MODEL", **options)
 
 
 def add_device(parser: ArgumentParser) -> None:
-    """The argument that `device_of` reads."""
+    """Add the argument that `device_of` reads."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -58,7 +58,7 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def device_of(args: Namespace) -> torch.device:
-    """The device that was asked for.
+    """Resolve the device given on the command line.
 
     Raises:
         ConfigError: torch can't compute there.
@@ -70,7 +70,7 @@ def device_of(args: Namespace) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device and, of a GPU, its model."""
+    """Name the device and, of a GPU, its model."""
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
@@ -86,7 +86,7 @@ def open_model(name: str, dtype: str) -> Source:
 
 
 def export(loaded: LoadedModel) -> Source:
-    """The program of a model that was loaded.
+    """Export a loaded model.
 
     Raises:
         ModelError: it can't be exported.
@@ -125,5 +125,5 @@ def open_checkpoint(name: str) -> Source:
 
 
 def open_either(name: str, dtype: str) -> Source:
-    """A folder that lopro_fx wrote, or else a model."""
+    """Open a folder that lopro_fx wrote, or else a model."""
     return open_checkpoint(name) if is_checkpoint(name) else open_model(name, dtype)

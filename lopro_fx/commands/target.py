@@ -1,4 +1,4 @@
-"""The folder that `quantize --out` fills: checked before the long work, written in one step after it."""
+"""Output folder of `quantize --out`: checked before the long work, written in one step after it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from lopro_fx.store.tensors import unique
 
 
 def journal_of(folder: Path) -> Path:
-    """Where finished layers are kept: beside the folder that is to be filled, or inside it where nothing can be put
-    beside it."""
+    """Path of the journal of finished layers: beside `folder`, or inside it where its parent can't take it."""
     folder = Path(os.path.realpath(folder))
     if folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)):
         return folder / JOURNAL
@@ -38,7 +37,7 @@ def journal_of(folder: Path) -> Path:
 
 
 class Target:
-    """An output folder and, beside it, the journal of the run that fills it.
+    """Output folder and, beside it, the journal of the run that fills it.
 
     Raises:
         CheckpointError: the folder holds something that lopro_fx didn't write, or its parent can't be written.
@@ -72,8 +71,8 @@ class Target:
             raise CheckpointError(f"--out {self.folder}: {needed:,} bytes are needed there, {free:,} are free")
 
     def save(self, program: ExportedProgram, companions: Sequence[Any], result: Callable[[], dict[str, Any]]) -> None:
-        """Write program, tokenizer and configurations (the `companions`, each with `save_pretrained`), and
-        `report.json` (the figures and one row a layer), then drop the journal.
+        """Write the program, the `companions` (tokenizer and configurations, each with `save_pretrained`) and
+        `report.json` (the figures and one row a layer), then delete the journal.
 
         Raises:
             CheckpointError: writing failed; nothing is left half-written, and the journal stays.
@@ -90,6 +89,6 @@ class Target:
 
 
 def costs(started: float) -> dict[str, float]:
-    """Seconds since `started` (of `time.monotonic`) and the most memory that the process has held."""
+    """Seconds since `started` (of `time.monotonic`) and the process's peak memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": time.monotonic() - started, "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024}

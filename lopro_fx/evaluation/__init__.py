@@ -1,4 +1,4 @@
-"""Measures a program: perplexity on text, divergence from the original, accuracy on multiple-choice tasks."""
+"""Measure a program: perplexity on text, divergence from the original, accuracy on multiple-choice tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a program's predictions are from another's: KL divergence, agreement, ratio of perplexities.
+"""Divergence of a program's predictions from another's: KL divergence, agreement, ratio of perplexities.
 
 The measures are those of llama.cpp's `--kl-divergence`, here over all predicted tokens of each window.
 """
@@ -18,12 +18,12 @@ from lopro_fx.evaluation.perplexity import PerplexityResult, perplexity_of, requ
 from lopro_fx.progress import Progress, silent
 from lopro_fx.tokens import require_known
 
-_ROWS = 64  # rows of two vocabularies that are held in float64 at a time
+_ROWS = 64  # tokens whose log-probabilities under both programs are held in float64 at a time
 
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """A program against the original on the same tokens. Standard errors take tokens as independent.
+    """Comparison of a program with the original on the same tokens. Standard errors take tokens as independent.
 
     `program`, `original`: perplexity of each. `kl_mean`, `kl_stderr`, `kl_median`, `kl_p99`, `kl_max`: of
     D(original || program), nats a token. `top1`, `top1_stderr`: share of tokens for which both find the same token
@@ -54,7 +54,7 @@ def divergence(
     progress: Progress = silent,
     device: torch.device | str = "cpu",
 ) -> DivergenceResult:
-    """Compares two programs on `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
+    """Compare two programs on `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
 
     One window runs at a time through both, so memory does not grow with W; log-probabilities are taken in float64.
 
@@ -108,8 +108,8 @@ def divergence(
 
 
 def token_divergence(logits: Tensor, original: Tensor, targets: Tensor) -> Tensor:
-    """By token: (4, N) float64 on the CPU of D(original || program) in nats, -ln of the target's probability under the
-    program and under the original, and 1 where both have the same likeliest token, else 0.
+    """Compare by token: (4, N) float64 on the CPU. Rows are D(original || program) in nats, -ln of the target's
+    probability under the program and under the original, and 1 where the likeliest tokens agree, else 0.
 
     Args: logits, original: (N, V), any floating-point type. targets: (N,) int64.
     Raises: ConfigError if the two have different vocabularies.
@@ -135,7 +135,7 @@ def _stderr(values: Tensor) -> float:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Between the two nearest values in proportion; `torch.quantile` stops at 16 million of them."""
+    """Interpolate linearly between the two nearest values; `torch.quantile` takes at most 16 million values."""
     place = share * (len(values) - 1)
     ordered = values.sort().values
     low = math.floor(place)

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on any program. Importing this module needs the package `lm-eval`."""
+"""Run tasks of EleutherAI's lm-evaluation-harness on any program. Importing this needs the package `lm-eval`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run_tasks(
     progress: Progress = silent,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """Figures by task, under lm-eval's names ("acc,none", "acc_stderr,none", ...).
+    """Run tasks and return figures by task, under lm-eval's names ("acc,none", "acc_stderr,none", ...).
 
     Args:
         program: (1, S) token ids -> (1, S, vocabulary) logits.
         tokenizer: the model's Hugging Face tokenizer.
         tasks: names of tasks, groups or tags.
         include_path: folder with task definitions (YAML) beside those of the package.
-        limit: only the first so many items of each task.
+        limit: number of items of each task, the first ones; None for all.
         progress: called after each request with (requests done, requests of this kind, "").
         device: where the program runs.
 
@@ -72,13 +72,13 @@ def run_tasks(
 
 @cache
 def _manager(include_path: str | None) -> TaskManager:
-    """All definitions of tasks; reading the thousands that the package has takes seconds."""
+    """Read all task definitions; the package has thousands, which takes seconds."""
     return TaskManager(include_path=include_path)
 
 
 class ProgramLM(TemplateLM):
-    """A program and its tokenizer as lm-eval's model. Requests run one by one; texts are cut from the left to what the
-    tokenizer says is the longest (`max_length`), generation is greedy."""
+    """Program and tokenizer as a model of lm-eval. Requests run one by one; texts are cut from the left to the
+    tokenizer's limit (`max_length`); generation is greedy."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class ProgramLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Unless told, the special tokens that the tokenizer adds, but no second BOS: lm-eval's way."""
+        """Encode a text; by default with the tokenizer's special tokens but no second BOS, as lm-eval does."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -179,7 +179,7 @@ class ProgramLM(TemplateLM):
 
     @torch.no_grad()
     def _greedy(self, prompt: str, until: Sequence[str], new_tokens: int) -> str:
-        """The text that follows the prompt, up to the first of `until`."""
+        """Generate the text that follows the prompt, up to the first of `until`."""
         ids = self.tok_encode(prompt)[-max(1, self.max_length - new_tokens) :] or [self.prefix_token_id]
         require_known(self.program, ids, "the prompt")
         start, text = len(ids), ""

@@ -15,7 +15,7 @@ _ROWS = 128  # logits that are turned into log-probabilities at a time
 def continuation(
     program: Callable[[Tensor], Tensor], tokens: Sequence[int], given: int, device: torch.device | str = "cpu"
 ) -> tuple[float, bool]:
-    """(sum of the log-probabilities in nats of tokens `given` and on, whether each of them is the likeliest).
+    """Return (sum of the log-probabilities in nats of tokens from index `given` on, whether each is the likeliest).
 
     Args:
         program: (1, S) token ids -> (1, S, vocabulary) logits.

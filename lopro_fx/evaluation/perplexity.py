@@ -39,7 +39,7 @@ def perplexity(
     progress: Progress = silent,
     device: torch.device | str = "cpu",
 ) -> PerplexityResult:
-    """Perplexity over `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
+    """Measure perplexity on `windows` (W, S) int64: in each, tokens 1..S-1 are predicted from those before them.
 
     Args:
         program: (1, S) token ids -> (1, S, vocabulary) logits; an exported program's `.module()` or any callable.
@@ -68,13 +68,13 @@ def perplexity(
 
 
 def require_windows(windows: Tensor) -> None:
-    """Raises: ConfigError unless `windows` is (1 or more, 2 or more tokens)."""
+    """Require `windows` of shape (1 or more, 2 or more tokens). Raises: ConfigError."""
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ConfigError(f"windows of shape {tuple(windows.shape)}: (1 or more, 2 or more tokens) are needed")
 
 
 def perplexity_of(nats: float, tokens: int, n_bytes: int | None, seconds: float) -> PerplexityResult:
-    """The result for `tokens` predicted tokens whose -ln probabilities sum to `nats`."""
+    """Make the result for `tokens` predicted tokens whose -ln probabilities sum to `nats`."""
     nll = nats / tokens
     bits = None if n_bytes is None else nats / math.log(2) / n_bytes
     return PerplexityResult(ppl=_exp(nll), nll_mean=nll, tokens=tokens, bits_per_byte=bits, seconds=seconds)
@@ -87,7 +87,7 @@ def _exp(nll: float) -> float:
 def predicted_bytes(tokenizer: Any, windows: Tensor) -> int:
     """UTF-8 bytes of the text that tokens 1..S-1 of each window (W, S) stand for.
 
-    The first token's bytes are taken off the window's, so that a space that the decoder strips at the start is
+    The first token's bytes are subtracted from the window's. A space that the decoder strips at the start is then
     counted in neither. A character that a window's edge cuts counts as the replacement character's 3 bytes.
     """
 

@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate on, and its cutting into windows of tokens."""
+"""Text to calibrate and evaluate on, cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lopro_fx.errors import ConfigError
 
-# Where a text is cut, only its last tokens can differ from those of the whole text: so many are tokenised and not used.
+# Tokens before a cut that are dropped: the last ones of a part may differ from those of the whole text.
 _TAIL_TOKENS = 256
 _CHARS_PER_TOKEN = 6  # above what tokenisers reach on prose, so that one attempt is nearly always enough
 _WORD_START = re.compile(r"(?<=\s)\S")
@@ -20,8 +20,8 @@ _WORD_START = re.compile(r"(?<=\s)\S")
 def builtin_text() -> tuple[str, str]:
     """(calibration text, evaluation text): the language reference that every Python carries as `pydoc` topics.
 
-    Topics go by their sorted names, every third one to evaluation. Topics quote each other, so a paragraph that has
-    been seen is left out: the two texts share none. They differ a little between Python versions.
+    Topics go by their sorted names, every third one to evaluation. Topics quote each other, so a paragraph that was
+    seen is skipped: the two texts share none. They differ a little between Python versions.
     """
     from pydoc_data.topics import topics
 
@@ -37,7 +37,7 @@ def builtin_text() -> tuple[str, str]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. Raises: ConfigError if it can't be read, is not UTF-8, or holds no text."""
+    """Read a UTF-8 file. Raises: ConfigError if it can't be read, is not UTF-8, or holds no text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -50,10 +50,10 @@ def read_text(path: str | Path) -> str:
 
 
 def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None = None) -> Tensor:
-    """Cuts the tokens of `text` into windows: (windows, seq_len) int64, in order, without overlap or special tokens.
+    """Cut the tokens of `text` into windows: (windows, seq_len) int64, in order, without overlap or special tokens.
 
-    At most `max_windows` of them, and of the text only as much is tokenised as they need; a rest shorter than a window
-    is dropped. `tokenizer` is a Hugging Face tokenizer.
+    There are at most `max_windows`, and only as much text is tokenised as they need. A rest shorter than a window is
+    dropped. `tokenizer` is a Hugging Face tokenizer.
 
     Raises: ConfigError if a size is below 1 or the text is too short for one window.
     """
@@ -70,7 +70,7 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | No
 
 
 def _first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
-    """The first `count` tokens of the whole text, or all if there are fewer."""
+    """Return the first `count` tokens of the whole text, or all if there are fewer."""
     length = (count + _TAIL_TOKENS) * _CHARS_PER_TOKEN
     while length < len(text):
         if (word := _WORD_START.search(text, length)) is None:

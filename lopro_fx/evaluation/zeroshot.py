@@ -2,8 +2,8 @@
 
 A scorer program (`export_scorer`) takes all endings of an item in one forward pass: the tokens that they share come
 once, then each ending's own as a branch. Positions restart with each branch, and the mask lets a token see the shared
-part and its own branch only, so every ending gets the logits that a pass of its own would give. A program that takes
-token ids only, such as a saved folder holds, does take a pass for each (`branched=False`).
+part and its own branch only. Every ending then gets the logits of a pass of its own. A program that takes token ids
+only, such as that of a saved folder, needs a pass for each (`branched=False`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class ZeroShotResult:
 
 
 def read_task(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Reads a task, one JSON object a line: `id`, `ctx`, `endings`, `label`; or, for partial scoring as in WinoGrande,
-    `id`, `ctxs`, `suffix`, `label`. `limit`: only the first so many lines.
+    """Read a task, one JSON object a line: `id`, `ctx`, `endings`, `label`; or, for partial scoring as in WinoGrande,
+    `id`, `ctxs`, `suffix`, `label`. `limit`: number of items to read, the first ones.
 
     An ending that doesn't start with a space gets one. Raises: ConfigError if the file can't be read or a line is not
     such an object.
@@ -88,7 +88,7 @@ def zero_shot(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> ZeroShotResult:
-    """Accuracy of a scorer program on a task.
+    """Measure a scorer program's accuracy on a task.
 
     Args:
         scorer: what `export_scorer` returns, as a callable (its `.module()`); without `branched`, what
@@ -155,7 +155,7 @@ def score_item(
 def _one_pass(
     scorer: Callable[..., Tensor], pairs: list[tuple[list[int], int]], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Sums of log-probabilities (choices,) of (tokens, how many of them are given)."""
+    """Score pairs (tokens, how many of them are given) in one pass: sums of log-probabilities (choices,)."""
     shared = min(given for _, given in pairs)
     shared = next((p for p in range(shared) if len({ids[p] for ids, _ in pairs}) > 1), shared)
     ids = list(pairs[0][0][:shared])
@@ -190,8 +190,8 @@ def _mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _encode(tokenizer: Any, choice: Choice, item_id: int | str) -> tuple[list[int], int]:
-    """(tokens of context + ending, how many of them are given). Spaces at the context's end count to the ending, and
-    both are tokenised as one text, cut after as many tokens as the context has alone: lm-eval's `_encode_pair`."""
+    """Return (tokens of context + ending, how many are given). As in lm-eval's `_encode_pair`, spaces at the context's
+    end belong to the ending; both are tokenised as one text, cut after as many tokens as the context has alone."""
     context = choice.context.rstrip()
     ending = choice.context[len(context) :] + choice.ending
     given = tokenizer(context, add_special_tokens=False)["input_ids"]

@@ -1,1 +1,1 @@
-"""Text: programs with a KV cache, samplers, and what runs them."""
+"""Generation of text: programs with a KV cache, the sampler and the generator."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _NAME = "sdpa"
-# What transformers' function does with them, this one doesn't.
+# Arguments that transformers' function applies and this one doesn't.
 _UNKNOWN = ("position_bias", "softcap", "cache")
 
 
@@ -37,10 +37,10 @@ def grouped_attention(
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """The same as sums of products, which Inductor makes loops of: a matrix product a head costs more in calls."""
+    """Attention as sums of products, which Inductor turns into loops: one GEMM a head would cost more in calls."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     query = query.float() * factor
-    # Two readers make Inductor store the query: it would compute a single reader's sines again for every key.
+    # Two readers make Inductor store the query; for one, it would compute the rotary sines again for every key.
     half = query.shape[-1] // 2
     scores = (query[..., None, :half] * key[:, :, None, :, :half].float()).sum(-1)
     scores = scores + (query[..., None, half:] * key[:, :, None, :, half:].float()).sum(-1)
@@ -52,15 +52,15 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 @contextmanager
 def grouped_attention_in(model: nn.Module) -> Iterator[None]:
-    """Let this one take the place of PyTorch's attention in the model's calls through transformers' registry meanwhile.
+    """Replace PyTorch's attention by `grouped_attention` in the model's calls, through transformers' registry.
 
     The attention keeps its name, since models choose branches, classes and the form of their masks by it. Calls that
-    this function doesn't cover (several tokens, a bias, a mask a head), and other models, get the one that was there.
+    the function doesn't cover (several tokens, a bias, a mask a head), and other models, get the original.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as plain
 
-    if AttentionInterface()[_NAME] is not plain:  # someone else's attention, which computes who knows what
+    if AttentionInterface()[_NAME] is not plain:  # someone else's attention, which may compute anything
         yield
         return
     ours = set(model.modules())
@@ -84,7 +84,7 @@ def grouped_attention_in(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def switched(config: Any, name: str, value: Any) -> Iterator[None]:
-    """Let a setting have another value meanwhile."""
+    """Give a setting another value inside the block."""
     before = getattr(config, name)
     setattr(config, name, value)
     try:

@@ -1,4 +1,4 @@
-"""Exports the prefill and decode programs of a Hugging Face causal language model, with a static KV cache."""
+"""Export the prefill and decode programs of a Hugging Face causal language model, with a static KV cache."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
 
     Args:
         model: a causal language model of transformers, in eval mode.
-        max_cache_len: most tokens that prompt and text may have together, at least 2. A cache of that length costs
-            memory; time grows only with the tokens that are there.
+        max_cache_len: most tokens of prompt and text together, at least 2. A longer cache costs memory; time grows only
+            with the tokens in it.
         batch_size: rows that are generated together.
 
     Raises:
@@ -60,7 +60,7 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
 
 
 def _programs(model: nn.Module, spec: CacheSpec, forward: Any) -> GenerationPrograms:
-    """Both programs. Raises: Misuse if the model takes masks for something else than they are; ModelError."""
+    """Export both programs. Raises: Misuse if the model reads masks in another form; ModelError."""
     device = next(model.parameters()).device
 
     def example(tokens: int) -> tuple[Any, ...]:
@@ -115,10 +115,10 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
 
 
 def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, int | None], dtype: torch.dtype) -> Any:
-    """Masks (B, 1, S, L) of where a token may look: at itself and at the text before it.
+    """Build masks (B, 1, S, L): a token may look at itself and at the text before it.
 
-    Boolean ones are True there; floating-point ones, which are added to scores, are 0 there. An integer one is (B, L),
-    1 where there is text: the model makes its own of it.
+    Boolean masks are True there; floating-point ones, added to scores, are 0 there. An integer mask is (B, L), 1 where
+    there is text; the model makes its own of it.
     """
     if dtype == torch.int64:
         return (slots >= padding[:, None]).to(dtype)
@@ -136,7 +136,7 @@ def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, i
 
 
 def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
-    """transformers' cache over the programs' own tensors."""
+    """Wrap the programs' own tensors as a cache of transformers."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     class Slots(CacheLayerMixin):
@@ -169,8 +169,8 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
 
 
 def _attempts(model: Any) -> list[tuple[torch.dtype, bool]]:
-    """Types of masks to try, first that which the model's attention should take, and whether tables of positions are
-    to look up those that they are given; last without."""
+    """Mask dtypes to try, first the one that the model's attention should take, each with whether position tables look
+    up given positions; last without."""
     kind = model.config.get_text_config(decoder=True)._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ModelError(f"attn_implementation='{kind}' takes no masks; load the model with 'sdpa' or 'eager'")
@@ -179,7 +179,7 @@ def _attempts(model: Any) -> list[tuple[torch.dtype, bool]]:
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """How far back each kind of attention layer looks; None is everything."""
+    """Window of each kind of attention layer in tokens; None is unlimited."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or [_SLIDING if window is not None else _FULL]
     if getattr(config, "use_sliding_window", True) is False and getattr(config, "layer_types", None) is None:
@@ -191,14 +191,14 @@ def _windows(config: Any) -> dict[str, int | None]:
 
 
 def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheSpec:
-    """Sizes as the model's own cache has them after one token, which is not computed."""
+    """Take sizes from the model's own cache after one token, run on fake tensors."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        # transformers' default for experts has no shapes for fp32.
+        # transformers' default for experts can't be run on fake tensors in fp32.
         experts = switched(model.config, "_experts_implementation", "batched_mm")
         with torch.no_grad(), compat.fake_tensors(), experts:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-        # Decoders of encoder-decoder models keep a cache for each of their attentions.
+        # Decoders of encoder-decoder models keep a cache for self-attention and one for cross-attention.
         cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
         layers = [layer for layer in cache.layers if layer.keys is not None]
         keys = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]

@@ -1,4 +1,4 @@
-"""Text from a program that takes token ids and returns logits."""
+"""Generate text with a program that takes token ids and returns logits."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def generate(
     """Continue a prompt, or several together.
 
     Args:
-        program: a `Generator` (see `load_package`) or `GenerationPrograms`, whose KV cache makes a token cost the same
-            however long the text is; or a program without a cache, token ids (1, S) int64 -> logits (1, S, vocabulary),
-            for which the whole prefix runs again for every token, which suits a few sentences.
+        program: a `Generator` (see `load_package`) or `GenerationPrograms`, which have a KV cache. Or a program without
+            one, token ids (1, S) int64 -> logits (1, S, vocabulary), which runs the whole prefix again for every token;
+            that suits a few sentences.
         tokenizer: of Hugging Face, or with its `__call__`, `decode` and `eos_token_id`.
         prompt: text; no chat template is put around it. Several need a batch size of at least as many, and are padded
             on the left.
@@ -63,8 +63,8 @@ def generate(
         The text added, without the prompt; a list for a list. A text that fills the cache ends there, with a warning.
 
     Raises:
-        ConfigError: a prompt has no token, one that the model doesn't know, or doesn't fit the cache, there are more
-            prompts than rows, or a number is out of range.
+        ConfigError: a prompt is empty, holds an unknown token or doesn't fit the cache; there are more prompts than
+            rows; or a number is out of range.
         ModelError: logits are not finite.
     """
     if max_new_tokens < 1:
@@ -102,12 +102,12 @@ def _token_model(program: Model) -> TokenModel:
 def _tokens(
     model: TokenModel, prompts: list[list[int]], count: int, sampler: Sampler, end: set[int]
 ) -> Iterator[list[int | None]]:
-    """The next token of each prompt, None where it has ended, until all have."""
+    """Yield the next token of each prompt, None where it has ended, until all have."""
     if len(prompts) > model.batch_size:
         raise ConfigError(
             f"{len(prompts)} prompts for a batch size of {model.batch_size}: export with batch_size={len(prompts)}"
         )
-    # Rows that nobody asked for repeat the first prompt; what they say is dropped.
+    # Surplus rows repeat the first prompt; their tokens are dropped.
     rows = prompts + [prompts[0]] * (model.batch_size - len(prompts))
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
@@ -139,25 +139,25 @@ def _tokens(
 
 
 class _Text:
-    """What the new tokens of one prompt say, so far."""
+    """Text of one prompt's new tokens, so far."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._tokenizer, self._ids, self._start, self._shown = tokenizer, list(prompt), len(prompt), ""
 
     def text(self) -> str:
-        """Text as it continues the prompt: decoders drop a space at the start of what they are given."""
+        """Decode with the prompt, then cut it off: decoders drop a space at the start of their input."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return whole[len(self._tokenizer.decode(self._ids[: self._start], skip_special_tokens=True)) :]
 
     def add(self, token: int) -> str:
-        """What the token adds to the text shown so far."""
+        """Add a token, and return what it adds to the text shown so far."""
         self._ids.append(token)
         grown = self.text()
         # A character whose bytes are spread over tokens shows as U+FFFD until its last one is there.
         return "" if grown.endswith("\ufffd") else self._show(grown)
 
     def rest(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._show(self.text())
 
     def _show(self, grown: str) -> str:

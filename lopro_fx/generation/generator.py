@@ -1,4 +1,4 @@
-"""Runs a prefill and a decode program on one KV cache."""
+"""Run a prefill and a decode program on one KV cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lopro_fx.passes.lookups import size_ranges, table_rows, user_placeholders
 
 
 class TokenModel(Protocol):
-    """What `generate` needs: logits (B, vocabulary) of the last token, after a prompt and after each token more.
+    """Interface that `generate` needs: logits (B, vocabulary) of the last token, after a prompt or one more token.
 
-    `rows` is how many token ids the embedding knows, None where that isn't known.
+    `rows` is the number of token ids that the embedding holds, None if unknown.
     """
 
     rows: int | None
@@ -36,23 +36,23 @@ class TokenModel(Protocol):
         ...
 
     def prefill(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:
-        """After `input_ids` (B, S) int64, of which the first `padding` (B,) of each row are no text."""
+        """Take `input_ids` (B, S) int64, of which the first `padding` (B,) of each row are no text."""
         ...
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """After one token more a row, (B, 1) int64."""
+        """Take one more token a row, (B, 1) int64."""
         ...
 
 
 class Generator:
-    """A prefill and a decode program with the cache between them. One thread at a time.
+    """Prefill and decode programs with the cache between them. One thread at a time.
 
     Args:
         prefill, decode: programs as in `GenerationPrograms`, or anything callable with their inputs.
         cache: sizes of the cache, which is allocated here.
-        tokenizer: called once to get the tokenizer when it is asked for, since transformers takes time and memory.
+        tokenizer: called once, on first use of the tokenizer, since transformers takes time and memory.
         device: where the programs' tensors are.
-        info: what the package says of itself.
+        info: the package's manifest.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Generator:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of Hugging Face, or None if there is none or transformers is missing."""
+        """Tokenizer of Hugging Face, or None if there is none or transformers is missing."""
         return self._open_tokenizer()
 
     @property
@@ -151,11 +151,11 @@ class Generator:
 
 
 class Recompute:
-    """A program without a cache as a `TokenModel` of one row: the whole prefix runs again for every token.
+    """`TokenModel` of one row from a program without a cache: the whole prefix runs again for every token.
 
     Args:
-        program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic. An exported one is given them where its
-            tensors lie, anything else on the CPU.
+        program: token ids (1, S) int64 -> logits (1, S, vocabulary), S dynamic. An exported one gets ids on the device
+            of its tensors, anything else on the CPU.
     """
 
     batch_size = 1

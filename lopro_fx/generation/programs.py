@@ -1,4 +1,4 @@
-"""The two programs that generate text, and what a caller has to know of their inputs."""
+"""The two programs that generate text, and the layout of their inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Sizes of the KV cache: for each tensor, in the order of the programs' inputs, its shape without the first two.
+    """Sizes of the KV cache's tensors, in the order of the programs' inputs.
 
     Args:
         batch_size: rows of every tensor.
         max_cache_len: slots that can be used, one a token, padding included.
         keys, values: (heads, head_dim) of each layer that keeps any; a tensor is (batch_size, heads, max_cache_len + 1,
-            head_dim). The last slot stays empty: what is read is then never the whole tensor, and torch.export need not
-            tell these cases apart.
+            head_dim). The last slot stays empty, so that a read never covers the whole tensor: torch.export would tell
+            that case apart.
         dtype: of all of them, e.g. "float32".
         vocabulary: width of the logits.
     """
@@ -52,7 +52,7 @@ class CacheSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in every row and layer."""
+        """Bytes of keys and values of one token, over all rows and layers."""
         width = sum(heads * width for heads, width in (*self.keys, *self.values))
         return self.batch_size * width * getattr(torch, self.dtype).itemsize
 
@@ -85,7 +85,7 @@ class GenerationPrograms:
     cache: CacheSpec
 
     def map(self, function: Callable[[ExportedProgram], ExportedProgram]) -> GenerationPrograms:
-        """Both programs after `function`, e.g. `lambda program: lopro_fx.apply(program, state)`, with weights shared.
+        """Apply `function`, e.g. `lambda program: lopro_fx.apply(program, state)`, to both, and share their weights.
 
         A tensor that both programs have under one name and with the same values is one tensor afterwards.
         """

@@ -1,4 +1,4 @@
-"""The next token of each row: the likeliest, or a draw."""
+"""Choice of the next token of each row: the likeliest, or a draw."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lopro_fx.errors import ConfigError, ModelError
 
-_GREEDY = 1e-5  # temperature below which likeliest tokens that are equal in the model's type would be drawn
+_GREEDY = 1e-5  # temperature below which a draw could only choose among equally likeliest tokens
 
 
 class Sampler:
-    """Picks tokens from logits, as transformers' `generate` with the same settings weighs them.
+    """Sampler of tokens from logits, with the probabilities of transformers' `generate` for the same settings.
 
     Args:
         temperature: 0 takes the likeliest token, and so does anything below 1e-5; above, tokens are drawn from
@@ -40,7 +40,7 @@ class Sampler:
             raise ConfigError(f"seed={seed}: must have at most 64 bits") from error
 
     def pick(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) int64 on the CPU from logits (B, vocabulary).
+        """Pick tokens (B,) int64 on the CPU from logits (B, vocabulary).
 
         Raises:
             ModelError: logits are not finite.

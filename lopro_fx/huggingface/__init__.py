@@ -1,4 +1,4 @@
-"""Hugging Face in and out. Importing this imports no transformers: what needs it is made when it is asked for."""
+"""Hugging Face in and out. Importing this doesn't import transformers, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _register() -> None:
     register()
 
 
-# transformers asks its registry for the quantizer that a folder names; whoever imports lopro_fx finds ours there,
-# whichever of the two comes first.
+# transformers looks up a folder's quantizer in its registry; ours is there whichever of lopro_fx and transformers is
+# imported first.
 when_imported("transformers.quantizers.auto", _register)
 
 
 def __getattr__(name: str) -> Any:
     if name == "LoProConfig":
         require_transformers("LoProConfig")
-        # Registers, which imports the module below as a whole; importing that first would meet itself half-way.
+        # This import registers, which imports the module below; importing that one first would be circular.
         import transformers.quantizers.auto  # noqa: F401
 
         from lopro_fx.huggingface.quantizer import LoProConfig

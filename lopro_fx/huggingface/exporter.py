@@ -1,4 +1,4 @@
-"""`LoProQuantizer`: quantises within the export of transformers' exporters."""
+"""`LoProQuantizer`: quantise within transformers' exporters."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lopro_fx.state import QuantState
 
 
 class LoProQuantizer(ExportQuantizer):
-    """Quantises the program that `DynamoExporter` exports; give it as `DynamoConfig(quantizer=...)`.
+    """Quantizer of the program that `DynamoExporter` exports; pass it as `DynamoConfig(quantizer=...)`.
 
     Args:
         config: `LoPRo` (default), `GPTQ` or `RTN`.
         calibration_dataset: dicts of the model's inputs, or, for `export_for_generation`, of `generate`'s. Without it
             the export's own sample inputs serve, with a warning of transformers.
 
-    A second program with the same weights, as `decode` after `prefill`, gets what was calibrated on the first. `states`
-    collects the QuantStates that were calibrated, in order, because exporters keep only the graph.
+    A second program with the same weights, such as `decode` after `prefill`, reuses the state of the first. `states`
+    lists the calibrated QuantStates in order, because exporters keep only the graph.
     """
 
     quantizes_fx_graph = True
@@ -46,7 +46,7 @@ class LoProQuantizer(ExportQuantizer):
         self._calibrated: dict[str, QuantState] = {}
 
     def quantize(self, model: GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat) -> GraphModule:  # noqa: ARG002
-        """The graph with packed Linears, calibrated; sizes that were dynamic still are.
+        """Calibrate the graph and pack its Linears; dynamic sizes stay dynamic.
 
         Raises:
             GraphError: no Linear to quantise.
@@ -65,7 +65,7 @@ class LoProQuantizer(ExportQuantizer):
 
 
 def _dynamic_sizes(model: GraphModule, inputs: dict[str, Any]) -> ShapesCollection:
-    """The sizes that the graph left open, so that exporting it again leaves them open."""
+    """Collect the graph's dynamic sizes, so that they stay dynamic when it is exported again."""
     sizes = ShapesCollection()
     placeholders = model.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, pytree.tree_leaves(((), inputs)), strict=True):
@@ -78,8 +78,8 @@ def _dynamic_sizes(model: GraphModule, inputs: dict[str, Any]) -> ShapesCollecti
 
 
 def _key(program: ExportedProgram, config: Method) -> str:
-    """Equal for programs of one model, whose graphs differ: by the values of its parameters, because what lies at an
-    address is replaced when a model is freed, and written when another checkpoint is loaded."""
+    """Key of the method and the parameters' values, equal for all programs of one model. Addresses of parameters would
+    not do: they are reused when a model is freed, and overwritten when another checkpoint is loaded."""
     digest = Digest()
     digest.text(config.to_dict())
     for name in sorted(program.graph_signature.parameters):

@@ -1,4 +1,4 @@
-"""Runs an action as soon as a module is imported, so that a package can register itself there without importing it."""
+"""Run an action as soon as a module is imported, so that a package can register itself there without importing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def when_imported(module: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find the module, and adds the action to what its loader does."""
+    """Finder that lets the others find the module, and adds the action to its loader."""
 
     def __init__(self, module: str, action: Callable[[], None]) -> None:
         self._module, self._action = module, action

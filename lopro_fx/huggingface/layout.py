@@ -1,7 +1,7 @@
-"""The part of a quantised state that its tensors don't tell, as the JSON that stands in `config.json`.
+"""Layout of a quantised state without its tensors, as JSON for `config.json`.
 
-It is what `records.describe` gives, without the metrics, and for each layer the embedding that holds its weight, if one
-does ("embedding"), and others that read it too ("readers").
+It is the result of `records.describe` without the metrics. Each layer also names the embedding that holds its weight,
+if any ("embedding"), and the others that read it ("readers").
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lopro_fx.store import records
 
 
 def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JSON of every input and of every layer, by name: what `restore` reads.
+    """Describe every input and every layer by name, as JSON for `restore`.
 
     Args:
         state: what to describe.
@@ -30,9 +30,9 @@ def describe(state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> tupl
 
 
 def restore(inputs: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[dict[str, Input], dict[str, Layer]]:
-    """Inputs and layers of a description, their tensors on the meta device.
+    """Make inputs and layers from a description, with tensors on the meta device.
 
-    Readers of an input that are none of the layers are left out, and inputs without readers.
+    Readers that are none of the layers are dropped, and so are inputs without readers.
 
     Raises:
         KeyError: an entry is missing.
@@ -48,7 +48,7 @@ def restore(inputs: Mapping[str, Any], layers: Mapping[str, Any]) -> tuple[dict[
 def from_version_1(
     groups: Mapping[str, Any], sites: Mapping[str, Any], size: Callable[[str], tuple[int, int]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Descriptions of what lopro_fx 0.1 wrote, whose weights are all "affine".
+    """Convert descriptions that lopro_fx 0.1 wrote, whose weights are all "affine".
 
     Args:
         groups, sites: as they stand in `config.json`.
@@ -60,7 +60,7 @@ def from_version_1(
     inputs, layers = {}, {}
     for name, entry in sites.items():
         group, (rows, columns) = groups[entry["group"]], size(name)
-        # The first folders don't name the dtypes of scales.
+        # The earliest folders don't name the dtypes of scales.
         scale = "float16" if group["factors"] == "int8" else None
         narrow = "int16" if columns <= 2**15 else "int32"
         shared = {"perm": narrow if group["perm"] else None, "signs": "uint8" if group["signs"] else None,

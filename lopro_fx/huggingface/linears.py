@@ -1,4 +1,4 @@
-"""Which modules of transformers are Linears, whatever their class is."""
+"""Recognise the modules of transformers that are Linears, whatever their class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lopro_fx.huggingface.modules import PackedLinear
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:
-    """The module as an nn.Linear over the same tensors; None if it computes anything else.
+    """View the module as an nn.Linear over the same tensors; None if it computes anything else.
 
     A `Conv1D` of transformers, whose weight is stored as (in_features, out_features), is one over the transpose.
     """
@@ -23,13 +23,13 @@ def as_linear(module: nn.Module) -> nn.Linear | None:
 
 
 def stand_in(packed: PackedLinear, module: nn.Module) -> PackedLinear:
-    """`packed`, which takes the place of `module` and remembers how that one stores its weight."""
+    """Return `packed`, which replaces `module`, with a note of how that one stores its weight."""
     packed.transposed = _is_conv1d(module)
     return packed
 
 
 def restored(packed: PackedLinear, linear: nn.Linear) -> nn.Module:
-    """What `packed` stood for, with the weight and bias of `linear`."""
+    """Rebuild the module that `packed` replaced, with the weight and bias of `linear`."""
     if not packed.transposed:
         return linear
     from transformers.pytorch_utils import Conv1D
@@ -52,7 +52,7 @@ def _is_plain(module: nn.Linear) -> bool:
     kind = type(module)
     if kind.forward is nn.Linear.forward:
         return True
-    # Seen on a twin with a small weight, since the module's own may be large or not be there yet.
+    # Tested on a twin with a small weight, since the module's own may be large or not loaded yet.
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__, in_features=2, out_features=3)
     values = torch.linspace(-1, 2, 11, dtype=torch.float32, device="cpu").sin()

@@ -1,4 +1,4 @@
-"""What stands in a transformers model for what was quantised. Knows torch and the operators, not transformers."""
+"""Packed modules that replace quantised ones in a transformers model. Knows torch and the operators only."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BRANCH, _SHARED = ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
 
 
 class PackedModule(nn.Module):
-    """Buffers that keep their dtype when the model is cast, because it is part of the packed format.
+    """Module whose buffers keep their dtype when the model is cast, because it is part of the packed format.
 
-    `dtypes` is what they are to be, by name. Other modules get them by this one's `forward`, never by its attributes:
-    what brings tensors from where they are kept wraps that.
+    `dtypes` holds their dtypes by name. Other modules get the buffers from `forward`, never as attributes: offloading
+    wraps `forward` to bring them to the device.
     """
 
     dtypes: dict[str, torch.dtype]
@@ -36,7 +36,7 @@ class PackedModule(nn.Module):
             self.register_buffer(key, None if tensor is None else _alone(tensor))
 
     def held(self, keys: tuple[str, ...]) -> tuple[Tensor | None, ...]:
-        """The buffers of these names, None for one that there isn't."""
+        """Return the buffers of these names, None for a missing one."""
         return tuple(getattr(self, key) for key in keys)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -50,7 +50,7 @@ class PackedModule(nn.Module):
 
 
 class PackedWeight(PackedModule):
-    """A packed module whose `weight` reads like that of the module it stands for; `dtype` is that of the model.
+    """Packed module whose `weight` reads like that of the module it replaces; `dtype` is that of the model.
 
     The tensors of its weight are its own, or those of an embedding that shares the weight.
     """
@@ -63,20 +63,20 @@ class PackedWeight(PackedModule):
 
     @property
     def table(self) -> PackedWeight:
-        """What holds the weight: the module itself, or an embedding."""
+        """Module that holds the weight: this one, or an embedding."""
         return self._table[0] if self._table else self
 
     def table_tensors(self) -> tuple[Any, ...]:
         """Tensors of the weight, in the format's order."""
-        # accelerate wraps `forward`. Hooks of the embedding itself are those of a lookup, and this is none.
+        # `forward`, because accelerate wraps it; a call of the embedding would run the hooks of a lookup.
         return self._table[0].forward() if self._table else self.held(tuple(self.layout.tensors))
 
     def packed(self) -> Packed:
-        """The weight."""
+        """Return the packed weight."""
         return replace(self.layout, tensors=dict(zip(self.layout.tensors, self.table_tensors(), strict=True)))
 
     def operator(self, kind: str) -> Any:
-        """The format's operator of this kind; None if it has none."""
+        """Return the format's operator of this kind; None if it has none."""
         return operator_of(self.layout.format, kind)
 
     @property
@@ -85,16 +85,16 @@ class PackedWeight(PackedModule):
         return tuple(self.layout.spec[key] for key in known_format(self.layout.format).spec)
 
     def describe(self) -> str:
-        """Format and its scalars, for a module's line."""
+        """Format and its scalars, for `extra_repr`."""
         return ", ".join(f"{key}={value}" for key, value in {"format": self.layout.format, **self.layout.spec}.items())
 
     @property
     def weight(self) -> Tensor:
-        # Tracers can't follow the stand-in; where nothing but its dtype is read, the rest falls out of the graph.
+        # Tracers can't follow `DenseWeight`. Where only the dtype is read, the unpacking falls out of the graph.
         return self.dense() if torch.compiler.is_compiling() else DenseWeight(self)
 
     def dense(self) -> Tensor:
-        """The weight (rows, columns) that the module computes with, in `dtype`."""
+        """Return the weight (out_features, in_features) that the module computes with, in `dtype`."""
         raise NotImplementedError
 
     def place(self) -> tuple[tuple[int, int], torch.device]:
@@ -107,15 +107,15 @@ class PackedWeight(PackedModule):
 
 
 class DenseWeight(Tensor):
-    """What a packed module reads as `weight`: its shape, dtype and device cost nothing, and an operator that takes it
-    gets the weight unpacked.
+    """Stand-in for a packed module's `weight`: shape, dtype and device cost nothing, and an operator that takes it gets
+    the unpacked weight.
 
     Raises:
         ModelError: an operator would write it.
     """
 
     _module: PackedWeight
-    # What initialises weights in transformers leaves it alone.
+    # Without this, transformers would initialise it.
     _is_hf_initialized = True
 
     @staticmethod
@@ -170,9 +170,9 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
 
 
 def packed_embedding(layer: Layer, plain: nn.Embedding, table: PackedEmbedding | None = None) -> PackedEmbedding:
-    """What stands for an embedding whose weight is packed, with all that its class computes around the lookup.
+    """Make the packed replacement of an embedding, with all that its class computes around the lookup.
 
-    `table` is another one that holds the weight, if one does.
+    `table` is another embedding that holds the weight, if any.
     """
     made = _rebuilt(type(plain))
     made.__dict__.update(_state(plain))
@@ -184,7 +184,7 @@ def packed_embedding(layer: Layer, plain: nn.Embedding, table: PackedEmbedding |
 
 
 def plain_embedding(packed: PackedEmbedding, weight: nn.Parameter) -> nn.Embedding:
-    """The inverse of `packed_embedding`, with this weight."""
+    """Inverse of `packed_embedding`, with this weight."""
     kind: Any = nn.Embedding if type(packed) is PackedEmbedding else type(packed).__mro__[1]
     made: nn.Embedding = kind.__new__(kind)
     made.__dict__.update(_state(packed))
@@ -197,7 +197,7 @@ def plain_embedding(packed: PackedEmbedding, weight: nn.Parameter) -> nn.Embeddi
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, of which the collections are its own."""
+    """Copy a module's attributes, with copies of collections."""
     return {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(module).items()}
 
 
@@ -208,7 +208,7 @@ def _rebuilt(kind: type[nn.Embedding]) -> PackedEmbedding:
 
 @cache
 def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
-    """A subclass of `kind` whose `super().forward(ids)` looks rows up in the packed weight."""
+    """Make a subclass of `kind` whose `super().forward(ids)` looks rows up in the packed weight."""
 
     def forward(self: PackedEmbedding, *args: Any, **kwargs: Any) -> Any:
         own: Any = kind if args or kwargs else PackedEmbedding
@@ -222,10 +222,10 @@ def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
 
 
 class PackedInput(PackedModule):
-    """Permutation, signs and down factor that the Linears of a group apply to the tensor that they share.
+    """Permutation, signs and down factor that several Linears apply to their shared input.
 
-    It lies in the Linear that the group is named after, under `input`, so that a checkpoint holds it once; the others
-    refer to it. Calling it gives the four.
+    The Linear that the input is named after holds it under `input`, so that a checkpoint has it once; the others refer
+    to it. Calling it returns the four tensors.
     """
 
     perm: Tensor | None
@@ -253,17 +253,17 @@ class PackedLinear(PackedWeight, nn.Linear):
 
     Args:
         layer: packed tensors and their layout.
-        shared: the input's side of it.
+        shared: its input's tensors.
         owner: whether this is the Linear whose state holds `shared`.
-        plain: the Linear that it stands for, whose bias it keeps.
-        activations: "float", or "int8" to round the rotated input per token on a CPU, unless `shared` says how it is
-            rounded everywhere. Where gradients are asked for, the former stays as it is, and the latter lets them pass.
+        plain: the Linear that it replaces, whose bias it keeps.
+        activations: "float", or "int8" to round the rotated input per token on a CPU. A rounding in `shared` holds on
+            every device instead. With gradients, "int8" rounds nothing, and the rounding in `shared` passes them.
         table: the embedding that holds the weight, if one does.
     """
 
     up: Tensor | None
     up_scale: Tensor | None
-    # Whether it stands for a module that stores its weight as (in_features, out_features).
+    # Whether the module that it replaces stores its weight as (in_features, out_features).
     transposed = False
 
     def __init__(
@@ -295,7 +295,7 @@ class PackedLinear(PackedWeight, nn.Linear):
         operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
                     self.up, self.up_scale, *self.numbers)  # fmt: skip
         rounded, gradients = shared.activation, torch.is_grad_enabled() and _asks_for_gradients(operands)
-        # It has no derivative.
+        # The compiled operator has no derivative.
         native = None if gradients or x.device.type != "cpu" else self.operator("cpu")
         if native is not None and rounded in (None, self._native_rounding):
             return native(*operands, self.act_bits if rounded is None else rounded.bits)
@@ -305,14 +305,14 @@ class PackedLinear(PackedWeight, nn.Linear):
             x = torch.ops.lopro.rotate(x, perm, signs, shared.block, shared.skip)
         latent = None if down is None else torch.ops.lopro.project(x, down, down_scale)
         whole = torch.ops.lopro.round_activation(x, rounded.bits, rounded.group)
-        # Gradients pass the rounding as they are: its own derivative is zero.
+        # Straight-through estimator: the rounding's own derivative is zero.
         x = x + (whole - x).detach() if gradients else whole
         branch = (self.bias, latent, self.up, self.up_scale)
         return self.operator("linear")(x, *self.table_tensors(), *branch, *self.numbers)
 
     @property
     def _native_rounding(self) -> Activation:
-        """What the compiled kernel rounds activations to."""
+        """Rounding of activations inside the compiled kernel."""
         group = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
         return Activation(8, group)
 
@@ -320,7 +320,7 @@ class PackedLinear(PackedWeight, nn.Linear):
         return dense_weight(*self.as_packed("")).to(self.dtype)
 
     def as_packed(self, name: str) -> tuple[Input, Layer]:
-        """The tensors as passes take them; the input has this layer alone."""
+        """Return the tensors as passes take them; the input has this layer alone."""
         shared, own, branch = self.shared, _given(_SHARED, self.shared()), _given(_BRANCH, self.held(_BRANCH))
         transform = Transform(own.get("perm"), own.get("signs"), shared.block, shared.skip)
         down, rounded = factor_of("down", own, 0), shared.activation
@@ -351,6 +351,6 @@ def _given(keys: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> dict[st
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it if it is a part of a larger one: files take storages for tensors."""
+    """Copy a tensor that is a part of a larger storage, because files identify tensors by their storage."""
     whole = tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

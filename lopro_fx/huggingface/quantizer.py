@@ -1,4 +1,4 @@
-"""What transformers calls to load a folder that lopro_fx wrote. Importing this registers it."""
+"""Quantizer that loads a folder written by lopro_fx into transformers; `lopro_fx.huggingface` registers it."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class LoProConfig(QuantizationConfigMixin):
         self.lopro_fx, self.format = lopro_fx, format
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What an argument of `from_pretrained` overrides in a saved configuration."""
+        """Attributes that an argument of `from_pretrained` overrides in a saved configuration."""
         return {"activations": self.activations}
 
 
 class LoProHfQuantizer(HfQuantizer):
-    """Replaces Linears by `PackedLinear` before their tensors are read, and refuses a folder that lacks any of them."""
+    """Quantizer that puts `PackedLinear`s into a model before it is read, and refuses a folder that lacks a tensor."""
 
     requires_calibration = True
     quantization_config: LoProConfig
@@ -115,7 +115,7 @@ class LoProHfQuantizer(HfQuantizer):
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the quantization_config is damaged: {first_line(error)}") from error
         if embeddings:
-            # Folders of lopro_fx 0.1.0 say that nothing is tied, other ties than those of packed weights included.
+            # Folders of lopro_fx 0.1.0 say that nothing is tied, which is false of weights that aren't packed.
             set_tied(model, True)
         untie(model, {*made, *chain(*embeddings.values())})
         replace_modules(model, shared, made, embeddings, config.activations)
@@ -136,7 +136,7 @@ class LoProHfQuantizer(HfQuantizer):
             }
             for key, tensor in held.items():
                 stored = f"{name}.{STORED if key == first else key}"
-                # transformers marks what it read; anything else, unless it was left on the disk, holds garbage.
+                # transformers marks tensors that it read; any other, unless it was left on the disk, holds garbage.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"the model's files lack the tensor '{stored}': save the model again")
                 if key in module.dtypes and tensor.dtype != (expected := module.dtypes[key]):
@@ -144,7 +144,7 @@ class LoProHfQuantizer(HfQuantizer):
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        # Not by way of the configuration, whose dtype is that of loading, and a text once the model was saved.
+        # The configuration's dtype won't do: it is that of loading, and a string once the model was saved.
         restore_modules(model, dtype)
         model.__dict__.pop("resize_token_embeddings", None)
         self.remove_quantization_config(model)
@@ -164,7 +164,7 @@ class LoProHfQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: LoProConfig) -> None:
-    """Make transformers take a model whose Linears were replaced for one that it loaded with `config`."""
+    """Make transformers treat a model with replaced Linears as one that it loaded with `config`."""
     model.hf_quantizer = LoProHfQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.config.quantization_config = config
@@ -173,7 +173,7 @@ def attach(model: Any, config: LoProConfig) -> None:
 
 
 def _refuse_resizing(model: Any) -> None:
-    """Make the model refuse another size of a packed embedding or output projection, before it changes either."""
+    """Make the model refuse to resize a packed embedding or output projection, before it changes either."""
     ends = []
     for end in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):
@@ -189,7 +189,7 @@ def _resize_token_embeddings(name: str, *_: Any, **__: Any) -> None:
 
 
 class _Place:
-    """Saved name to the name in `model`, which may be the saved model or the base model inside it."""
+    """Map saved names to names in `model`, which may be the saved model or the base model inside it."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._prefix = model, f"{model.base_model_prefix}."
@@ -199,7 +199,7 @@ class _Place:
         return name.removeprefix(self._prefix) if self._is_base else name
 
     def size(self, name: str, embedding: str | None) -> tuple[int, int]:
-        """Size of the weight that a Linear has, or an embedding that holds it."""
+        """(out_features, in_features) of a Linear's weight, or of the embedding that holds it."""
         if embedding is not None:
             table = embedding_of(self._model, self(embedding))
             return table.num_embeddings, table.embedding_dim
@@ -207,7 +207,7 @@ class _Place:
         return linear.out_features, linear.in_features
 
     def has(self, name: str, embedding: str | None) -> bool:
-        """Whether there is something to replace: a base model lacks the head, which is no error."""
+        """Whether there is something to replace: a base model lacks the lm_head, which is no error."""
         found = any(has_module(self._model, self(owner)) for owner in (name, embedding) if owner is not None)
         if not found and (name.startswith(self._prefix) or not self._is_base):
             raise ModelError(f"{type(self._model).__name__} has no module '{name}', which was quantised")
@@ -215,7 +215,7 @@ class _Place:
 
 
 def _upgrade(config: LoProConfig, place: _Place) -> None:
-    """Make a configuration of format 1 one of today's, for a model whose sizes tell those of its tensors."""
+    """Convert a configuration of format 1 to the current one, taking the sizes of tensors from the model."""
     sites = {name: entry for name, entry in config.sites.items() if place.has(name, entry["embedding"])}
     config.inputs, config.layers = layout.from_version_1(
         config.groups, sites, lambda name: place.size(name, sites[name]["embedding"])
@@ -233,7 +233,7 @@ def _require_readable(path: str) -> None:
 
 
 def register() -> None:
-    """Make transformers know the configuration and the quantizer."""
+    """Register the configuration and the quantizer with transformers."""
     auto.register_quantization_config(METHOD)(LoProConfig)
     auto.register_quantizer(METHOD)(LoProHfQuantizer)
     # The one place that says which attributes of a saved configuration an argument may override.

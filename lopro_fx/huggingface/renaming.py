@@ -11,13 +11,13 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, Weight
 
 from lopro_fx.huggingface.modules import PackedModule, PackedWeight
 
-# A reader that doesn't know the format stops at the shape of a `weight`, instead of taking the layer for one without
-# weights and filling it with random ones.
+# Under this name, a reader that doesn't know the format stops at the shape; under another, it would fill the layer with
+# random weights.
 STORED = "weight"
 
 
 class PackedRenaming(WeightRenaming):
-    """From `weight` in files to the first tensor of a format, for modules of these names; reversed, the way back."""
+    """Renaming of `weight` in files to the first tensor of a format, for modules of these names; reversible."""
 
     __slots__ = ("_held", "_to_files")
 
@@ -40,15 +40,15 @@ class PackedRenaming(WeightRenaming):
 
 @dataclass(frozen=True)
 class PackedNames:
-    """The first tensor of each module that holds a packed weight, and names of all packed tensors, with and without the
-    base model's prefix."""
+    """First tensor of each module that holds a packed weight (`held`), and names of all packed tensors (`tensors`),
+    with and without the base model's prefix."""
 
     held: dict[str, str]
     tensors: frozenset[str]
 
     @classmethod
     def of(cls, model: Any) -> PackedNames:
-        """Those of a model whose modules were replaced."""
+        """Collect them from a model whose modules were replaced."""
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
         held = {name: key for name, module in packed.items() if (key := first_tensor(module)) is not None}
         tensors = [f"{name}.{key}" for name, module in packed.items() for key in module.dtypes]
@@ -57,10 +57,10 @@ class PackedNames:
         return cls(held, _in_files(model, tensors))
 
     def conversions(self, known: Iterable[Any]) -> list[Any]:
-        """transformers' conversions between files and a model, for one with packed modules.
+        """Adapt transformers' conversions between files and a model to packed modules.
 
-        What renames weights, or joins and splits those of several Linears, leaves packed tensors alone: they have the
-        names of the model's modules in files too.
+        Conversions that rename weights, or join and split those of several Linears, skip packed tensors: their names in
+        files are those of the model's modules.
         """
         return [*(_sparing(entry, self.tensors) for entry in known), PackedRenaming(self.held)]
 
@@ -78,7 +78,7 @@ def _in_files(model: Any, names: Iterable[str]) -> frozenset[str]:
 
 
 def _sparing(entry: WeightTransform, keys: Collection[str]) -> WeightTransform:
-    """The conversion, and whatever transformers makes of it, for all but these keys."""
+    """Exempt these keys from a conversion, and from whatever transformers makes of it."""
     kind: Any = type(entry)
 
     def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
@@ -90,7 +90,7 @@ def _sparing(entry: WeightTransform, keys: Collection[str]) -> WeightTransform:
         return _sparing, (plain, keys)
 
     made = {"__slots__": (), "rename_source_key": rename_source_key, "__reduce__": reduced}
-    # transformers copies by way of the class, and the class has no room for attributes of ours.
+    # transformers copies through the class, whose slots have no room for attributes of ours.
     subclass: Any = type(kind.__name__, (kind,), made)
     spared = subclass.__new__(subclass)
     _copy_slots(entry, spared)
@@ -106,7 +106,7 @@ def _copy_slots(source: Any, target: Any) -> None:
 
 
 def rename_on_saving(model: Any) -> None:
-    """Make `save_pretrained` write the names of files, for a model that wasn't loaded with these names."""
+    """Make `save_pretrained` write the tensors' names in files, for a model that wasn't loaded with them."""
     known = getattr(model, "_weight_conversions", None)
     if known is None:
         # As transformers does for a model that it didn't load.

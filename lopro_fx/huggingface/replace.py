@@ -1,4 +1,4 @@
-"""Puts packed modules in the place of a model's Linears and tied embeddings, and back."""
+"""Replace a model's Linears and tied embeddings by packed modules, and restore them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lopro_fx.layer import Input, Layer
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """The Linear of that name.
+    """Return the Linear called `name`.
 
     Raises:
         ModelError: there is none, or the module computes something else as well.
@@ -31,7 +31,7 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 
 
 def embedding_of(model: nn.Module, name: str) -> nn.Embedding:
-    """The embedding of that name, which may be of a subclass that computes something around the lookup.
+    """Return the embedding called `name`; its class may compute something around the lookup.
 
     Raises:
         ModelError: there is none, or looking rows up changes it.
@@ -44,7 +44,7 @@ def embedding_of(model: nn.Module, name: str) -> nn.Embedding:
 
 
 def tied_embeddings(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, list[str]]:
-    """Names of the embeddings that are to read the packed weight of a layer, for those layers that have any.
+    """Map each layer with tied embeddings to the names of those, which will read its packed weight.
 
     Raises:
         ModelError: a layer is no Linear of the model.
@@ -66,9 +66,8 @@ def replace_modules(
 ) -> None:
     """Replace, in place, each Linear that `layers` names, keeping its bias, and each embedding of `embeddings`.
 
-    Of a layer's embeddings the first holds the weight.
-
-    A Linear with an embedding may be absent: the base model of a causal language model has no output projection.
+    The first of a layer's embeddings holds the weight. A Linear with an embedding may be absent: the base model of a
+    causal language model has no output projection.
 
     Raises:
         ModelError: a name is not that of a Linear or an embedding, or its size differs.
@@ -92,9 +91,9 @@ def replace_modules(
 
 
 def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
-    """Put Linears and embeddings back, in place, with the weights that the packed modules compute with.
+    """Restore Linears and embeddings, in place, with the weights that the packed modules compute with.
 
-    `dtype` is what the whole model is to be; None leaves everything in the dtype that it has.
+    The whole model is cast to `dtype`; None casts nothing.
     """
     tables: dict[int, nn.Parameter] = {}
     for name, packed in list(model.named_modules()):
@@ -118,10 +117,10 @@ def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def untie(model: Any, packed: Collection[str]) -> None:
-    """Make transformers leave the weights of these modules untied, which packed modules take care of themselves.
+    """Make transformers leave the weights of these modules untied, since packed modules share weights themselves.
 
-    Everything else that the model ties, as the two names of an output projection's bias, stays tied. To be called
-    before modules are replaced.
+    The model's other ties, such as the two names of an output projection's bias, stay. Call it before modules are
+    replaced.
     """
     weights = {f"{name}.weight" for name in packed}
     for prefix, part in _tying(model):
@@ -134,7 +133,7 @@ def untie(model: Any, packed: Collection[str]) -> None:
 
 
 def set_tied(model: Any, tied: bool) -> None:
-    """What the configuration says about the output projection."""
+    """Set whether the configuration ties the output projection."""
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = tied
 

@@ -1,4 +1,4 @@
-"""A quantised model as transformers holds it, and as a folder that transformers loads."""
+"""Pack a quantised transformers model, and save it as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CONFIG = "config.json"
 
 
 def pack_model(model: Any, state: QuantState, *, activations: str = DEFAULT) -> Any:
-    """A copy of a transformers model with packed Linears; it shares every tensor that stays with `model`.
+    """Copy a transformers model, with packed Linears; the copy shares every unquantised tensor with `model`.
 
-    With `head_bits`, an embedding that is tied to the output projection is packed too. Quantised weights that are no
-    Linear's in transformers, as a parameter that a router multiplies with, are there rounded but dense, with a warning.
+    With `head_bits`, an embedding that is tied to the output projection is packed too. Quantised weights without a
+    Linear in transformers, such as a router's parameter, are rounded but kept dense, with a warning.
 
     Args:
         model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export. Its
@@ -59,8 +59,8 @@ def save_pretrained(
     """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once `lopro_fx` is imported.
 
     It holds `config.json` with the quantisation's configuration, `generation_config.json`, weights in safetensors
-    shards with an index, the tokenizer's files, and what was done to each layer in `lopro_fx_report.json`. What was not
-    quantised keeps its dtype; tied weights stay tied.
+    shards with an index, the tokenizer's files, and the report of each layer in `lopro_fx_report.json`. Unquantised
+    tensors keep their dtype; tied weights stay tied.
 
     Args:
         model, state, activations: as in `pack_model`.
@@ -85,7 +85,7 @@ def save_pretrained(
 
 
 def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantState]:
-    """The model of `pack_model`, and the part of the state that it holds packed."""
+    """Return `pack_model`'s model, and the part of the state that it holds packed."""
     require_transformers("a packed transformers model")
     from lopro_fx.huggingface.quantizer import LoProConfig, attach
 
@@ -100,7 +100,7 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
         )
     inputs, layers = layout.describe(state, embeddings)
     config = LoProConfig(activations, method=state.config, inputs=inputs, layers=layers)
-    # Tensors that the copy finds in its memo are not copied: only modules are.
+    # With all tensors in its memo, the copy copies modules only.
     kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     packed = copy.deepcopy(model, kept)
     put_weights(packed, dense)
@@ -123,10 +123,10 @@ def _report(state: QuantState) -> dict[str, Any]:
 
 
 def shard_bytes(size: int | str) -> int:
-    """Bytes of a size as transformers writes them.
+    """Parse a size as transformers writes it, to bytes.
 
     Raises:
-        ConfigError: it is none, or below 1 byte.
+        ConfigError: it is no size, or below 1 byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", str(size), re.IGNORECASE | re.ASCII)
     count = int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")) if match else 0

@@ -1,4 +1,4 @@
-"""Quantised weights that a transformers model holds dense, because a module that has them is no Linear."""
+"""Quantised weights that a transformers model holds dense, because their module is no Linear."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lopro_fx.state import QuantState
 
 
 def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dict[str, Tensor]]:
-    """Leave out of a state what no packed module can stand for.
+    """Remove the layers from a state that no packed module can replace.
 
     Returns:
         The state with Linears alone, and the dense weights of the others, as the model stores them, by FQN.
 
     Raises:
-        ModelError: the model has no such weight, or it isn't there to be replaced because it is offloaded.
+        ModelError: the model has no such weight, or can't replace it because it is offloaded.
     """
     others = [name for name in state.layers if not _is_linear(model, name)]
     if not others:
@@ -42,14 +42,14 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
 
 
 def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-    """Dense weights, by FQN, that are tied to a packed one and belong to modules which can't read that.
+    """Make dense weights, by FQN, for tensors that are tied to a packed one but whose module can't read it packed.
 
-    An output projection that was solved on its own is no longer tied: what looks rows up keeps its weight then.
+    An output projection that was solved on its own is no longer tied: embeddings keep their weight then.
 
     Args:
         model: whose tensors are tied.
         state: of Linears alone.
-        embeddings: names of the embeddings that read a site's weight packed, by the site's name.
+        embeddings: names of the embeddings that read a layer's weight packed, by the layer's name.
     """
     tensors, found = _tensors(model), {}
     for name, layer in state.layers.items():
@@ -65,7 +65,7 @@ def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, 
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Replace, in place, weights by their FQN, under every name that they have."""
+    """Replace weights by FQN, in place, under every name that they have."""
     tensors = _tensors(model)
     for fqn, weight in weights.items():
         old = tensors[fqn]
@@ -97,7 +97,7 @@ def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]
 
 
 def _as_stored(dense: Tensor, old: Tensor) -> Tensor:
-    """The weight, or its transpose, in the place of `old`; of a square one the shape doesn't tell which."""
+    """Return the weight, or its transpose, as `old` stores it; of a square one, the nearer to `old`."""
     dense = dense.to(old.device, old.dtype)
     forms = [form for form in (dense, dense.T) if form.shape == old.shape]
     return min(forms, key=lambda form: (form - old).norm().item()).contiguous()

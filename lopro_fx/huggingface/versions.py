@@ -1,4 +1,4 @@
-"""Which transformers this package works with."""
+"""Check that transformers is installed and recent enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: a frozen configuration that says what to measure, and solves the layers of one input.
+"""Interface of a method: a frozen configuration that names what to measure and solves the layers of one input.
 
 One file holds a method; `registry.register_method` makes it known. A bad value is refused on construction, with the
 value and the allowed range.
@@ -22,12 +22,12 @@ HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
 ACT_BITS = (0, *BITS)
 ACT_GROUPS = (0, 32, 64, 128, -1)
-# Key of a setting's text in its field's metadata.
+# Key of a setting's help text in its field's metadata.
 HELP = "help"
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with this default that is a flag of the command line, with this text."""
+    """Define a field that is also a command-line flag, with `text` as its help."""
     return field(default=default, metadata={HELP: text, "choices": choices})
 
 
@@ -44,13 +44,13 @@ class Unit:
         return self.weights[0].shape[1]
 
     def input(self, **shared: Any) -> Input:
-        """The layers' `Input`, with `transform` and `down` where there are any."""
+        """Make the layers' `Input`; `shared` are its other fields, such as `transform` and `down`."""
         return Input(self.name, self.names, self.in_features, **{"transform": Transform(), **shared})
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a unit is solved, and the source of its random choices, which follows from its name and the seed."""
+    """Device on which a unit is solved, and its random generator, seeded by the unit's name and the run's seed."""
 
     device: torch.device
     generator: torch.Generator
@@ -58,10 +58,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Solved:
-    """A unit's result: its input, and its layers in the unit's order.
+    """Result of a unit: its input, and its layers in the unit's order.
 
-    A layer's `metrics` may hold "transform", "relative_loss", "damp" and whatever else the method has to say; what
-    follows from the tensors is added to them.
+    A layer's `metrics` may hold "transform", "relative_loss", "damp" and other figures of the method; those that
+    follow from the tensors are added later.
     """
 
     input: Input
@@ -70,28 +70,28 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every method shares.
+    """Base class of methods, with the settings that all have.
 
     Args:
-        include: fnmatch patterns on a Linear's fully qualified name. What is kept by default (the output projection,
-            routers of experts, Linears of one output feature) is taken only where one of them is its whole name, which
-            no pattern with a wildcard is.
-        exclude: patterns of Linears to leave alone; they win over `include` and `head_bits`.
-        head_bits: width of a code of the output projection, rounded to nearest without data, rotation or factors, and
-            of an embedding that shares its weight: 4 or 8; 0 leaves both. An output projection that `include` names is
-            solved as the other Linears are, and its embedding kept.
-        token_clip: tokens whose squared norm exceeds this many times the median are scaled down to it in the Gram; 0
-            takes them as they are.
-        importance: "gradient" weighs tokens in the Gram by the size of the loss's gradient at the outputs of a group,
-            for one more forward and a backward run of the calibration batches, in a program that returns logits; "none"
-            counts them the same.
-        sequential: solve each group on inputs that come from the layers quantised before it; False uses the
-            unquantised model's inputs throughout.
-        act_bits: 8 or 4 rounds what a packed weight multiplies, in the program and while calibrating what follows: to
-            the nearest, symmetric, with a step a token and group of columns. 0 rounds nothing.
-        act_group: columns that share a step: 32, 64, 128, -1 for a token's all, or 0 for what compiled kernels take:
-            128 of a rotated input, 32 of another, no more than the weight's groups allow.
-        seed: of every random choice (signs, sketches).
+        include: fnmatch patterns on a Linear's fully qualified name. Layers kept by default (the output projection,
+            routers of experts, Linears of one output feature) are taken only if a pattern is the whole name, without
+            wildcards.
+        exclude: patterns of Linears to skip; they win over `include` and `head_bits`.
+        head_bits: code width of the output projection and of an embedding that shares its weight: 4 or 8; 0 keeps
+            both. They are rounded to nearest, without data, rotation or factors. An output projection that `include`
+            names is solved like other Linears, and its embedding is kept.
+        token_clip: tokens whose squared norm exceeds this many times the median are scaled down to that in the Gram; 0
+            scales none.
+        importance: "gradient" weighs tokens in the Gram by the size of the loss's gradient at the layers' outputs. It
+            takes one more forward and a backward run of the calibration batches, and a program that returns logits.
+            "none" weighs all tokens the same.
+        sequential: solve each unit on inputs computed by the quantised layers before it; False uses the unquantised
+            model's inputs throughout.
+        act_bits: 8 or 4 rounds the activations that a packed weight multiplies, in the program and while calibrating
+            later layers: to nearest, symmetric, one step per token and column group. 0 rounds nothing.
+        act_group: columns that share a step: 32, 64, 128, -1 for all of a token's, or 0 for the size that compiled
+            kernels take: 128 for a rotated input, else 32, limited by the weight's column groups.
+        seed: seed of every random choice (signs, sketches).
     """
 
     include: tuple[str, ...] = setting(("*",), "Linears to take (repeatable)")
@@ -111,7 +111,7 @@ class Method:
     name: ClassVar[str]
     # Whether it loses accuracy without calibration.
     needs_data: ClassVar[bool] = True
-    # Settings of the command line, whose programs return logits, that differ from the defaults.
+    # Settings that differ on the command line, where programs return logits.
     of_language_models: ClassVar[Mapping[str, Any]] = {"head_bits": 8}
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Method:
         checks.flag(self, "sequential")
 
     def observers(self) -> Sequence[Observer]:
-        """What to measure of each input; () for a method without data."""
+        """Return the observers to run on each input; () for a method without data."""
         return ()
 
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
@@ -134,7 +134,7 @@ class Method:
         raise NotImplementedError
 
     def most_bits(self) -> float:
-        """Bits a weight that its layers take at most, all counted: what a disk must have room for."""
+        """Upper bound of the bits per weight, all tensors counted, for the check of free disk space."""
         return 16.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lopro_fx.errors import ConfigError
 
 def choice(config: object, name: str, allowed: tuple[Any, ...]) -> None:
     value = getattr(config, name)
-    # 3.0 and True are equal to whole numbers, and no widths.
+    # 3.0 == 3 and True == 1, but neither is a width.
     if value not in allowed or type(value) is not type(allowed[0]):
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): allowed are {', '.join(map(str, allowed))}")
 
@@ -33,7 +33,7 @@ def flag(config: object, name: str) -> None:
 
 
 def patterns(config: object, name: str) -> None:
-    """Make a tuple of the patterns, of which one may stand alone."""
+    """Make a tuple of the patterns; a single one may be a plain string."""
     value = getattr(config, name)
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, (tuple, list, set, frozenset)) or not all(isinstance(item, str) for item in patterns):

@@ -1,4 +1,4 @@
-"""Descent after rounding with feedback: each code is chosen again with all others fixed, then all scales of a row."""
+"""Coordinate descent after rounding: choose each code again with all others fixed, then fit all scales of a row."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps
 
 
 def fit_scales(weight: Tensor, gram: Tensor, rounded: Rounded) -> Rounded:
-    """Scales that minimise tr(E H Eᵀ) for the given codes and zeros, a least-squares problem in each row's groups.
+    """Fit the scales that minimise tr(E H Eᵀ) for given codes and zeros, by least squares over each row's groups.
 
-    A row whose loss doesn't fall, be it by the rounding of its scales, keeps what it has.
+    A row keeps its scales if the loss doesn't fall, which the rounding of the new ones may cause.
     """
     parts = [slice(i, i + _ROWS) for i in range(0, weight.shape[0], _ROWS)]
     scales = torch.cat([_fit_rows(weight[rows], gram, rounded, rows) for rows in parts])
@@ -72,7 +72,7 @@ def _fit_rows(weight: Tensor, gram: Tensor, rounded: Rounded, rows: slice) -> Te
     error = weight - level * old[:, index]
     slope = by_group((error @ gram) * level)
     normal = torch.stack([by_group(level[:, part] @ gram[part] * level) for part in _slices(n, size)], 1)
-    # A group whose levels are all but orthogonal to what calibration saw keeps its scale.
+    # A group whose levels are nearly orthogonal to the calibration data keeps its scale: a fitted one is arbitrary.
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-4 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
     new = old + torch.linalg.solve(normal, slope.unsqueeze(-1)).squeeze(-1)
@@ -88,7 +88,7 @@ def _slices(n: int, size: int) -> list[slice]:
 
 
 def _descend_group(codes: Tensor, error: Tensor, slope: Tensor, gram: Tensor, scale: Tensor, top: int) -> None:
-    """One group's columns: `codes`, `error` and `slope` = (H Eᵀ) are (width, m) and updated in place."""
+    """Descend over one column group; `codes`, `error` and `slope` = (H Eᵀ), (width, m), are updated in place."""
     inverse = 1.0 / scale
     for j in range(codes.shape[0]):
         best = (slope[j] / gram[j, j]).mul_(inverse).add_(codes[j]).round_().clamp_(0, top)

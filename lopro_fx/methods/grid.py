@@ -10,7 +10,7 @@ from torch import Tensor
 from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
 from lopro_fx.methods.units import rounded_scale
 
-# Of rows in units of their largest magnitude: a group of zeros has the smallest.
+# Bounds of a scale, for rows in units of their largest magnitude; a group of zeros gets the smallest.
 MIN_SCALE = 2.0**-60
 MAX_SCALE = 65504.0
 
@@ -28,7 +28,7 @@ class Grid:
         return (x / self.scale + self.zero).round_().clamp_(0, self.levels - 1)
 
     def value(self, codes: Tensor) -> Tensor:
-        """Weights that the codes stand for."""
+        """Dequantise codes."""
         return (codes - self.zero) * self.scale
 
 
@@ -39,13 +39,13 @@ def _grid(low: Tensor, high: Tensor, levels: int) -> Grid:
 
 
 def fit_grid(block: Tensor, bits: int, weights: Tensor | None = None, steps: int = 24, shrink: float = 0.6) -> Grid:
-    """Grid of each row of one group, by a search over clipping ranges.
+    """Fit the grid of each row of one group by a search over clipping ranges.
 
-    The range [min, max] of each row is shrunk towards zero in `steps` steps down to `1 - shrink` of itself, and the
-    one with the least weighted squared error is kept.
+    The range [min, max] of each row is shrunk towards zero in `steps` steps down to `1 - shrink` of itself; the range
+    with the least weighted squared error is kept.
 
     Args:
-        block: (g, m) weights, one column a row of the matrix.
+        block: (g, m) weights, transposed: each column is a row of the matrix.
         bits: width of a code.
         weights: (g,) weight of each input column's error, or None for equal ones. GPTQ's own loss weighs the
             rounding error of column j by its pivot, so the pivots belong here.

@@ -19,13 +19,13 @@ from lopro_fx.methods.grid import Grid, fit_grid
 from lopro_fx.methods.rounded import Rounded
 
 MAX_DAMP = 1e6
-# Columns whose feedback is applied one at a time before the rest is updated by a matrix product.
+# Columns whose feedback is applied one at a time before a GEMM updates the rest.
 _BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is what was needed."""
+    """`upper` fp32 (n, n) unit upper triangular, `pivots` (n,), of the damped H; `damp` is the damping used."""
 
     upper: Tensor
     pivots: Tensor
@@ -77,8 +77,8 @@ def round_with_feedback(
         fb: feedback of the Gram, its columns already in `order`.
         bits: width of a code.
         group_size: columns that share a scale; -1 is the whole row.
-        order: int64 (n,) columns in the sequence in which to round them, or None for storage order. Whole groups must
-            stay together unless `static`, because a group's grid is fitted when its first column is reached.
+        order: int64 (n,) columns in rounding order, or None for storage order. Column groups must stay together unless
+            `static`, because a group's grid is fitted when its first column is reached.
         static: fit all grids to W before any rounding, so that `order` may be any permutation.
         clip_steps: candidate clipping ranges of a group, 0 for none.
 

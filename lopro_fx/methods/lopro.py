@@ -1,6 +1,6 @@
 """LoPRo: permuted block-wise rotation, error-feedback rounding and a low-rank branch (arXiv 2601.19675).
 
-One call solves all Linears of a group. They share the transform and the down factor, since they read the same tensor;
+One call solves all Linears of a unit. They share the transform and the down factor, since they read the same tensor;
 each has its own codes, scales, zeros and up factor. Everything after the transform is solved in rotated coordinates, so
 at run time only x' = Tᵀ x is needed (the paper's low-rank branch reads the raw x and keeps a scale vector).
 """
@@ -42,15 +42,15 @@ class LoPRo(Rounding):
         factor_bits: 8 (int8, one fp16 scale a component) or 16 (fp16).
         transforms: candidates among "identity" (no permutation, no rotation), "act_order" (columns by energy, not
             rotated), "partial" (permuted by importance, the salient block not rotated) and "full" (random signs, every
-            column rotated). With several, each group keeps the one of least proxy loss; "full" alone measured better
-            than that guard, whose loss on the calibration text misjudges "partial" (see benchmarks/results).
+            column rotated). With several, each unit keeps the one of least proxy loss. "full" alone measured better:
+            the loss on calibration text misjudges "partial" (see benchmarks/results).
         block_size: largest Hadamard block; the block used is the largest power of two that divides the width.
         salient: columns that "partial" leaves alone (the paper's b_I).
         signs: random signs before the Hadamard blocks of "partial".
         low_rank: "block_svd" (randomised subspace iteration) or "r1_sketch" (the paper's rank-one deflation).
-        power_iterations: of the sketch, each two passes over the matrix.
-        refits: times the factors are solved again for the rounding error and the weights rounded again around them;
-            the best iterate is kept. 0 is the paper: factors once, from the weights alone.
+        power_iterations: of either solver of the first factors, each two passes over the matrix.
+        refits: times the factors are solved again for the rounding error, with the weights rounded around them; the
+            best iterate is kept. 0 is the paper: factors once, from the weights alone.
         sweeps: coordinate-descent passes over the codes, each with a fit of the scales, after each rounding.
         damp: as in GPTQ.
     """
@@ -117,9 +117,9 @@ class LoPRo(Rounding):
 
 @dataclass(frozen=True)
 class _Problem:
-    """One candidate: W T, Tᵀ H T, its feedback, the sequence in which columns are rounded, the scale of its rows.
+    """One candidate transform: W T, Tᵀ H T, its feedback, the rounding order of columns, the scale of rows.
 
-    Rows of the weight are in units of their own; `share` (m, 1) takes them to the unit that the up factors have.
+    Rows of the weight are in units of their own; `share` (m, 1) takes them to the unit of the up factors.
     """
 
     name: str
@@ -140,20 +140,20 @@ class _Branch:
     ups: tuple[Factor, ...]
 
     def dense(self, share: Tensor) -> Tensor:
-        """Product (m, n) of the factors in units of the rows."""
+        """Multiply the factors to (m, n), in units of the rows."""
         return divided(torch.cat([up.dense() for up in self.ups]), share) @ self.down.dense()
 
 
 def solve(
     joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
-    """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a group's weights, in units of their rows.
+    """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a unit's weights, in units of their rows.
 
-    `share` (m, 1) fp32 holds powers of two that take the rows to one unit, which that of the up factors and of the loss
-    is; errors weigh in it.
+    `share` (m, 1) fp32 holds powers of two that take the rows to one unit: that of the up factors, the errors and the
+    loss.
 
-    Each candidate transform is tried once; the one of least proxy loss is refined by alternating between the factors
-    and the rounding, and the best iterate is kept, so the loss is never above that of the best candidate alone.
+    Each candidate transform is tried once. The one of least proxy loss is refined by alternating between the factors
+    and the rounding; the best iterate is kept, so the loss never exceeds that of the best candidate alone.
     """
     start = initial_factors(joint, stats, config, generator, share) if config.rank else None
     residual = joint if start is None else joint - start[0] @ start[1]
@@ -182,9 +182,9 @@ def solve(
 def initial_factors(
     joint: Tensor, stats: Statistics, config: LoPRo, generator: torch.Generator, share: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Factors (m, r) and (r, n) of the weights themselves, in original coordinates, before any rounding of weights.
+    """Compute factors (m, r) and (r, n) of the unrounded weights, in original coordinates.
 
-    `share` (m, 1) is by what rows weigh, see `solve`.
+    `share` (m, 1) weighs the rows, see `solve`.
 
     "block_svd" takes the best rank-r approximation in the Gram norm. "r1_sketch" is the paper: columns are scaled by
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
@@ -205,10 +205,10 @@ def initial_factors(
 
 
 def column_scale(magnitude: Tensor) -> Tensor:
-    """s_j = t_j / sqrt(max t * min t) with t = E|x_j|^2.4, of the released code: its largest and smallest are inverse.
+    """Scale s_j = t_j / sqrt(max t * min t) of the released code, with t_j = E|x_j|^2.4; max s is 1 / min s.
 
-    t is floored at 1e-8 of its maximum (the code's floor is absolute and depends on the model's dtype), so dead columns
-    neither divide by zero nor stretch the range.
+    t is floored at 1e-8 of its maximum, so dead columns neither divide by zero nor stretch the range. The released
+    code's floor is absolute and depends on the model's dtype.
     """
     raised = magnitude.to(torch.float64).pow(_SCALE_POWER)
     raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny ** 0.5))
@@ -216,7 +216,7 @@ def column_scale(magnitude: Tensor) -> Tensor:
 
 
 def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, generator: torch.Generator) -> Transform:
-    """The candidate transform `name` (see `LoPRo.transforms`) for a residual (m, n) and its Gram."""
+    """Make the candidate transform `name` (see `LoPRo.transforms`) for a residual (m, n) and its Gram."""
     n = residual.shape[1]
     if name == "identity":
         return Transform()
@@ -232,8 +232,7 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
 
 
 def _row_scale(stats: Statistics, share: Tensor | float) -> Tensor | float:
-    """(m, 1) by which an error's rows are multiplied, so that its squares are in one unit and weigh as `stats.rows`
-    says."""
+    """Scale (m, 1) of an error's rows that puts its squares in one unit and weighs them by `stats.rows`."""
     return share if stats.rows is None else share * stats.rows.sqrt().unsqueeze(1)
 
 
@@ -261,7 +260,7 @@ def _branch(up: Tensor, down: Factor, problem: _Problem, rows: list[int], config
 def _attempt(
     problem: _Problem, branch: _Branch | None, rows: list[int], config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
-    """Round the weights around `branch`, then solve the branch again for what the rounding left."""
+    """Round the weights around `branch`, then solve the branch again for the remaining error."""
     target = problem.weight if branch is None else problem.weight - branch.dense(problem.share)
     rounded = round_with_feedback(
         target, problem.fb, config.bits, config.group_size, order=problem.order, clip_steps=config.clip_steps

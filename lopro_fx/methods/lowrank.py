@@ -13,7 +13,7 @@ from lopro_fx.methods.ldlq import cholesky, damped
 from lopro_fx.methods.prior import FACTOR_DAMP
 from lopro_fx.methods.units import rounded_scale
 
-# Units of a weight in which fp16 holds its up factors as they are.
+# Range of a weight's unit in which fp16 holds its up factors without a scale.
 _NEAR_ONE = 2.0**-10, 2.0**10
 
 
@@ -28,7 +28,7 @@ def round_factor(factor: Tensor, bits: int, dim: int) -> Factor:
 
 
 def in_unit(factor: Factor, unit: float) -> Factor:
-    """The factor times a power of two, which its scales take; fp16 values get some where fp16 lacks the range."""
+    """Multiply the factor by a power of two, in its scales; fp16 values get scales where fp16 lacks the range."""
     if factor.scale is not None:
         return replace(factor, scale=factor.scale * unit)
     if _NEAR_ONE[0] <= unit <= _NEAR_ONE[1]:
@@ -44,7 +44,7 @@ def randomized_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading `rank` singular triplets (m, r), (r,), (r, n) by block subspace iteration (Halko et al. 0909.4061, 4.4).
 
-    Needs `2 * iterations + 2` passes over the matrix, each one matrix product of width rank + oversample.
+    Needs `2 * iterations + 2` passes over the matrix, each a GEMM of width rank + oversample.
     """
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
@@ -66,9 +66,9 @@ def r1_sketch(
 ) -> tuple[Tensor, Tensor]:
     """Rank-one deflation (LoPRo equations 10-12): left (m, r) and right (r, n) with left @ right close to the matrix.
 
-    Each component is found by power iteration on the current remainder, rounded, and subtracted with the weight that
-    minimises the remainder for the rounded pair, so its rounding error is fitted again by later components and the
-    remainder never grows.
+    Each component is found by power iteration on the current remainder and rounded. It is subtracted with the weight
+    that minimises the remainder for the rounded pair, so later components fit its rounding error and the remainder
+    never grows.
     """
     remainder = matrix.clone()
     m, n = matrix.shape
@@ -94,7 +94,7 @@ def gram_components(
 ) -> Tensor:
     """Down factor (r, n) of the best rank-r approximation of `matrix` (m, n) in the norm tr(· H ·ᵀ).
 
-    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1), of the H of `FACTOR_DAMP`.
+    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1). H is damped by `FACTOR_DAMP`.
     """
     root, _ = cholesky(hessian, FACTOR_DAMP)
     _, _, vh = randomized_svd(matrix @ root, rank, generator, iterations=iterations)
@@ -107,18 +107,18 @@ def correction(
     """Best low-rank approximation of `error` (m, n) in the Gram norm, with the down factor rounded.
 
     The down factor is rounded first and the up factor solved for it by least squares, so only the up factor's own
-    rounding is left to pay. `rows` (m, 1) scales the rows among which the down factor is shared.
+    rounding adds error. `rows` (m, 1) weighs the rows that share the down factor.
 
     Returns:
-        up fp32 (m, r), not rounded (its caller rounds each site's rows), and the down `Factor` (r, n).
+        up fp32 (m, r), not rounded (its caller rounds each layer's rows), and the down `Factor` (r, n).
     """
     factor = round_factor(gram_components(error * rows, hessian, rank, generator), factor_bits, 0)
     return fit_up(error, hessian, factor.dense()), factor
 
 
 def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
-    """Up factor (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n), with the H that
-    the down factor is best for."""
+    """Fit the up factor B (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n); H is
+    damped as in `gram_components`."""
     projected = down @ damped(hessian, FACTOR_DAMP)
     normal = projected @ down.T
     normal.diagonal().add_((1e-6 * normal.diagonal().mean()).clamp_min(torch.finfo(normal.dtype).tiny))
@@ -126,5 +126,5 @@ def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers for `like`, drawn on the CPU, so that every device draws the same."""
+    """Draw normal numbers for `like`, on the CPU, so that every device gets the same."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

@@ -1,4 +1,4 @@
-"""What a method asks calibration to measure of the tensor that a unit's layers read."""
+"""Statistics that a method asks calibration to collect on a unit's input tensor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lopro_fx.errors import ConfigError
 
 
 class Observer:
-    """Sees every token of one input, batch by batch.
+    """Statistic of one input, updated with every token, batch by batch.
 
-    `name` is the key under which methods find the result in `Statistics.values`.
+    `name` is the key of its result in `Statistics.values`.
     """
 
     name: str
@@ -25,11 +25,11 @@ class Observer:
         raise NotImplementedError
 
     def result(self) -> Any:
-        """What was seen."""
+        """Return the statistic."""
         raise NotImplementedError
 
     def data_free(self, in_features: int, device: torch.device | str) -> Any:
-        """What stands for `result` without data."""
+        """Return the stand-in for `result` without data."""
         raise NotImplementedError
 
 
@@ -82,14 +82,14 @@ class Magnitude(Observer):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration saw of one input.
+    """Calibration statistics of one input.
 
     Args:
-        values: results of the method's observers, by their names. Activations that are far from 1 are in another unit,
-            a power of two, so that their squares are numbers in fp32.
+        values: results of the method's observers by name. Activations far from 1 are scaled by a power of two, without
+            which their squares would overflow or vanish in fp32.
         tokens: tokens counted; 0 is data-free.
-        distinct: tokens in different directions: no more than that are independent.
-        rows: fp32 (m,), by what the error of each output feature of all layers counts; None for the same.
+        distinct: tokens in different directions, an upper bound of those that are independent.
+        rows: fp32 (m,), weight of the error of each output feature of all layers; None for equal weights.
     """
 
     values: Mapping[str, Any]
@@ -99,12 +99,12 @@ class Statistics:
 
     @property
     def gram(self) -> Tensor:
-        """Of `Gram`."""
+        """Result of `Gram`."""
         return self._of(Gram)
 
     @property
     def magnitude(self) -> Tensor:
-        """Of `Magnitude`."""
+        """Result of `Magnitude`."""
         return self._of(Magnitude)
 
     def _of(self, observer: type[Observer]) -> Any:

@@ -1,8 +1,8 @@
-"""What is assumed of directions that calibration saw little or nothing of: that they count as much as the mean one.
+"""Prior for directions that calibration hardly saw: they count as much as the mean one.
 
 Least squares has no answer there, and any answer that fits calibration explodes on other text. With n features and t
-distinct tokens, (n / t)² times the mean diagonal is added to the Gram: nothing beside the rounding's own damping once
-tokens are many times the features, and all but the data-free Gram where they are few.
+distinct tokens, (n / t)² times the mean diagonal is added to the Gram. For t many times n that is negligible beside
+the rounding's own damping; for few tokens it makes the Gram nearly the data-free one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lopro_fx.methods.observers import Gram, Statistics
 
-# Part of the mean diagonal that both factors of a low-rank branch are fitted with. It is ten times that of the
-# rounding: a factor grows without bound in directions that calibration hardly saw, and other text does see them.
+# Damping of both low-rank factors, as a part of the mean diagonal. It is ten times that of the rounding: with less, a
+# factor grows without bound in directions that calibration hardly saw, and other text uses them.
 FACTOR_DAMP = 0.1
 
 
 def informed(stats: Statistics) -> Statistics:
-    """Statistics whose Gram holds the prior, in a unit in which its mean diagonal is 1 to 2; identity for all zeros."""
+    """Scale the Gram to a mean diagonal of 1 to 2, then add the prior; an all-zero Gram becomes the identity."""
     gram, n = stats.gram, stats.gram.shape[0]
     mean = gram.diagonal().mean().item()
     if not mean > 0:

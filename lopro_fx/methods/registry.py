@@ -1,4 +1,4 @@
-"""The methods there are, by the names that files and the command line use."""
+"""Registry of methods, by their names in files and on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Add a method; also a decorator of its class.
+    """Register a method; usable as a decorator of its class.
 
     Raises:
         ConfigError: it is no subclass of Method with a `name` of its own, or another method has that name.

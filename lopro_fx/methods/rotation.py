@@ -1,4 +1,4 @@
-"""How the parts of an orthogonal transform T = P S D are chosen for a group of Linears that share an input."""
+"""Choice of the parts of an orthogonal transform T = P S D for Linears that share an input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def group_order(hessian: Tensor, group_size: int) -> Tensor:
 
 
 def as_index(order: Tensor) -> Tensor:
-    """A permutation in the narrowest dtype that holds it: int16 up to 32768 columns, then int32."""
+    """Cast a permutation to the narrowest dtype that holds it: int16 up to 32768 columns, then int32."""
     return order.to(torch.int16 if order.numel() <= 2**15 else torch.int32)
 
 

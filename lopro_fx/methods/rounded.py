@@ -1,4 +1,4 @@
-"""A matrix rounded to the format "affine", before it is packed."""
+"""Matrix rounded to the format "affine", before it is packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET, pack
 from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.methods.units import stored_scales
 
-# Packing takes many times the codes' memory, and an output projection has the vocabulary's rows.
+# Packing takes many times the codes' memory; all rows of an output projection (the vocabulary) at once would fill it.
 _ROWS = 8192
 
 
@@ -27,7 +27,7 @@ class Rounded:
     group_size: int
 
     def dense(self) -> Tensor:
-        """fp32 (m, n)."""
+        """Dequantise to fp32 (m, n)."""
         n = self.codes.shape[1]
         size = n if self.group_size == -1 else self.group_size
         group = torch.arange(n, dtype=torch.int64, device=self.codes.device) // size
@@ -35,13 +35,13 @@ class Rounded:
         return (self.codes.to(torch.float32) - zero[:, group]) * self.scales[:, group]
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
-        """Parts of so many rows."""
+        """Split into parts of these numbers of rows."""
         sizes = list(rows)
         parts = zip(self.codes.split(sizes), self.scales.split(sizes), self.zeros.split(sizes), strict=True)
         return [Rounded(codes, scales, zeros, self.group_size) for codes, scales, zeros in parts]
 
     def packed(self, bits: int) -> Packed:
-        """The weight as it is stored, with codes of `bits` bits."""
+        """Pack the weight, with codes of `bits` bits."""
         codes = torch.cat([pack(part, bits) for part in self.codes.split(_ROWS)])
         scales, zeros = stored_scales(self.scales, bits).contiguous(), pack(self.zeros.flatten(), bits)
         return affine(codes, scales, zeros, bits, self.group_size, self.codes.shape[1])

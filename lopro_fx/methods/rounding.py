@@ -1,4 +1,4 @@
-"""What methods that round to the format "affine" share: their settings, units, and how a solution is packed."""
+"""Base of methods that round to the format "affine": their settings, row units, and the packing of a solution."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding(Method):
-    """Settings of codes with a scale and a zero a group.
+    """Method that stores codes with a scale and a zero per column group.
 
     Args:
         bits: width of a weight's code: 2, 3, 4 or 8.
@@ -57,8 +57,7 @@ class Rounding(Method):
         """Quantise the weights (m_i, n) of Linears that share an input.
 
         Args:
-            weights: floating-point matrices of equal width, of any magnitude that fp32 has, which rows may have each of
-                its own.
+            weights: floating-point matrices of equal width; each row may have any magnitude within fp32.
             stats: Gram and magnitude of the shared input.
             generator: source of every random choice.
         """
@@ -73,14 +72,14 @@ class Rounding(Method):
     ) -> GroupSolution:
         """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a unit's weights, in units of their rows.
 
-        `share` (m, 1) fp32 holds powers of two that take the rows to one unit, in which errors weigh, and the up
-        factors and the loss of the result are.
+        `share` (m, 1) fp32 holds powers of two that take the rows to one unit: that of the errors, and of the result's
+        up factors and loss.
         """
         raise NotImplementedError
 
 
 def pack_solution(unit: Unit, solution: GroupSolution, bits: int) -> Solved:
-    """The packed tensors of a solution, split into the unit's layers."""
+    """Pack a solution and split it into the unit's layers."""
     rows = [weight.shape[0] for weight in unit.weights]
     shared = unit.input(transform=solution.transform, down=_stored(solution.down))
     metrics = {"transform": solution.choice, "relative_loss": solution.relative, "damp": solution.damp}
@@ -93,7 +92,7 @@ def pack_solution(unit: Unit, solution: GroupSolution, bits: int) -> Solved:
 
 
 def _stored(factor: Factor | None) -> Factor | None:
-    """The factor as it is kept."""
+    """Convert a factor to its stored form."""
     if factor is None:
         return None
     scale = None if factor.scale is None else stored_factor_scale(factor.scale).contiguous()
@@ -101,7 +100,7 @@ def _stored(factor: Factor | None) -> Factor | None:
 
 
 def _in_units(solution: GroupSolution, units: Tensor, unit: float) -> GroupSolution:
-    """The solution of weights that were divided by `units` (m, 1), whose largest is `unit`."""
+    """Undo the division of the weights by `units` (m, 1), whose largest is `unit`, in their solution."""
     losses: Mapping[str, Any] = solution.losses
     return replace(
         solution,

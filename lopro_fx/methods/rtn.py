@@ -1,4 +1,4 @@
-"""Rounding to nearest, one group of input columns at a time."""
+"""Rounding to nearest, one column group at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided, row_units
 
-# Rows rounded at once: an output projection has as many as the vocabulary, and copies of it in fp32 fill the memory.
+# Rows rounded at once: fp32 copies of a whole output projection, with the vocabulary's rows, would fill the memory.
 _ROWS = 8192
 
 

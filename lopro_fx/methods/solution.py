@@ -1,4 +1,4 @@
-"""What a method returns for one group of Linears."""
+"""Solution of one unit before it is packed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lopro_fx.methods.rounded import Rounded
 
 @dataclass(frozen=True)
 class GroupSolution:
-    """W ≈ (Q̂ + B A) Tᵀ for the row-wise concatenation W of the group's weights.
+    """W ≈ (Q̂ + B A) Tᵀ for the row-wise concatenation W of the unit's weights.
 
-    `loss` is tr(E H Eᵀ) and `relative` the same divided by tr(W H Wᵀ); `ups` holds one up factor a site. `choice` names
-    the transform that won, `losses` the proxy loss of every candidate that was tried.
+    `loss` is tr(E H Eᵀ) and `relative` the same divided by tr(W H Wᵀ); `ups` holds one up factor per layer. `choice`
+    names the transform that won, `losses` holds the proxy loss of every candidate.
     """
 
     transform: Transform

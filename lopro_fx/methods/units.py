@@ -1,7 +1,7 @@
-"""Units in which a problem is solved: each row of a weight is divided by a power of two near its largest magnitude.
+"""Row units: before solving, each row of a weight is divided by a power of two near its largest magnitude.
 
-Solving is then the same for any unit of a weight, and of each of its rows, up to the ends of fp32. What is stored goes
-back to the weight's own unit, in fp16 where that has the range.
+The solution then doesn't depend on the magnitude of a weight or of its rows, up to the ends of fp32. Stored tensors are
+in the weight's own unit, in fp16 where that has the range.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Largest and smallest normal number of fp16.
 _MOST, _NORMAL = 65504.0, 2.0**-14
-# Bits of an fp32 fraction that fp16 hasn't.
+# Bits of an fp32 fraction that fp16 lacks.
 _CUT = 13
 
 
@@ -23,19 +23,19 @@ def row_units(weight: Tensor) -> Tensor:
 
 
 def divided(rows: Tensor, units: Tensor) -> Tensor:
-    """rows / units, and zeros where the unit is 0."""
+    """Return rows / units, with zeros where the unit is 0."""
     return torch.where(units > 0, rows / torch.where(units > 0, units, 1.0), 0.0)
 
 
 def rounded_scale(scale: Tensor) -> Tensor:
-    """fp32 with the 11 significant bits of fp16, at any exponent."""
+    """Round fp32 to the 11 significant bits of fp16, at any exponent."""
     bits = scale.contiguous().view(torch.int32)
     half = (1 << _CUT - 1) - 1 + ((bits >> _CUT) & 1)
     return ((bits + half) & -(1 << _CUT)).view(torch.float32)
 
 
 def stored_scales(scales: Tensor, bits: int) -> Tensor:
-    """Scales (m, groups) fp32 as they are kept: fp16, or fp32 for a matrix that has rows which fp16 can't hold.
+    """Convert scales (m, groups) from fp32 to fp16; a matrix with any row that fp16 can't hold keeps fp32.
 
     Below its normal range fp16 rounds a scale; the ends of a row's range may move by an eighth of a step.
     """
@@ -45,6 +45,6 @@ def stored_scales(scales: Tensor, bits: int) -> Tensor:
 
 
 def stored_factor_scale(scale: Tensor) -> Tensor:
-    """Scales (rank,) fp32 of a factor's components as they are kept: fp16 where it has the range of the largest."""
+    """Convert a factor's scales (rank,) from fp32 to fp16, unless fp16 lacks the range of the largest."""
     largest = scale.amax() if scale.numel() else scale.new_ones(())
     return scale.to(torch.float16) if _NORMAL <= largest <= _MOST or largest == 0 else scale

@@ -1,4 +1,4 @@
-"""Language models to quantise: load one by name, export it with dynamic shapes."""
+"""Language models to quantise: load by name, export with dynamic shapes."""
 
 from __future__ import annotations
 

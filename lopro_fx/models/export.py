@@ -1,4 +1,4 @@
-"""Exports a Hugging Face causal language model as a program with plain tensors in and out.
+"""Export a Hugging Face causal language model as a program with plain tensors in and out.
 
 The program's weights keep the names that they have in the model (`model.layers.0.self_attn.q_proj.weight`), whichever
 of the two functions made it, so that one quantisation state fits both programs.
@@ -27,7 +27,7 @@ _LONGEST = 1000
 
 
 def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedProgram:
-    """Exports `input_ids` (batch, sequence) int64 -> logits (batch, sequence, vocabulary), both sizes dynamic, from 1.
+    """Export `input_ids` (batch, sequence) int64 -> logits (batch, sequence, vocabulary), both sizes dynamic, from 1.
 
     No KV cache, no padding: each token sees itself and those before it. `example_length`: tokens in the traced example,
     at least 2. A model with a table of positions takes sequences up to its length.
@@ -46,12 +46,12 @@ def export_causal_lm(model: nn.Module, *, example_length: int = 8) -> ExportedPr
 
 
 def export_scorer(model: nn.Module) -> ExportedProgram:
-    """Exports the program that scores several continuations of one text in one pass (see `evaluation.zeroshot`).
+    """Export the program that scores several continuations of one text in one pass (see `evaluation.zeroshot`).
 
     Inputs: `input_ids` (1, S) int64; `position_ids` (1, S) int64; `mask` (1, 1, S, S), of the model's dtype, added to
     the attention scores, row = query; `keep` (K,) int64, the positions whose logits are wanted. Output: logits (K,
-    vocabulary). S >= 2 and K >= 1 are dynamic. The mask replaces the model's own, a sliding window included; a window
-    that is a table of the model's (GPT-Neo) can't be replaced, so S is no longer than it.
+    vocabulary). S >= 2 and K >= 1 are dynamic. The mask replaces the model's own, a sliding window included. A window
+    that the model stores as a table (GPT-Neo) can't be replaced: it limits S.
 
     Raises: ModelError if torch.export can't trace the model, or the model doesn't add the mask to its scores.
     """
@@ -92,12 +92,12 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
 def export_view(
     model: nn.Module, forward: Callable[..., Tensor], example: tuple[Any, ...], shapes: dict[str, Any]
 ) -> ExportedProgram:
-    """Exports a model with `forward(self, …)` in place of its own.
+    """Export a model with `forward(self, …)` in place of its own.
 
     Args:
         example: positional inputs of `forward`, tensors or lists of them, on any device.
-        shapes: dynamic sizes by the name of the input, as in `torch.export.export`. Where the model needs narrower
-            ranges than they have, it gets those.
+        shapes: dynamic sizes by the name of the input, as in `torch.export.export`. Ranges are narrowed where the model
+            needs it.
 
     Raises: ModelError if torch.export can't trace the model, with its reason.
     """
@@ -113,8 +113,8 @@ def export_view(
         tries += 1
         try:
             with torch.no_grad():
-                # torch 2.11 can't see that min(8 s, 16 s) is 8 s where keys are repeated: it shall check that, not
-                # refuse.
+                # torch 2.11 can't prove that min(8 s, 16 s) is 8 s where keys are repeated: without this it refuses
+                # instead of checking at run time.
                 return torch.export.export(
                     view, example, dynamic_shapes=shapes, strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
@@ -127,7 +127,7 @@ def export_view(
 
 
 def _narrowed(shapes: dict[str, Any], text: str) -> dict[str, Any] | None:
-    """The sizes with the ranges that torch.export suggests in an error's text, or None if they are no narrower."""
+    """Apply the ranges that torch.export suggests in an error's text; None if they are no narrower."""
     found = {name: (low, high) for name, low, high in _SUGGESTION.findall(text)}
     changed = False
 
@@ -146,7 +146,7 @@ def _narrowed(shapes: dict[str, Any], text: str) -> dict[str, Any] | None:
 
 
 def _reason(error: BaseException) -> str:
-    """All that torch.export says of the reason, in one line, without its hints on how to debug."""
+    """Return torch.export's reason in one line, without its debugging hints."""
     lines = [line.strip() for line in str(error).partition("The error above occurred when calling")[0].splitlines()]
     text = " ".join(line for line in lines if line).replace(_HINT, "")
     return f"{text[:_LONGEST]}…" if len(text) > _LONGEST else text or type(error).__name__

@@ -1,4 +1,4 @@
-"""Reads a model and its tokenizer from a GGUF file, or from the parts of one, through transformers."""
+"""Read a model and its tokenizer from a GGUF file, or from the parts of one, through transformers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file begins as a GGUF does, whatever its name."""
+    """Whether a file begins like a GGUF, whatever its name."""
     with file.open("rb") as opened:
         return opened.read(len(_MAGIC)) == _MAGIC
 
 
 def parts_of(file: Path) -> list[Path]:
-    """Every part of the GGUF that `file` is, or is a part of (`…-00001-of-00003.gguf`), in their order.
+    """List all parts of the GGUF that `file` belongs to (`…-00001-of-00003.gguf`), in order.
 
     Raises:
         ModelError: a part is missing.
@@ -39,9 +39,9 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def own_type(file: Path) -> torch.dtype:
-    """The floating-point type that matrices are stored in; bfloat16, which any value fits, where all are quantised.
+    """Dtype of the stored matrices: float16 if any is, float32 if all are, else bfloat16, whose range fits any value.
 
-    Vectors say nothing: llama.cpp writes those of every model in fp32.
+    Vectors don't tell: llama.cpp writes them in fp32 for every model.
     """
     from gguf import GGMLQuantizationType, GGUFReader
 
@@ -54,7 +54,7 @@ def own_type(file: Path) -> torch.dtype:
 
 
 def read_gguf(file: str | Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
-    """(model with dequantised weights of `dtype`, tokenizer, transformers' loading info).
+    """Load (model with dequantised weights of `dtype`, tokenizer, transformers' loading info).
 
     Raises:
         ImportError: transformers or gguf is not installed.
@@ -64,7 +64,7 @@ def read_gguf(file: str | Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str,
 
     parts = parts_of(Path(file).absolute())
     with tempfile.TemporaryDirectory() as folder:
-        # transformers reads one file, and knows it by its suffix.
+        # transformers reads one file only, and recognises it by its suffix.
         whole = Path(folder) / "model.gguf"
         if len(parts) == 1:
             whole.symlink_to(parts[0])
@@ -88,7 +88,7 @@ def _join(parts: Sequence[Path], whole: Path) -> None:
     fields = readers[0].fields
     writer = GGUFWriter(whole, fields["general.architecture"].contents())
     for name, field in fields.items():
-        # The reader adds the first kind, the writer has written the second, and the third tells of parts.
+        # The reader adds the first kind, the writer has written the second, and the third describes parts.
         if not name.startswith(("GGUF.", "general.architecture", "split.")):
             kind = field.types[0]
             inner = field.types[-1] if kind == GGUFValueType.ARRAY else None

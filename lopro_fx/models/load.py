@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer by name."""
+"""Load a causal language model and its tokenizer by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SMOLLM2 = "smollm2-135m"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in eval mode, its Hugging Face tokenizer, the name asked for and where it came from.
+    """Causal language model in eval mode, its Hugging Face tokenizer, its name and where it came from.
 
-    `stored` is the type of the weights in its files, float32 where that is none of float32, bfloat16 and float16;
-    `file_bytes` is the size of those files, None where they aren't known.
+    `stored` is the dtype of the weights in its files if that is bfloat16 or float16, else float32; `file_bytes` is the
+    size of those files, None if unknown.
     """
 
     model: nn.Module
@@ -34,7 +34,7 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
-    """Loads `smollm2-135m`, a folder in the Hugging Face layout, a GGUF file, or a model of the Hugging Face hub.
+    """Load `smollm2-135m`, a folder in the Hugging Face layout, a GGUF file, or a model of the Hugging Face hub.
 
     Weights are mapped from the file where `dtype` is the stored one, so they cost no memory until they are read.
 
@@ -67,7 +67,7 @@ def load_model(name: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def _locate(name: str) -> tuple[str, str]:
-    """(what to call it, where transformers finds it)"""
+    """Return (description of the source, location for transformers)."""
     if name == SMOLLM2:
         return f"GGUF Q4_1 of the package {smollm2.REQUIREMENT}, dequantised", str(smollm2.smollm2_folder())
     folder = Path(name).expanduser()
@@ -99,7 +99,7 @@ def _read(location: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _stored(location: str) -> torch.dtype:
-    """The type that the configuration names."""
+    """Return the dtype that the configuration names, float32 if it isn't a 16-bit one."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location)
@@ -108,7 +108,7 @@ def _stored(location: str) -> torch.dtype:
 
 
 def _file_bytes(name: str, path: Path) -> int | None:
-    """Bytes of the files that a model is in: of one form of its weights, where a folder holds several."""
+    """Bytes of a model's files; where a folder holds its weights in several forms, those of one."""
     if name == SMOLLM2:
         return smollm2.GGUF_BYTES
     if path.is_file():
@@ -127,7 +127,7 @@ def _file_bytes(name: str, path: Path) -> int | None:
 
 
 def _require_on_hub(name: str) -> None:
-    """One request instead of the half minute of retries that from_pretrained spends on a misspelt name."""
+    """Ask the hub once: from_pretrained would retry a misspelt name for half a minute."""
     import huggingface_hub
 
     choices = f"give {SMOLLM2}, a folder, a GGUF file, or owner/name on the hub"

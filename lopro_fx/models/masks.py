@@ -1,8 +1,8 @@
-"""Proof that the attention of an exported program takes its masks for what they are.
+"""Check that the attention of an exported program reads its masks in the form that they have.
 
-A mask may be boolean or a number that is added to the scores. A boolean one that is added, or an added one that is read
-as a boolean, gives a wrong text and no error, and which of them a model wants depends on the attention that it chose.
-The graph says what happens, so masks are followed here from their making to the softmax.
+A mask is boolean, or a number that is added to the scores; the model's attention decides which. The wrong form, a
+boolean that is added or a number that is read as a boolean, gives wrong text and no error. The graph shows what
+happens, so masks are followed from where they are made to the softmax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lopro_fx.passes.inline import InlineModesPass
 
 
 class Form(Enum):
-    """How a tensor tells where to look."""
+    """Form of a mask."""
 
     VISIBLE = "a boolean mask that is True where a query may look"
     HIDDEN = "a boolean mask that is True where a query may not look"
@@ -33,20 +33,20 @@ class Form(Enum):
 _OPPOSITE = {Form.VISIBLE: Form.HIDDEN, Form.HIDDEN: Form.VISIBLE, Form.ONES: Form.ZEROS, Form.ZEROS: Form.ONES}
 _AS_NUMBER = {Form.VISIBLE: Form.ONES, Form.HIDDEN: Form.ZEROS}
 _AS_BOOL = {Form.ONES: Form.VISIBLE, Form.ZEROS: Form.HIDDEN, Form.ADDED: Form.HIDDEN}
-_NEGATIVE = -1e3  # what no score comes near
+_NEGATIVE = -1e3  # far below any score
 
 
 class Misuse(Exception):
-    """A mask is taken for something else. Its text says what is done to which form."""
+    """Mask read in another form than it has. The text names the operator and the form."""
 
 
 def check_masks(program: ExportedProgram, name: str, form: Form, least: int) -> None:
     """Follow the masks of a program to its attention.
 
     Args:
-        name: of the input that is a mask, or, where `form` is VISIBLE, whose comparisons make masks.
+        name: input that is a mask or, where `form` is VISIBLE, whose comparisons make masks.
         form: VISIBLE or ADDED.
-        least: how many attention layers have to read one.
+        least: fewest attention layers that must read one.
 
     Raises:
         Misuse: an operator takes a mask for another form, or fewer layers read one.
@@ -86,7 +86,7 @@ class _Walk:
             return
         rule = _RULES.get(plain)
         form = None if rule is None else rule(self, node)
-        # An operator in place changes what its operand is from here on.
+        # An in-place operator changes the form of its operand from here on.
         in_place = name.endswith("_") and not name.startswith("_")
         for changed in (node, node.args[0]) if in_place else (node,):
             if isinstance(changed, Node):
@@ -95,13 +95,13 @@ class _Walk:
                     self.forms[changed] = form
 
     def of(self, value: Any) -> Form | None:
-        """Form of an operand; of a list, that of its first with one."""
+        """Form of an operand; of a list, the first form in it."""
         if isinstance(value, (list, tuple)):
             return next((self.forms[item] for item in value if item in self.forms), None)
         return self.forms.get(value) if isinstance(value, Node) else None
 
     def constant(self, value: Any) -> float | None:
-        """The number that an operand is everywhere, or None."""
+        """Number that fills the whole operand, or None."""
         if isinstance(value, (bool, int, float)):
             return float(value)
         if not isinstance(value, Node) or value in self.forms:
@@ -139,7 +139,7 @@ def _argument(node: Node, index: int, name: str) -> Any:
 
 
 def _keep(walk: _Walk, node: Node) -> Form | None:
-    """The operand's form, as boolean or number according to the result's dtype."""
+    """Keep the operand's form, as boolean or number according to the result's dtype."""
     form, dtype = walk.of(node.args[0]), _dtype(node)
     if form is None or dtype is None:
         return form
@@ -259,7 +259,7 @@ def _refuse_added(walk: _Walk, node: Node) -> None:
         raise _fault(node, Form.ADDED)
 
 
-# What leaves elements as they are, takes some of them, or puts others beside them.
+# Operators that keep elements as they are, select some, or join them with others.
 _VIEWS = frozenset((
     "addmm", "alias", "baddbmm", "bfloat16", "bool", "broadcast_to", "cat", "chunk", "clone", "contiguous", "detach",
     "dropout", "expand", "expand_as", "flatten", "float", "getitem", "half", "index", "lift_fresh_copy", "nan_to_num",

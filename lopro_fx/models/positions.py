@@ -1,4 +1,4 @@
-"""What a transformers model knows of positions: how many there are, and how it is told which ones tokens have."""
+"""Positions of a transformers model: how many it has, and how to give tokens theirs."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def table_limit(model: Any) -> int | None:
     if not hasattr(model, "config") or (limit := configured_limit(model)) is None:
         return None
     tables = [module.num_embeddings for module in _tables(model)]
-    # torch.export tells a whole mask from a part of one, and takes parts only.
+    # torch.export would specialise on a read of the whole mask, so only parts are allowed.
     limits = [mask.shape[-1] - 1 for mask in _own_masks(model)]
     limits += [limit for size in tables if limit <= size <= limit + _SPARE]
     return max(min(limits) - first_position(model), 2) if limits else None
 
 
 def own_window(model: nn.Module) -> int | None:
-    """How far the model's own masks look back in any layer, which no mask of the caller changes; None without any."""
+    """Tokens of the narrowest of the model's own masks, which a caller's mask can't widen; None without any."""
     return min((int(mask[..., -1, :].sum()) for mask in _own_masks(model)), default=None)
 
 
 def first_position(model: nn.Module) -> int:
-    """The number of the first token: RoBERTa and its kin count from behind the row for padding."""
+    """Position of the first token: RoBERTa and its kin count from the row after the one for padding."""
     for module in model.modules():
         table = getattr(module, "position_embeddings", None)
         if hasattr(module, "create_position_ids_from_input_ids") and isinstance(table, nn.Embedding):
@@ -57,17 +57,17 @@ def first_position(model: nn.Module) -> int:
 def positions_given(
     model: Any, parameters: Collection[str], positions: Tensor, in_tables: bool = True
 ) -> Iterator[dict[str, Tensor]]:
-    """Keyword arguments that tell a forward of these parameters its tokens' positions, int64 (B, S).
+    """Yield keyword arguments that give a forward with these parameters its tokens' positions, int64 (B, S).
 
-    Where it takes none, as decoders of encoder-decoder models don't, which count from the length of the cache, the
-    model's tables are made to look these positions up meanwhile, with `in_tables`.
+    A forward without `position_ids`, as in decoders of encoder-decoder models, counts from the length of the cache.
+    With `in_tables`, the model's tables then look up these positions inside the block.
     """
     if "position_ids" in parameters:
         yield {"position_ids": positions + first_position(model)}
         return
 
     def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # One dimension is what they expect.
+        # The tables expect one dimension.
         return args, {**kwargs, "position_ids": positions.flatten()}
 
     def reshape(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def positions_given(
 
 
 def table_of_slots(program: ExportedProgram) -> str | None:
-    """Name of the look-up in a table by a token's slot in the cache, padding included, or None if there is none.
+    """Name a look-up in a table by a token's slot in the cache, padding included; None if there is none.
 
-    Rows that are factors don't count: those of a rotation tell distances only.
+    Rows used as factors only don't count: those of a rotary embedding encode distances.
 
     Args:
         program: with inputs `position` and `padding`, as in `GenerationPrograms`.
@@ -112,7 +112,7 @@ def _only_factors(node: Node) -> bool:
 
 
 def _origins(node: Node) -> Iterator[Node]:
-    """What the operands are views of."""
+    """Yield the tensors that the operands are views of."""
     for operand in node.all_input_nodes:
         origin: Any = operand
         while origin.op == "call_function" and origin.target in _VIEWS:

@@ -1,4 +1,4 @@
-"""Keeps progress bars and warnings of the libraries that load models off the terminal."""
+"""Keep progress bars and warnings of libraries that load models off the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops log records up to WARNING, Python warnings and stderr (where tqdm draws) inside the block. Not for use from
+    """Drop log records up to WARNING, Python warnings and stderr (where tqdm draws) inside the block. Not for use from
     several threads: all three are settings of the process."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

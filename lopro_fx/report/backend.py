@@ -1,4 +1,4 @@
-"""`backend_report`: the kernels that each packed layer runs, and what they move and compute."""
+"""`backend_report`: the kernels that each packed layer runs, with their bytes and FLOPs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PACKED = ("linear", "site", "cpu", "int8")
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What a quantised program's operators launch, in graph order.
+    """Kernels that a quantised program's operators launch, in graph order.
 
-    `rows` is one dict an operator: operator, layers (names of Linears, or of the group that a rotation or projection
+    `rows` is one dict an operator: operator, layers (names of Linears, or of the input that a rotation or projection
     serves), shape, bits, tokens, free, kernels, launches, read and written (bytes by operand, "output" or
     "intermediate", what one launch leaves for another), bytes (all of them), flops and, with a bandwidth, microseconds.
     `str()` draws the table.
@@ -83,18 +83,18 @@ def backend_report(
 ) -> BackendReport:
     """List the kernels of each packed Linear of a program, with bytes, FLOPs and the time that memory allows.
 
-    Nothing is run, and the device needn't be here. A rotation or projection that several layers share is one row. Each
-    launch reads each of its operands and writes each of its results once, which is the least that it can move; ATen's
-    small operators between two products count as one launch, as compilers make of them. FLOPs are those of the
-    definition: two for each multiply-add of product and low-rank branch, one for each addition of the Hadamard
-    transform; unpacking and scaling codes isn't counted, nor are norm, activation and residual of a site. A packed
-    embedding moves a row a token and has no row here.
+    Nothing is run, and the device needn't be present. A rotation or projection that several layers share is one row.
+    Bytes are a lower bound: each launch reads each operand and writes each result once. ATen's small operators between
+    two GEMMs count as one launch, as compilers fuse them. FLOPs are those of the definition: two for each multiply-add
+    of GEMM and low-rank branch, one for each addition of the Hadamard transform. Unpacking and scaling of codes isn't
+    counted, nor are a fused operator's norm, activation and residual. A packed embedding moves a row a token and isn't
+    listed.
 
     Args:
         program: from `quantize`, `apply`, `load` or `optimize`.
-        tokens: rows of every activation. Kernels are those of eager mode, or of a program exported with so many. None
-            takes each layer's own number from the program; where that is free, as compiled code must take it, kernels
-            are those for an unknown number, and figures are for one token.
+        tokens: tokens of every activation. Kernels are those of eager mode, or of a program exported with that number.
+            None takes each layer's own number from the program. Where that is dynamic, kernels are those for an unknown
+            number, as in compiled code, and figures are for one token.
         device: "cuda" or "cpu".
         bandwidth: bytes per second for the time at the memory limit, which is left out without one. Vendors' data
             sheets give 4.8e12 for the H200 and 3.35e12 for the H100 SXM.
@@ -131,7 +131,7 @@ def _row(
     # Layers of one shape run the same kernels, and models have hundreds of them.
     key = (node.target, count, free, *[_shape(value) for value in named.values()])
     if key not in plans:
-        # ATen runs the same on every device, and some of it looks for a GPU even on tensors without data.
+        # ATen's plan is the same on every device; some of its operators look for a GPU even with meta tensors.
         plain = node.target is ROUND or (kind_of(node) is not None and not format_of(node).kernels())
         place = torch.device("cpu" if plain else device)
         plans[key] = plan(call.operator, list(named.values()), count, free, place)
@@ -157,7 +157,7 @@ def _row(
 
 
 def _shape(value: Any) -> Any:
-    """What a plan knows of an operand; the leading sizes of activations, which may be free, aren't part of it."""
+    """Key of an operand in a plan, without dynamic sizes."""
     if not isinstance(value, Tensor):
         return value
     return value.dtype, tuple(size for size in value.shape if isinstance(size, int))

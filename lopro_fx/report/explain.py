@@ -1,4 +1,4 @@
-"""`explain`: every product with a parameter in a program, taken or skipped, and why."""
+"""`explain`: every matrix product or convolution with a parameter in a program, taken or skipped, and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lopro_fx.report.table import render
 
 @dataclass(frozen=True)
 class Line:
-    """One weight: `taken` with the group that it shares an input with, or skipped with the `reason`."""
+    """One weight: `taken`, with the `group` of Linears that read the same input, or skipped, with the `reason`."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Explanation:
 
 
 def explain(program: ExportedProgram, config: Method | None = None) -> Explanation:
-    """Say what `quantize(program, config=config)` would take and leave; nothing is run.
+    """List what `quantize(program, config=config)` would take and skip; nothing is run.
 
     A program that is quantised already has no Linear to take; see `report` for what was done to it.
     """

@@ -20,9 +20,9 @@ from lopro_fx.report.table import render
 class Report:
     """Figures of a quantised program.
 
-    `rows` is one dict a layer (name, format and its numbers, rank, transform, bits_per_weight, relative_loss, damp,
-    seconds and, where something fell back, warning); `packed_bytes` is everything that replaced weights, `kept_bytes`
-    the rest of the program's tensors, tied ones once; `bits_per_weight` is 8 * packed_bytes / weights.
+    `rows` is one dict a layer: name, format and its numbers, rank, transform, bits_per_weight, relative_loss, damp,
+    seconds and, where something fell back, warning. `packed_bytes` counts everything that replaced weights,
+    `kept_bytes` the rest of the state dict, tied tensors once. `bits_per_weight` is 8 * packed_bytes / weights.
     """
 
     config: dict[str, Any]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int = 140) -> str:
-    """A table as text without colour codes; numbers are right-aligned."""
+    """Draw a table as text without colour codes; numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], (int, float)) for row in rows)

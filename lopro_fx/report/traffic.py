@@ -17,7 +17,7 @@ from lopro_fx.passes.ties import identity
 def weight_bytes(program: ExportedProgram) -> int:
     """Bytes of parameters, buffers and constants that one run reads, tied ones once.
 
-    Every tensor that an operator takes counts whole; of a table that is only looked up, the rows asked for count.
+    A tensor that an operator takes counts whole; a table that is only looked up counts the rows that are read.
     """
     signature = program.graph_signature
     names: dict[str, str] = {

@@ -74,7 +74,7 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> ExportedProgram:
-    """The program that `save` wrote. Files are checked against their SHA-256, and nothing in them is executed.
+    """Load the program that `save` wrote. Files are checked against their SHA-256, and nothing in them is executed.
 
     Raises:
         CheckpointError: the folder is missing, foreign, damaged, of another format version, or holds a program that
@@ -132,10 +132,11 @@ def save_state(state: QuantState, folder: str | Path) -> None:
 
 
 def load_state(folder: str | Path) -> QuantState:
-    """The state that `save_state` wrote.
+    """Load the state that `save_state` wrote.
 
     Raises:
         CheckpointError: as `load`.
+        ConfigError: a format isn't registered.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "state", _STATE_FILES)
@@ -152,7 +153,7 @@ def load_state(folder: str | Path) -> QuantState:
 
 
 def _values(program: ExportedProgram) -> dict[str, Tensor]:
-    """Every tensor of the program under its stored name, caches as zeros."""
+    """Collect every tensor of the program under its stored name, caches as zeros."""
     values: dict[str, Any] = dict(program.state_dict)
     prefix = _prefix(values)
     for name, value in clean_constants(program).items():
@@ -166,7 +167,7 @@ def _values(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _prefix(state: Iterable[str]) -> str:
-    """What stands before the names of constants, so that none is that of a parameter or buffer."""
+    """Return a prefix for constants' names that no parameter's or buffer's name has."""
     prefix = _CONSTANT
     while any(name.startswith(prefix) for name in state):
         prefix = f":{prefix}"

@@ -21,13 +21,13 @@ from torch import Tensor
 from lopro_fx.errors import CheckpointError, first_line
 
 _PREFIX = ".lopro_fx-"
-# A rename can't take what is mounted, and nothing can be put beside a file whose folder is closed to us.
+# Errors of renaming a mount point, and of making a file in a folder that isn't writable.
 _FIXED = (errno.EBUSY, errno.EXDEV)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that says why a file could not be written."""
+    """Say in one line why a file could not be written."""
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
         return "the disk is full"
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -35,12 +35,12 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder, which takes the place of `path` when the block ends without an error.
+    """Yield a temporary path; the file or folder there replaces `path` when the block ends without an error.
 
-    Links are resolved: a link stays, and what it points to is replaced. What is replaced hands on its mode and owner,
-    and new files have the mode that the umask allows. A file that can't be exchanged is written through: a device, a
-    FIFO, standard output, a file with several names or mounted by itself, or one in a folder that is closed to us. A
-    folder that is mounted, or whose parent is closed to us, keeps its place and gets new contents.
+    Links are resolved: a link stays, and its target is replaced. Mode and owner are kept, and new files have the mode
+    that the umask allows. A file that can't be exchanged is written through: a device, a FIFO, standard output, a file
+    with several hard links or mounted by itself, or one in a folder that isn't writable. A folder that is a mount
+    point, or whose parent isn't writable, stays and gets new contents.
 
     Raises:
         CheckpointError: writing failed; nothing is left at the temporary path, and `path` is as it was unless it was
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
         target = _resolved(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(target)
-        # In a folder of its own: the name is the user's, and may be one that is used here.
+        # In a folder of its own: the user's name for it may be one that is used here.
         (scratch / "new").mkdir()
         temporary = scratch / "new" / target.name
         yield temporary
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse, before the work, what `replacing` could not write after it.
+    """Refuse, before the work, a path that `replacing` could not write after it.
 
     Raises:
         CheckpointError: says what is in the way.
@@ -82,7 +82,7 @@ def require_writable(path: Path) -> None:
             if not os.access(target, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        # What is missing is made at the end, in the first folder that is there.
+        # Missing folders are made at the end, in the first one that exists.
         while not target.exists() and not target.parent.exists():
             target = target.parent
         _scratch(target).rmdir()
@@ -96,8 +96,7 @@ def same_place(one: Path, other: Path) -> bool:
 
 
 def _resolved(path: Path) -> Path:
-    """Where links lead. What is neither a file nor a folder keeps its name: that of a pipe among /proc's links leads
-    nowhere."""
+    """Resolve links, except to devices and pipes: a pipe's link in /proc leads nowhere."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -106,7 +105,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _scratch(target: Path) -> Path:
-    """A new folder, on the target's file system where that can be."""
+    """Make a new folder, on the target's file system where possible."""
     if target.is_dir() and os.path.ismount(target):
         return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -120,8 +119,8 @@ def _scratch(target: Path) -> Path:
 
 
 def _set_mode(new: Path, scratch: Path) -> None:
-    """Give every file the mode that the umask allows: safetensors and the makers of temporary files don't."""
-    # What a new file gets tells the umask, which can't be read without setting it for all threads.
+    """Give every file the mode that the umask allows: safetensors and `tempfile` don't."""
+    # A new file's mode tells the umask; reading the umask itself would set it for all threads.
     (probe := scratch / "mode").touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     for file in new.rglob("*") if new.is_dir() else (new,):
@@ -130,7 +129,7 @@ def _set_mode(new: Path, scratch: Path) -> None:
 
 
 def _hand_on(old: Path, new: Path) -> None:
-    """Give the new one the old one's mode and, where that is allowed, owner."""
+    """Copy the old one's mode and, where that is allowed, owner to the new one."""
     kept, made = old.stat(), new.stat()
     if (kept.st_uid, kept.st_gid) != (made.st_uid, made.st_gid):
         with suppress(PermissionError):
@@ -161,7 +160,7 @@ def _write_through(target: Path, new: Path) -> None:
 
 
 def _own(target: Path) -> int | None:
-    """The descriptor of standard output or error, if it is what `target` stands for."""
+    """Return the descriptor of standard output or error if `target` is its file, else None."""
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         with suppress(OSError, ValueError, AttributeError):
             if os.path.samestat(os.fstat(descriptor), target.stat()):
@@ -172,7 +171,7 @@ def _own(target: Path) -> int | None:
 
 def _exchange_folder(folder: Path, new: Path, scratch: Path) -> None:
     """Put the new folder, or its contents, in the place of the old; the old one comes back if anything fails."""
-    # A folder that holds files can't be renamed over, so the old one steps aside.
+    # A rename can't replace a folder that holds files, so the old one moves away first.
     old = scratch / "old"
     _hand_on(folder, new)
     if scratch.parent != folder:
@@ -193,7 +192,7 @@ def _exchange_folder(folder: Path, new: Path, scratch: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """safetensors file; tensors that share storage are written once each."""
+    """Write a safetensors file; it refuses contiguous tensors that overlap in memory with a RuntimeError."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
 
 

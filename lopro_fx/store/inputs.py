@@ -12,7 +12,7 @@ _PREFIX = "example:"
 
 
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON form of nested tuples, lists and dicts; tensors are put into `tensors` and named.
+    """Encode nested tuples, lists and dicts as JSON; tensors go into `tensors` under new names.
 
     Raises:
         CheckpointError: a leaf is neither a tensor nor a plain value.

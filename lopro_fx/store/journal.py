@@ -31,7 +31,7 @@ _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
 class Journal:
-    """A folder with one safetensors file a finished unit.
+    """Folder with one safetensors file per finished unit.
 
     Raises:
         CheckpointError: the folder belongs to another run, or can't be written.
@@ -58,7 +58,7 @@ class Journal:
                 write_json(temporary, fingerprint)
 
     def read(self, name: str) -> Solved | None:
-        """The finished unit, or None; a damaged file counts as unfinished."""
+        """Read a finished unit, or None; a damaged file counts as unfinished."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -78,7 +78,7 @@ class Journal:
             write_tensors(temporary, tensors_of([solved.input], solved.layers), {"record": record})
 
     def _path(self, name: str) -> Path:
-        """A file for any name of a module, also on a file system that doesn't tell cases apart."""
+        """Path for any module's name, also on a case-insensitive file system."""
         if not _PLAIN.fullmatch(name):
             digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
             name = f"{re.sub(r'[^A-Za-z0-9._]', '_', name)[:_LONGEST]}-{digest[:32]}"

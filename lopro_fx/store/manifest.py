@@ -1,4 +1,4 @@
-"""The manifest of a saved folder: what wrote it, which format it is in, and the SHA-256 of every file."""
+"""Manifest of a saved folder: its writer, its format, and the SHA-256 of every file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.store.files import require_writable, write_json
 
 MANIFEST = "lopro_fx.json"
-JOURNAL = ".partial"  # of an unfinished run, in a folder beside which nothing can be put
+JOURNAL = ".partial"  # of an unfinished run, inside a folder whose parent isn't writable
 FORMAT = "lopro_fx checkpoint"
 VERSION = 3
 # Versions that are read: a program is the same in both.
@@ -33,7 +33,7 @@ def write_manifest(folder: Path, kind: str, files: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, Any]:
-    """The manifest, after checking that `folder` holds a `kind` whose `files` are all intact.
+    """Read the manifest, after checking that `folder` holds a `kind` whose `files` are all intact.
 
     Raises:
         CheckpointError: no such folder, not written by lopro_fx, another format version, or a file is missing,
@@ -69,7 +69,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def require_ours(folder: Path) -> None:
-    """Refuse to replace what lopro_fx has not written, or to begin what can't be written.
+    """Refuse a folder that lopro_fx has not written, or that can't be written.
 
     Raises:
         CheckpointError: `folder` is a file, holds something else, or can't be written.

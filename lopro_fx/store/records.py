@@ -1,7 +1,7 @@
 """Inputs and layers as one flat dict of tensors plus JSON, the unit of every file written.
 
     inputs  by name: readers, in_features, rotation, rank of the branch, activation, dtypes of tensors
-    layers  by name: input, format, shape, spec, dtypes of tensors, metrics, whether embeddings read the weight too
+    layers  by name: input, format, shape, spec, dtypes of tensors, metrics, whether embeddings read the weight
 
 Shapes of tensors follow from these.
 """
@@ -19,17 +19,17 @@ from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import known_format
 from lopro_fx.layer import Activation, Input, Layer, Transform, factor_of
 
-# Name of an owner, of its tensor, shape and dtype (its name in torch) to the tensor.
+# (owner's name, tensor's name, shape, dtype's name in torch) to the tensor.
 Find = Callable[[str, str, tuple[int, ...], str], Tensor]
 
 
 def tensors_of(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Tensor]:
-    """Tensors by `<fqn>.<key>`, the names that they have as buffers of a rewritten program."""
+    """Tensors by `<fqn>.<key>`, their names as buffers of a rewritten program."""
     return {f"{owner.name}.{key}": tensor for owner in (*inputs, *layers) for key, tensor in owner.tensors.items()}
 
 
 def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]:
-    """JSON of everything but the values of the tensors."""
+    """Describe inputs and layers as JSON: everything but the tensors' values."""
     return {
         "inputs": {
             shared.name: {
@@ -59,7 +59,7 @@ def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]
 
 
 def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], dict[str, Layer]]:
-    """Inverse of `describe`, of the tensors that `find` gives.
+    """Inverse of `describe`, with tensors from `find`.
 
     Raises:
         KeyError: the record lacks an entry, or `find` a tensor.
@@ -71,17 +71,17 @@ def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], di
 
 
 def among(tensors: Mapping[str, Tensor]) -> Find:
-    """What looks tensors up by the names of `tensors_of`."""
+    """Return a `Find` that looks tensors up by the names of `tensors_of`."""
     return lambda owner, key, shape, dtype: tensors[f"{owner}.{key}"]  # noqa: ARG005
 
 
 def on_meta(owner: str, key: str, shape: tuple[int, ...], dtype: str) -> Tensor:  # noqa: ARG001
-    """A tensor without data, for what is to be read later."""
+    """Make a tensor without data, a `Find` for weights that are loaded later."""
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def from_version_2(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a state that lopro_fx 0.1 wrote, whose weights are all "affine"."""
+    """Convert the record of a state that lopro_fx 0.1 wrote, whose weights are all "affine"."""
     groups = {
         entry["name"]: {
             "readers": entry["members"],

@@ -1,4 +1,4 @@
-"""Tensors as safetensors holds them: each storage once, with what the format leaves out kept beside it as JSON."""
+"""Tensors for safetensors, each storage once; ties, strides and devices, which the format lacks, go to JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lopro_fx.passes.ties import identity
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors to write, and the layout that `join` needs to build the originals from them.
+    """Split tensors into those to write and the layout from which `join` rebuilds the originals.
 
-    Tied tensors are written once. Views that overlap in part are written whole, each for itself.
+    Tied tensors are written once. Views that overlap in part are each written whole.
     """
     owners: dict[tuple[Any, ...], str] = {}
     ties, strides, devices, parameters, unique = {}, {}, {}, {}, {}
@@ -55,21 +55,21 @@ def join(stored: Mapping[str, Tensor], layout: Mapping[str, Any]) -> dict[str, T
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.
+    """Read every tensor of a safetensors file.
 
     Raises:
         CheckpointError: the file is not one, or can't be read.
     """
     try:
         with safe_open(path, "pt") as file:
-            # The file maps tensors at odd addresses, where matrix products round differently: copies are aligned.
+            # The file maps tensors at unaligned addresses, where GEMMs round differently: copies are aligned.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is not a safetensors file that can be read: {error}") from error
 
 
 def unique(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor), tied tensors once under the first name."""
+    """Yield (name, tensor), tied tensors once under their first name."""
     seen = set()
     for name, tensor in tensors.items():
         if identity(tensor) not in seen:
@@ -79,7 +79,7 @@ def unique(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _alone(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    # safetensors refuses tensors that share a storage, so a part of one is copied out.
+    # safetensors refuses tensors that overlap in a storage, so a part of one is copied.
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 

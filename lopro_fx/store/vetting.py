@@ -1,8 +1,8 @@
 """Checks a serialised program before torch reads it, because torch's reader evaluates what the file says.
 
-It passes shape expressions to `sympify` (an `eval`), compiles guards and node names into Python source, imports the
-module of an enum or default factory that an input structure names, and resolves a node's target to any attribute of
-`torch`. Each of these is held here against the little that an exported program needs.
+It passes shape expressions to `sympify` (an `eval`) and compiles guards and node names into Python source. It imports
+the module of an enum or default factory in an input structure, and resolves a node's target to any attribute of
+`torch`. Each of these is checked here against the little that an exported program needs.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _GUARD_METHOD = re.compile(r"size|stride|storage_offset|dim")
 
 
 class _Refused(ValueError):
-    """What was found."""
+    """Refusal of a program; the text names what was found."""
 
 
 def vet(program: Mapping[str, Any], source: str) -> None:
-    """Refuse a program that could make torch run something else than operators.
+    """Refuse a program that could make torch run anything but operators.
 
     Args:
-        program: what `serde.program_to_json` returned.
-        source: what to call it in an error.
+        program: result of `serde.program_to_json`.
+        source: its name in an error.
 
     Raises:
         CheckpointError: says what was found.
@@ -103,7 +103,7 @@ def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
 
 
 def _fqn(value: str, what: str) -> None:
-    """Parts that mean themselves between double quotes, as torch puts them into source."""
+    """Allow only parts that mean themselves between double quotes, as torch puts them into source."""
     for part in value.split("."):
         if not _WORDS.fullmatch(part):
             try:
@@ -128,12 +128,12 @@ def _target(value: str) -> None:
 
 
 def _shape(value: str) -> None:
-    """sympy's constructors, as `srepr` writes them."""
+    """Allow only sympy's constructors, as `srepr` writes them."""
     _expression(value, "shape expression", _ARITHMETIC, _SYMPY)
 
 
 def _guard(value: str) -> None:
-    """Comparisons of sizes of the inputs, such as `L['x'].size()[0] % 2 == 0`."""
+    """Allow only comparisons of input sizes, such as `L['x'].size()[0] % 2 == 0`."""
     _expression(value, "guard", (*_ARITHMETIC, ast.Subscript), _GUARD)
 
 
@@ -156,7 +156,7 @@ def _expression(value: str, what: str, syntax: tuple[type[ast.AST], ...], names:
 
 
 def _structure(value: str) -> None:
-    """A pytree of containers that torch knows, none whose description names a module to import."""
+    """Allow only a pytree of containers that torch knows, without the name of a module to import."""
     try:
         _, spec = json.loads(value)
         _container(spec)
