@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(arguments).parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except LoProError as error:
+        return _fail(_ERROR, f"error: {error}", "--debug" in arguments)
     try:
         with _quiet(args.debug):
             args.run(args)

@@ -44,9 +44,7 @@ def verified(method: str, unit: Unit, solved: Any) -> Solved:
 
     layers = []
     for layer, weight in zip(solved.layers, unit.weights, strict=True):
-        _layer(
-            layer, solved.input, weight, lambda met, wrong, name=layer.name: require(met, f"layer '{name}': {wrong}")
-        )
+        _layer(layer, solved.input, weight, partial(_of_layer, require, layer.name))
         layers.append(layer.map(own))
     return Solved(solved.input.map(own), tuple(layers))
 
