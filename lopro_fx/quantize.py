@@ -152,7 +152,7 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
         left=state.skipped,
         info=state.info,
         # The record repeats the facts of the tensors: a state that was made by hand has no metrics.
-        sites={name: {**layer.facts, **layer.metrics} for name, layer in state.layers.items()},
+        sites={name: {**layer.metrics, **layer.facts} for name, layer in state.layers.items()},
         groups={name: list(shared.readers) for name, shared in state.inputs.items()},
     )
     return RewritePass(state.inputs, state.layers, record)(as_linears(program))
