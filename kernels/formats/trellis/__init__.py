@@ -1,0 +1,1 @@
+"""The format "trellis": a row scale and a bit string a column."""

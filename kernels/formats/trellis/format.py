@@ -1,0 +1,57 @@
+"""The format "trellis": see `code.py` for its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.formats.base import Format, Packed, Scalar
+from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows
+
+
+class Trellis(Format):
+    """Weights read from windows of a bit string a column, times a scale a row.
+
+    `bits` of a weight (1.5, 2, 2.5, 3, 4), `columns` of a step (1 or 2), `window` of a state (12 to 16 bits), `strip`
+    rows of a string (a multiple of 32; -1 for all).
+    """
+
+    name: ClassVar[str] = "trellis"
+    spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3.0, "columns": 1, "window": 14, "strip": 512}
+
+    def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
+        words = code_words(shape, step_of(spec), spec["columns"], spec["strip"])
+        tensors = {
+            "scales": torch.empty(shape[0], dtype=torch.float16, device="meta"),
+            "codes": torch.empty(words, dtype=torch.int32, device="meta"),
+        }
+        return Packed(self.name, shape, {key: spec[key] for key in self.spec}, tensors)
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        columns, window, strip = (_whole(packed, key) for key in ("columns", "window", "strip"))
+        states = windows(packed.tensors["codes"], packed.shape, step_of(packed.spec), columns, window, strip)
+        dense = values(states, columns).flatten(1)[:, : packed.shape[1]]
+        return (dense * packed.tensors["scales"].to(torch.float32).unsqueeze(1)).to(dtype)
+
+    def cat(self, parts: Sequence[Packed]) -> Packed | str:
+        strip = _whole(parts[0], "strip")
+        rows = sum(part.shape[0] for part in parts)
+        if [count for part in parts for count in strip_rows(part.shape[0], strip)] != strip_rows(rows, strip):
+            return f"{', '.join(str(part.shape[0]) for part in parts)} rows are not whole strips of {strip}"
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in self.tensor_names}
+        return replace(parts[0], shape=(rows, parts[0].shape[1]), tensors=tensors)
+
+
+def step_of(spec: Mapping[str, Any]) -> int:
+    """New bits of a step."""
+    return round(spec["bits"] * spec["columns"])
+
+
+def _whole(packed: Packed, key: str) -> int:
+    value = packed.spec[key]
+    assert isinstance(value, int)
+    return value
