@@ -10,8 +10,8 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from lopro_fx import LoPRo, QuantState
-from lopro_fx.kernels.formats.affine.format import affine
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack, packed_words
+from lopro_fx.kernels.formats.affine.rounded import affine
 from lopro_fx.layer import Factor, Input, Layer, Transform
 from lopro_fx.methods.rotation import as_index, largest_block, random_signs
 from lopro_fx.passes.sites import find_sites

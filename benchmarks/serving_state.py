@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from lopro_fx import LoPRo, QuantState
+from lopro_fx import RTN, LoPRo, QuantState
 from lopro_fx.layer import Transform
 from lopro_fx.methods.base import Unit
 from lopro_fx.methods.lowrank import randomized_svd, round_factor
 from lopro_fx.methods.rotation import largest_block, random_signs
 from lopro_fx.methods.rounding import pack_solution
-from lopro_fx.methods.rtn import round_to_nearest, solve_data_free
+from lopro_fx.methods.rtn import solve_data_free
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.sites import Group, weight_of
@@ -32,18 +32,18 @@ def rounded_state(program: ExportedProgram, config: LoPRo) -> QuantState:
     generator = torch.Generator().manual_seed(config.seed)
     inputs, layers = {}, {}
 
-    def add(group: Group, weights: list[Tensor], solution: GroupSolution, bits: int, embedding: bool) -> None:
-        solved = pack_solution(Unit(group.name, tuple(site.name for site in group.sites), weights), solution, bits)
+    def add(group: Group, weights: list[Tensor], solution: GroupSolution, embedding: bool) -> None:
+        solved = pack_solution(Unit(group.name, tuple(site.name for site in group.sites), weights), solution)
         inputs[group.name] = solved.input
         layers.update((layer.name, replace(layer, embedding=embedding)) for layer in solved.layers)
 
     for group in selection.groups:
         weights = [weight_of(program, site).to(torch.float32) for site in group.sites]
-        add(group, weights, _solve(weights, config, generator), config.bits, False)
+        add(group, weights, _solve(weights, config, generator), False)
     for head in selection.heads:
         weight = weight_of(program, head.sites[0])
-        solution = solve_data_free(weight, config.head_bits, config.group_size, 0)
-        add(head, [weight], solution, config.head_bits, True)
+        rtn = RTN(bits=config.head_bits, group_size=config.group_size, clip_steps=0)
+        add(head, [weight], solve_data_free(weight, rtn.quantizer), True)
     return QuantState(config.to_dict(), inputs, layers, [(item.name, item.reason) for item in selection.skipped])
 
 
@@ -57,5 +57,5 @@ def _solve(weights: list[Tensor], config: LoPRo, generator: torch.Generator) -> 
     rows = [weight.shape[0] for weight in weights]
     ups = tuple(round_factor(part, config.factor_bits, 1) for part in (rotated @ directions.T).split(rows))
     rest = rotated - torch.cat([up.dense() for up in ups]) @ down.dense()
-    rounded = round_to_nearest(rest, config.bits, config.group_size, 0)
+    rounded = replace(config, clip_steps=0).quantizer.nearest(rest, rows)
     return GroupSolution(transform, rounded, down, ups, 0.0, 0.0, 0.0, "full")

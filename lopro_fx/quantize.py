@@ -239,11 +239,10 @@ def _rounding(solved: Solved, config: Method) -> Solved:
 def _round_head(head: Group, weight: Tensor, config: Method) -> Solved:
     """Round an output projection to nearest; the embeddings that share its weight will read it too."""
     started = time.monotonic()
-    rtn = RTN(bits=config.head_bits)
-    group_size, clip_steps = (getattr(config, name, getattr(rtn, name)) for name in ("group_size", "clip_steps"))
-    solution = solve_data_free(weight, config.head_bits, group_size, clip_steps)
+    shared = {name: getattr(config, name, None) for name in ("group_size", "clip_steps")}
+    rtn = RTN(bits=config.head_bits, **{name: value for name, value in shared.items() if value is not None})
     unit = Unit(head.name, tuple(site.name for site in head.sites), [weight])
-    solved = pack_solution(unit, solution, config.head_bits)
+    solved = pack_solution(unit, solve_data_free(weight, rtn.quantizer))
     layers = tuple(replace(layer, embedding=True) for layer in solved.layers)
     return _reported(replace(solved, layers=layers), RTN.name, started, {})
 

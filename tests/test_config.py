@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx import GPTQ, RTN, ConfigError, LoPRo, Method
+from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.methods.base import HEAD_BITS
 from lopro_fx.methods.lopro import LOW_RANK, TRANSFORMS
 from lopro_fx.methods.registry import from_dict
-from lopro_fx.methods.rounding import BITS, GROUP_SIZES
 
 names = st.lists(st.text("abc.*?", min_size=1, max_size=8), max_size=3).map(tuple)
 
@@ -21,8 +21,8 @@ names = st.lists(st.text("abc.*?", min_size=1, max_size=8), max_size=3).map(tupl
 @st.composite
 def configs(draw: st.DrawFn) -> Method:
     shared = {
-        "bits": draw(st.sampled_from(BITS)),
-        "group_size": draw(st.sampled_from(GROUP_SIZES)),
+        "bits": draw(st.sampled_from(AffineQuantizer.allowed["bits"])),
+        "group_size": draw(st.sampled_from(AffineQuantizer.allowed["group_size"])),
         "include": draw(names),
         "exclude": draw(names),
         "head_bits": draw(st.sampled_from(HEAD_BITS)),

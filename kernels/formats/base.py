@@ -1,4 +1,4 @@
-"""Packed weights, and the interface of a format.
+"""Interface of a format.
 
 A format is one class: `empty` and `dequantize` define it. The other methods have defaults that hold if each tensor has
 one row per output feature; other formats override them.
@@ -18,29 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from lopro_fx.kernels.activation.reference import group_for
-
-Scalar = int | float | str
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight.
-
-    Args:
-        format: name of its format, a key of `registry.FORMATS`.
-        shape: (out_features, in_features).
-        spec: numbers and names that its format needs to read the tensors, ready for JSON.
-        tensors: by name, in the format's order; buffers of a program and operands of an operator.
-    """
-
-    format: str
-    shape: tuple[int, int]
-    spec: Mapping[str, Scalar]
-    tensors: Mapping[str, Tensor]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The same with each tensor changed."""
-        return replace(self, tensors={name: change(tensor) for name, tensor in self.tensors.items()})
+from lopro_fx.kernels.formats.packed import Packed, Scalar
+from lopro_fx.kernels.formats.quantizer import Quantizer
 
 
 class Format:
@@ -55,6 +34,8 @@ class Format:
     # Further operators, by the kind that passes look for: "cpu", compiled code for CPUs, takes the operands of `_site`
     # without prologue and residual, and `act_bits`.
     operators: ClassVar[Mapping[str, str]] = {}
+    # What solvers round with; None for a format that only its own method writes.
+    quantizer: ClassVar[type[Quantizer] | None] = None
 
     @property
     def prefix(self) -> str:

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 
 from lopro_fx.errors import ConfigError
-from lopro_fx.methods.base import HELP, Method
+from lopro_fx.methods.base import HELP, KIND, Method
 from lopro_fx.methods.registry import METHODS, from_dict
 
 
@@ -29,7 +29,7 @@ def add_method(parser: ArgumentParser) -> None:
         elif choices := field.metadata["choices"]:
             parser.add_argument(flag, choices=choices, help=text)
         else:
-            parser.add_argument(flag, type=type(field.default), metavar="N", help=text)
+            parser.add_argument(flag, type=field.metadata[KIND], metavar="N", help=text)
 
 
 def method_of(args: Namespace) -> Method:
@@ -46,10 +46,10 @@ def method_of(args: Namespace) -> Method:
         flag = f"--{name.replace('_', '-')} {value}"
         if name not in own:
             raise ConfigError(f"{flag}: {args.method} has no such setting; leave it out")
-        kind = type(own[name].default)
-        if not isinstance(value, (kind, list)):
+        kind = own[name].metadata[KIND]
+        if not isinstance(value, list):
             try:
-                values[name] = kind(value)
+                values[name] = kind(str(value))
             except ValueError as error:
                 raise ConfigError(f"{flag}: {args.method} takes a {kind.__name__}") from error
     return from_dict({"method": args.method, **method.of_language_models, **values})

@@ -6,7 +6,7 @@ value and the allowed range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -22,13 +22,23 @@ HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
 ACT_BITS = (0, *BITS)
 ACT_GROUPS = (0, 32, 64, 128, -1)
-# Key of a setting's help text in its field's metadata.
-HELP = "help"
+# Keys of a setting's help text, and of what reads its flag, in its field's metadata.
+HELP, KIND = "help", "kind"
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """Define a field that is also a command-line flag, with `text` as its help."""
-    return field(default=default, metadata={HELP: text, "choices": choices})
+def setting(default: Any, text: str, choices: tuple[str, ...] | None = None, kind: Callable[[str], Any] = str) -> Any:
+    """Define a field that is also a command-line flag, with `text` as its help.
+
+    `kind` reads a value; where it is left out, the type of the default does.
+    """
+    kind = type(default) if kind is str else kind
+    return field(default=default, metadata={HELP: text, "choices": choices, KIND: kind})
+
+
+def number(text: str) -> int | float:
+    """Read a number; a whole one is an int."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True)

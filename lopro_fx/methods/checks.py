@@ -10,7 +10,7 @@ from lopro_fx.errors import ConfigError
 def choice(config: object, name: str, allowed: tuple[Any, ...]) -> None:
     value = getattr(config, name)
     # 3.0 == 3 and True == 1, but neither is a width.
-    if value not in allowed or type(value) is not type(allowed[0]):
+    if not any(value == one and type(value) is type(one) for one in allowed):
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): allowed are {', '.join(map(str, allowed))}")
 
 

@@ -12,7 +12,7 @@ from lopro_fx.layer import Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.ldlq import feedback, proxy_loss, relative_loss, round_with_feedback
 from lopro_fx.methods.observers import Statistics
-from lopro_fx.methods.rotation import as_index, energy_order, group_order
+from lopro_fx.methods.rotation import as_index, energy_order
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 
@@ -51,16 +51,13 @@ class GPTQ(Rounding):
         transform, order = Transform(), None
         if self.act_order == "column":
             transform = Transform(perm=as_index(energy_order(gram)))
-        elif self.act_order == "static":
-            order = energy_order(gram)
-        elif self.act_order == "group":
-            order = group_order(gram, self.group_size)
+        elif self.act_order in ("static", "group"):
+            order = self.quantizer.order(gram, self.act_order == "static")
         target, moved = transform.forward(joint), transform.gram(gram)
         fb = feedback(moved if order is None else moved[order][:, order], self.damp)
         static = self.act_order == "static"
-        rounded = round_with_feedback(
-            target, fb, self.bits, self.group_size, order=order, static=static, clip_steps=self.clip_steps
-        )
+        rounded = round_with_feedback(target, fb, self.quantizer, rows, order=order, static=static)
+        rounded = self.quantizer.refine(target, moved, rounded, 0)
         loss = proxy_loss((target - rounded.dense()) * share, moved)
         relative = relative_loss(loss, joint * share, gram)
         return GroupSolution(transform, rounded, None, (), loss, relative, fb.damp, f"act_order={self.act_order}")

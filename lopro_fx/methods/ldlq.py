@@ -8,19 +8,15 @@ errors. LDLQ (Chee et al. 2307.13304) is GPTQ (Frantar et al. 2210.17323) in a f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET, group_count
-from lopro_fx.methods.grid import Grid, fit_grid
-from lopro_fx.methods.rounded import Rounded
+from lopro_fx.kernels.formats.quantizer import Quantizer, Rounded, blocks
 
 MAX_DAMP = 1e6
-# Columns whose feedback is applied one at a time before a GEMM updates the rest.
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -63,73 +59,32 @@ def feedback(hessian: Tensor, damp: float) -> Feedback:
 def round_with_feedback(
     weight: Tensor,
     fb: Feedback,
-    bits: int,
-    group_size: int,
+    quantizer: Quantizer,
+    rows: Sequence[int] = (),
     *,
     order: Tensor | None = None,
     static: bool = False,
-    clip_steps: int = 24,
 ) -> Rounded:
-    """Round W (m, n) fp32 to `bits` bits, rows in units of their own.
+    """Round W (m, n) fp32, rows in units of their own, block by block.
 
     Args:
         weight: fp32 (m, n).
         fb: feedback of the Gram, its columns already in `order`.
-        bits: width of a code.
-        group_size: columns that share a scale; -1 is the whole row.
-        order: int64 (n,) columns in rounding order, or None for storage order. Column groups must stay together unless
-            `static`, because a group's grid is fitted when its first column is reached.
-        static: fit all grids to W before any rounding, so that `order` may be any permutation.
-        clip_steps: candidate clipping ranges of a group, 0 for none.
+        quantizer: of the format to round to.
+        rows: of each layer in W; all of them belong to one by default.
+        order: int64 (n,) columns in rounding order, or None for storage order.
+        static: see `Quantizer.rounder`.
 
     Returns:
-        `Rounded`, in storage order whatever `order` is.
+        The rounded matrix, in storage order whatever `order` is.
     """
-    m, n = weight.shape
-    size = n if group_size == -1 else group_size
-    storage = torch.arange(n, dtype=torch.int64, device=weight.device) if order is None else order
-    columns, group = weight.T[storage], storage // size
-    codes = weight.new_empty(n, m)
-    error = weight.new_empty(n, m)
-    scales = weight.new_empty(group_count(n, group_size), m)
-    zeros = torch.empty_like(scales)
-    ranks = group.cpu()  # read once: each read waits for the device
-    if static:
-        pivots = torch.empty_like(fb.pivots).index_copy_(0, storage, fb.pivots)
-        for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
-            grid = fit_grid(block, bits, weights, clip_steps)
-            scales[i], zeros[i] = grid.scale, grid.zero
-        starts = [*range(0, n, _BLOCK), n]
-    else:
-        starts = [0, *(torch.nonzero(ranks[1:] != ranks[:-1]).flatten() + 1).tolist(), n]
-    for start, end in pairwise(starts):
-        part = slice(start, end)
-        target = columns[part] + fb.upper[:start, part].T @ error[:start]
-        if not static:
-            grid = fit_grid(target, bits, fb.pivots[part], clip_steps)
-            scales[int(ranks[start])], zeros[int(ranks[start])] = grid.scale, grid.zero
-        grid = Grid(scales[group[part]], zeros[group[part]], 1 << bits)
-        _round_block(columns[part], target, fb.upper[part, part], grid, codes[part], error[part])
-    codes = torch.empty_like(codes).index_copy_(0, storage, codes)
-    as_code = torch.uint8
-    return Rounded(
-        codes.T.to(as_code).contiguous(),
-        scales.T.contiguous(),
-        (zeros - ZERO_OFFSET).T.to(as_code).contiguous(),
-        group_size,
-    )
-
-
-def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
-    """Fill `codes` and `error` (width, m) of consecutive columns, each with its row of `grid`; `target` is consumed."""
-    width = columns.shape[0]
-    inverse = 1.0 / grid.scale
-    for j in range(width):
-        code = (target[j] * inverse[j]).add_(grid.zero[j]).round_().clamp_(0, grid.levels - 1)
-        codes[j] = code
-        torch.sub(columns[j], (code - grid.zero[j]).mul_(grid.scale[j]), out=error[j])
-        if j + 1 < width:
-            target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
+    rounder = quantizer.rounder(weight, rows or (weight.shape[0],), order, fb.pivots, static)
+    columns = weight.T if order is None else weight.T[order]
+    error = weight.new_empty(weight.shape[1], weight.shape[0])
+    for part in blocks(rounder):
+        target = columns[part] + fb.upper[: part.start, part].T @ error[: part.start]
+        error[part] = rounder.round(part, columns[part], target, fb.upper[part, part], fb.pivots[part])
+    return rounder.rounded()
 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:

@@ -18,8 +18,7 @@ from lopro_fx.errors import ConfigError
 from lopro_fx.layer import Factor, Transform
 from lopro_fx.methods import checks, rotation
 from lopro_fx.methods.base import setting
-from lopro_fx.methods.descent import descend
-from lopro_fx.methods.ldlq import Feedback, feedback, proxy_loss, round_with_feedback
+from lopro_fx.methods.ldlq import Feedback, damped, feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import Rounding
@@ -238,7 +237,7 @@ def _row_scale(stats: Statistics, share: Tensor | float) -> Tensor | float:
 
 def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor) -> _Problem:
     moved = transform.gram(stats.gram)
-    order = rotation.group_order(moved, config.group_size)
+    order = config.quantizer.order(moved)
     fb = feedback(moved[order][:, order], config.damp)
     return _Problem(name, transform, transform.forward(joint), moved, fb, order, share, _row_scale(stats, share))
 
@@ -262,10 +261,8 @@ def _attempt(
 ) -> GroupSolution:
     """Round the weights around `branch`, then solve the branch again for the remaining error."""
     target = problem.weight if branch is None else problem.weight - branch.dense(problem.share)
-    rounded = round_with_feedback(
-        target, problem.fb, config.bits, config.group_size, order=problem.order, clip_steps=config.clip_steps
-    )
-    rounded = descend(target, problem.gram, rounded, config.bits, config.sweeps, config.damp)
+    rounded = round_with_feedback(target, problem.fb, config.quantizer, rows, order=problem.order)
+    rounded = config.quantizer.refine(target, damped(problem.gram, config.damp), rounded, config.sweeps)
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
         up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator, problem.rows)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.formats.scales import rounded_scale
 from lopro_fx.layer import Factor
 from lopro_fx.methods.ldlq import cholesky, damped
 from lopro_fx.methods.prior import FACTOR_DAMP
-from lopro_fx.methods.units import rounded_scale
 
 # Range of a weight's unit in which fp16 holds its up factors without a scale.
 _NEAR_ONE = 2.0**-10, 2.0**10

@@ -36,16 +36,6 @@ def energy_order(hessian: Tensor) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def group_order(hessian: Tensor, group_size: int) -> Tensor:
-    """Rounding sequence that needs no permutation at run time: groups by falling energy, then columns inside each."""
-    diagonal = hessian.diagonal()
-    size = diagonal.numel() if group_size == -1 else group_size
-    parts = diagonal.split(size)
-    energy = torch.stack([part.mean() for part in parts]).cpu().tolist()
-    ranked = sorted(range(len(parts)), key=lambda i: -energy[i])
-    return torch.cat([i * size + torch.argsort(parts[i], descending=True, stable=True) for i in ranked])
-
-
 def as_index(order: Tensor) -> Tensor:
     """Cast a permutation to the narrowest dtype that holds it: int16 up to 32768 columns, then int32."""
     return order.to(torch.int16 if order.numel() <= 2**15 else torch.int32)

@@ -1,57 +1,86 @@
-"""Base of methods that round to the format "affine": their settings, row units, and the packing of a solution."""
+"""Base of methods that round to a format: its settings, row units, and the packing of a solution."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lopro_fx.errors import ConfigError
+from lopro_fx.kernels.formats.quantizer import Quantizer
+from lopro_fx.kernels.formats.registry import known_format
 from lopro_fx.layer import Factor, Layer
 from lopro_fx.methods import checks
-from lopro_fx.methods.base import Context, Method, Solved, Unit, setting
+from lopro_fx.methods.base import Context, Method, Solved, Unit, number, setting
 from lopro_fx.methods.lowrank import in_unit
 from lopro_fx.methods.observers import Gram, Magnitude, Observer, Statistics
 from lopro_fx.methods.prior import informed
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided, row_units, stored_factor_scale
 
-GROUP_SIZES = (32, 64, 128, -1)
-BITS = (2, 3, 4, 8)
+# Settings that only some formats have; None takes the format's default.
+_OF_FORMAT = ("group_size", "window", "strip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding(Method):
-    """Method that stores codes with a scale and a zero per column group.
+    """Method that rounds the weights to a format.
 
     Args:
-        bits: width of a weight's code: 2, 3, 4 or 8.
-        group_size: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row.
-        clip_steps: clipping ranges tried for each group by squared error; 0 keeps min and max.
+        format: "affine" (codes with a scale and a zero per column group), "trellis" (a bit string a column), or another
+            format that has a quantizer.
+        bits: bits of a weight, scales not counted. Affine: 2, 3, 4 or 8. Trellis: 1.5, 2, 2.5, 3 or 4.
+        group_size: affine: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row; 64 by
+            default.
+        clip_steps: affine: clipping ranges tried for each group by squared error; 0 keeps min and max.
+        window: trellis: bits of a state, 8 to 16. Each more halves the speed of rounding.
+        strip: trellis: rows of a bit string, a multiple of 32, or -1 for all rows.
     """
 
-    bits: int = setting(3, "of a weight's code: 2, 3, 4 or 8 (default: 3)")
-    group_size: int = setting(64, f"columns that share a scale: {', '.join(map(str, GROUP_SIZES))} (default: 64)")
+    format: str = setting("affine", "affine (scales by group) or trellis (default: affine)")
+    bits: float = setting(3, "of a weight; affine 2, 3, 4, 8; trellis 1.5, 2, 2.5, 3, 4 (default: 3)", kind=number)
+    group_size: int | None = setting(
+        None, "affine: columns that share a scale: 32, 64, 128, -1 for all (default: 64)", kind=int
+    )
     clip_steps: int = 24
+    window: int | None = None
+    strip: int | None = None
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.choice(self, "bits", BITS)
-        checks.choice(self, "group_size", GROUP_SIZES)
+        kind = known_format(self.format).quantizer
+        if kind is None:
+            raise ConfigError(f"{type(self).__name__}(format={self.format!r}): nothing rounds to this format")
+        defaults = {field.name: field.default for field in fields(kind)}
+        for name in _OF_FORMAT:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, defaults.get(name))
+            elif name not in defaults:
+                given = f"{type(self).__name__}({name}={getattr(self, name)!r})"
+                raise ConfigError(f"{given}: format '{self.format}' has no such setting; leave it out, or give None")
+        for name, allowed in kind.allowed.items():
+            checks.choice(self, name, tuple(allowed))
         checks.whole(self, "clip_steps", 0, 1000)
 
+    @property
+    def quantizer(self) -> Quantizer:
+        """What rounds to the format, with the method's settings."""
+        kind = known_format(self.format).quantizer
+        assert kind is not None
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
     def most_bits(self) -> float:
-        # Scales, zeros and factors take up to a bit.
-        return self.bits + 1
+        return self.quantizer.most_bits
 
     def observers(self) -> Sequence[Observer]:
         return Gram(), Magnitude()
 
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
-        return pack_solution(unit, self.solution(unit.weights, seen, context.generator), self.bits)
+        return pack_solution(unit, self.solution(unit.weights, seen, context.generator))
 
     def solution(self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator) -> GroupSolution:
         """Quantise the weights (m_i, n) of Linears that share an input.
@@ -78,14 +107,14 @@ class Rounding(Method):
         raise NotImplementedError
 
 
-def pack_solution(unit: Unit, solution: GroupSolution, bits: int) -> Solved:
+def pack_solution(unit: Unit, solution: GroupSolution) -> Solved:
     """Pack a solution and split it into the unit's layers."""
     rows = [weight.shape[0] for weight in unit.weights]
     shared = unit.input(transform=solution.transform, down=_stored(solution.down))
     metrics = {"transform": solution.choice, "relative_loss": solution.relative, "damp": solution.damp}
     ups = solution.ups or (None,) * len(rows)
     layers = (
-        Layer(name, unit.name, part.packed(bits), _stored(up), dict(metrics))
+        Layer(name, unit.name, part.packed(), _stored(up), dict(metrics))
         for name, part, up in zip(unit.names, solution.rounded.split(rows), ups, strict=True)
     )
     return Solved(shared, tuple(layers))
@@ -104,7 +133,7 @@ def _in_units(solution: GroupSolution, units: Tensor, unit: float) -> GroupSolut
     losses: Mapping[str, Any] = solution.losses
     return replace(
         solution,
-        rounded=replace(solution.rounded, scales=solution.rounded.scales * units),
+        rounded=solution.rounded.times(units),
         ups=tuple(in_unit(up, unit) for up in solution.ups),
         loss=solution.loss * unit**2,
         losses={name: loss * unit**2 for name, loss in losses.items()},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lopro_fx.kernels.formats.quantizer import Rounded
 from lopro_fx.layer import Factor, Transform
-from lopro_fx.methods.rounded import Rounded
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest and smallest normal number of fp16.
-_MOST, _NORMAL = 65504.0, 2.0**-14
-# Bits of an fp32 fraction that fp16 lacks.
-_CUT = 13
+from lopro_fx.kernels.formats.scales import MOST
+
+# Smallest normal number of fp16.
+_NORMAL = 2.0**-14
 
 
 def row_units(weight: Tensor) -> Tensor:
@@ -27,24 +27,7 @@ def divided(rows: Tensor, units: Tensor) -> Tensor:
     return torch.where(units > 0, rows / torch.where(units > 0, units, 1.0), 0.0)
 
 
-def rounded_scale(scale: Tensor) -> Tensor:
-    """Round fp32 to the 11 significant bits of fp16, at any exponent."""
-    bits = scale.contiguous().view(torch.int32)
-    half = (1 << _CUT - 1) - 1 + ((bits >> _CUT) & 1)
-    return ((bits + half) & -(1 << _CUT)).view(torch.float32)
-
-
-def stored_scales(scales: Tensor, bits: int) -> Tensor:
-    """Convert scales (m, groups) from fp32 to fp16; a matrix with any row that fp16 can't hold keeps fp32.
-
-    Below its normal range fp16 rounds a scale; the ends of a row's range may move by an eighth of a step.
-    """
-    largest = scales.amax(1)
-    fits = (largest == 0) | ((largest >= 2.0 ** (bits - 23)) & (largest <= _MOST))
-    return scales.to(torch.float16) if fits.all() else scales
-
-
 def stored_factor_scale(scale: Tensor) -> Tensor:
     """Convert a factor's scales (rank,) from fp32 to fp16, unless fp16 lacks the range of the largest."""
     largest = scale.amax() if scale.numel() else scale.new_ones(())
-    return scale.to(torch.float16) if _NORMAL <= largest <= _MOST or largest == 0 else scale
+    return scale.to(torch.float16) if _NORMAL <= largest <= MOST or largest == 0 else scale

@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from lopro_fx.calibration.statistics import measure
+from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
+from lopro_fx.kernels.formats.affine.rounded import AffineRounded
+from lopro_fx.kernels.formats.scales import stored_scales
 from lopro_fx.methods.observers import Gram, Magnitude, Statistics
 from lopro_fx.methods.prior import informed
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
-from lopro_fx.methods.units import stored_scales
 from tests.helpers import generator, heavy_tailed
 
 Problem = tuple[list[Tensor], Tensor]
+
+
+def affine(bits: int, group_size: int, clip_steps: int = 24) -> AffineQuantizer:
+    return AffineQuantizer(bits=bits, group_size=group_size, clip_steps=clip_steps)
 
 
 def ordinary(rows: tuple[int, ...] = (24, 8), width: int = 128, seed: int = 0, scale: float = 0.05) -> Problem:
@@ -88,9 +94,10 @@ def check(solution: GroupSolution, problem: Problem, config: Rounding) -> None:
     joint, gram = torch.cat(weights), informed(statistics(x)).gram
     width = joint.shape[1]
     rounded = solution.rounded
+    assert isinstance(rounded, AffineRounded)
     assert rounded.codes.shape == joint.shape
-    assert rounded.codes.max().item() < 1 << config.bits
-    assert rounded.zeros.max().item() < 1 << config.bits
+    assert rounded.codes.max().item() < 1 << rounded.bits
+    assert rounded.zeros.max().item() < 1 << rounded.bits
     stored = stored_scales(rounded.scales, config.bits).float()
     assert ((stored - rounded.scales).abs().amax(1) * 2**config.bits <= rounded.scales.amax(1)).all()
     assert (rounded.scales >= 0).all()
@@ -117,8 +124,8 @@ def same(first: GroupSolution, second: GroupSolution) -> bool:
     def stored(solution: GroupSolution) -> list[Tensor | None]:
         factors = [] if solution.down is None else [solution.down, *solution.ups]
         values = [part for factor in factors for part in (factor.values, factor.scale)]
-        transform, rounded = solution.transform, solution.rounded
-        return [transform.perm, transform.signs, rounded.codes, rounded.scales, rounded.zeros, *values]
+        transform, packed = solution.transform, solution.rounded.packed()
+        return [transform.perm, transform.signs, *packed.tensors.values(), *values]
 
     def equal(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx.methods.descent import descend, fit_scales
+from lopro_fx.kernels.formats.affine.descent import descend, fit_scales
+from lopro_fx.kernels.formats.affine.rounded import AffineRounded
 from lopro_fx.methods.ldlq import feedback, proxy_loss, round_with_feedback
-from lopro_fx.methods.rounded import Rounded
-from lopro_fx.methods.rtn import round_to_nearest
 from tests.helpers import damped, generator, gram_of, heavy_tailed
+from tests.methods.problems import affine
 
 widths = st.integers(1, 130)
 group_sizes = st.sampled_from((32, 64, -1))
@@ -23,15 +23,15 @@ def _problem(width: int, seed: int, rows: int = 5) -> tuple[torch.Tensor, torch.
     return weight, gram_of(heavy_tailed(2 * width, width, seed))
 
 
-def _loss(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> float:
+def _loss(weight: torch.Tensor, gram: torch.Tensor, rounded: AffineRounded) -> float:
     return proxy_loss((weight - rounded.dense()).double(), gram.double())
 
 
 @given(st.sampled_from((2, 3, 4)), group_sizes, widths, st.integers(0, 99))
 def test_each_sweep_lowers_the_loss_or_leaves_it(bits: int, size: int, width: int, seed: int) -> None:
     weight, gram = _problem(width, seed)
-    start = round_to_nearest(weight, bits, size, 4)
-    losses = [_loss(weight, damped(gram, 0.01), descend(weight, gram, start, bits, n, 0.01)) for n in range(4)]
+    start = affine(bits, size, 4).nearest(weight, ())
+    losses = [_loss(weight, damped(gram, 0.01), descend(weight, damped(gram, 0.01), start, n)) for n in range(4)]
     for before, after in pairwise(losses):
         assert after <= before * (1 + 1e-5)
 
@@ -39,7 +39,7 @@ def test_each_sweep_lowers_the_loss_or_leaves_it(bits: int, size: int, width: in
 @given(st.sampled_from((2, 3, 4, 8)), group_sizes, widths, st.integers(0, 99))
 def test_codes_and_scales_stay_in_range(bits: int, size: int, width: int, seed: int) -> None:
     weight, gram = _problem(width, seed)
-    rounded = descend(weight, gram, round_to_nearest(weight, bits, size, 0), bits, 2, 0.01)
+    rounded = descend(weight, damped(gram, 0.01), affine(bits, size, 0).nearest(weight, ()), 2)
     assert rounded.codes.dtype == torch.uint8
     assert int(rounded.codes.max()) < 1 << bits
     assert (rounded.scales > 0).all()
@@ -48,24 +48,24 @@ def test_codes_and_scales_stay_in_range(bits: int, size: int, width: int, seed: 
 
 def test_no_single_code_can_be_improved_at_the_end() -> None:
     weight, gram = _problem(40, 3)
-    rounded = descend(weight, gram, round_to_nearest(weight, 3, -1, 4), 3, 60, 0.01)
+    rounded = descend(weight, damped(gram, 0.01), affine(3, -1, 4).nearest(weight, ()), 60)
     norm = damped(gram, 0.01)
     best = _loss(weight, norm, rounded)
     for column in range(40):
         for step in (-1, 1):
             codes = rounded.codes.to(torch.int16)
             codes[:, column] = (codes[:, column] + step).clamp(0, 7)
-            other = Rounded(codes.to(torch.uint8), rounded.scales, rounded.zeros, -1)
+            other = AffineRounded(codes.to(torch.uint8), rounded.scales, rounded.zeros, 3, -1)
             error = ((weight - other.dense()) @ norm * (weight - other.dense())).sum(1)
             now = ((weight - rounded.dense()) @ norm * (weight - rounded.dense())).sum(1)
             assert (error >= now * (1 - 1e-4)).all()
-    assert best < _loss(weight, norm, round_to_nearest(weight, 3, -1, 4))
+    assert best < _loss(weight, norm, affine(3, -1, 4).nearest(weight, ()))
 
 
 def test_scales_that_are_off_are_found_again() -> None:
     weight, gram = _problem(96, 5, rows=1030)
-    true = round_to_nearest(weight, 4, 32, 4)
-    off = Rounded(true.codes, (true.scales * 1.3).half().float(), true.zeros, 32)
+    true = affine(4, 32, 4).nearest(weight, ())
+    off = AffineRounded(true.codes, (true.scales * 1.3).half().float(), true.zeros, true.bits, 32)
     fitted = fit_scales(true.dense(), damped(gram, 0.01), off)
     assert torch.allclose(fitted.scales, true.scales, rtol=2e-2)
 
@@ -74,13 +74,13 @@ def test_a_gram_of_rank_one_changes_nothing_for_the_worse() -> None:
     weight = torch.randn(4, 64, generator=generator(1))
     vector = torch.randn(1, 64, generator=generator(2))
     gram = vector.T @ vector
-    start = round_with_feedback(weight, feedback(gram, 0.01), 3, 32)
-    rounded = descend(weight, gram, start, 3, 3, 0.01)
+    start = round_with_feedback(weight, feedback(gram, 0.01), affine(3, 32))
+    rounded = descend(weight, damped(gram, 0.01), start, 3)
     assert torch.isfinite(rounded.dense()).all()
     assert _loss(weight, damped(gram, 0.01), rounded) <= _loss(weight, damped(gram, 0.01), start)
 
 
 def test_no_sweep_is_no_change() -> None:
     weight, gram = _problem(64, 1)
-    start = round_to_nearest(weight, 3, 32, 4)
-    assert descend(weight, gram, start, 3, 0, 0.01) is start
+    start = affine(3, 32, 4).nearest(weight, ())
+    assert descend(weight, damped(gram, 0.01), start, 0) is start

@@ -8,12 +8,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lopro_fx.methods.grid import fit_grid
+from lopro_fx.kernels.formats.affine.grid import fit_grid
+from lopro_fx.kernels.formats.affine.rounded import AffineRounded
 from lopro_fx.methods.ldlq import feedback, proxy_loss, round_with_feedback
-from lopro_fx.methods.rotation import group_order
-from lopro_fx.methods.rounded import Rounded
-from lopro_fx.methods.rtn import round_to_nearest
 from tests.helpers import assert_close, damped, generator, gram_of, heavy_tailed
+from tests.methods.problems import affine
 
 BITS = (2, 3, 4, 8)
 widths = st.integers(1, 130)
@@ -24,7 +23,7 @@ def _weight(rows: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=generator(seed + 100))
 
 
-def _step(rounded: Rounded) -> Tensor:
+def _step(rounded: AffineRounded) -> Tensor:
     width = rounded.codes.shape[1]
     size = width if rounded.group_size == -1 else rounded.group_size
     return rounded.scales.repeat_interleave(size, 1)[:, :width]
@@ -47,7 +46,7 @@ def test_each_column_is_rounded_to_nearest_after_the_feedback(bits: int, size: i
     """And the proxy loss on the damped Gram is the pivots times these rounding errors squared, nothing else."""
     weight, gram = _weight(5, width, seed), gram_of(heavy_tailed(4 * width, width, seed))
     fb = feedback(gram, 0.01)
-    rounded = round_with_feedback(weight, fb, bits, size)
+    rounded = round_with_feedback(weight, fb, affine(bits, size))
     error = (weight - rounded.dense()).double()
     rounding = error @ fb.upper.double()
     inside = (rounded.codes > 0) & (rounded.codes < (1 << bits) - 1)
@@ -61,7 +60,7 @@ def test_a_diagonal_gram_is_plain_rounding(bits: int, size: int, width: int, see
     weight = _weight(5, width, seed)
     diagonal = torch.rand(width, generator=generator(seed)) + 0.1
     fb = feedback(torch.diag(diagonal), 0)
-    rounded = round_with_feedback(weight, fb, bits, size)
+    rounded = round_with_feedback(weight, fb, affine(bits, size))
     blocks = zip(
         weight.T.split(width if size == -1 else size), diagonal.split(width if size == -1 else size), strict=True
     )
@@ -77,10 +76,10 @@ def test_a_diagonal_gram_is_plain_rounding(bits: int, size: int, width: int, see
 def test_an_order_of_whole_groups_is_rounding_the_permuted_matrix(bits: int, size: int, groups: int, seed: int) -> None:
     width = size * groups
     weight, gram = _weight(4, width, seed), gram_of(heavy_tailed(4 * width, width, seed))
-    order = group_order(gram, size)
+    order = affine(3, size).order(gram)
     fb = feedback(gram[order][:, order], 0.01)
-    ordered = round_with_feedback(weight, fb, bits, size, order=order)
-    permuted = round_with_feedback(weight[:, order], fb, bits, size)
+    ordered = round_with_feedback(weight, fb, affine(bits, size), order=order)
+    permuted = round_with_feedback(weight[:, order], fb, affine(bits, size))
     assert torch.equal(ordered.codes[:, order], permuted.codes)
     assert torch.equal(ordered.scales[:, order[::size] // size], permuted.scales)
     assert torch.equal(ordered.zeros[:, order[::size] // size], permuted.zeros)
@@ -93,7 +92,7 @@ def test_static_grids_allow_any_order(bits: int, size: int, width: int, seed: in
     weight, gram = _weight(5, width, seed), gram_of(heavy_tailed(4 * width, width, seed))
     order = torch.randperm(width, generator=generator(seed))
     fb = feedback(gram[order][:, order], 0.01)
-    rounded = round_with_feedback(weight, fb, bits, size, order=order, static=True)
+    rounded = round_with_feedback(weight, fb, affine(bits, size), order=order, static=True)
     pivots = torch.empty(width).index_copy_(0, order, fb.pivots)
     whole = width if size == -1 else size
     for i, (block, weights) in enumerate(zip(weight.T.split(whole), pivots.split(whole), strict=True)):
@@ -106,16 +105,16 @@ def test_static_grids_allow_any_order(bits: int, size: int, width: int, seed: in
 @given(group_sizes, widths, st.integers(0, 99))
 def test_an_order_covers_short_last_groups(size: int, width: int, seed: int) -> None:
     weight, gram = _weight(4, width, seed), gram_of(heavy_tailed(4 * width, width, seed))
-    order = group_order(gram, size)
+    order = affine(3, size).order(gram)
     assert torch.equal(order.sort().values, torch.arange(width))
-    rounded = round_with_feedback(weight, feedback(gram[order][:, order], 0.01), 8, size, order=order)
+    rounded = round_with_feedback(weight, feedback(gram[order][:, order], 0.01), affine(8, size), order=order)
     assert proxy_loss(weight - rounded.dense(), gram) < 1e-2 * proxy_loss(weight, gram)
 
 
 @given(st.sampled_from(BITS), group_sizes, widths, st.integers(0, 99))
 def test_codes_stay_in_range_and_grids_fit_fp16(bits: int, size: int, width: int, seed: int) -> None:
     weight, gram = _weight(3, width, seed), gram_of(heavy_tailed(2 * width, width, seed))
-    rounded = round_with_feedback(weight, feedback(gram, 0.01), bits, size)
+    rounded = round_with_feedback(weight, feedback(gram, 0.01), affine(bits, size))
     assert rounded.codes.dtype == rounded.zeros.dtype == torch.uint8
     assert rounded.codes.max().item() < 1 << bits
     assert rounded.zeros.max().item() < 1 << bits
@@ -126,16 +125,16 @@ def test_codes_stay_in_range_and_grids_fit_fp16(bits: int, size: int, width: int
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_feedback_beats_rounding_to_nearest(bits: int, seed: int) -> None:
     weight, gram = _weight(32, 128, seed), gram_of(heavy_tailed(512, 128, seed))
-    order = group_order(gram, 32)
+    order = affine(3, 32).order(gram)
     fb = feedback(gram[order][:, order], 0.01)
-    with_feedback = round_with_feedback(weight, fb, bits, 32, order=order)
-    nearest = round_to_nearest(weight, bits, 32, 24)
+    with_feedback = round_with_feedback(weight, fb, affine(bits, 32), order=order)
+    nearest = affine(bits, 32, 24).nearest(weight, ())
     assert proxy_loss(weight - with_feedback.dense(), gram) < 0.9 * proxy_loss(weight - nearest.dense(), gram)
 
 
 def test_eight_bits_leave_almost_nothing() -> None:
     weight, gram = _weight(16, 128), gram_of(heavy_tailed(512, 128))
-    rounded = round_with_feedback(weight, feedback(gram, 0.01), 8, 32)
+    rounded = round_with_feedback(weight, feedback(gram, 0.01), affine(8, 32))
     assert proxy_loss(weight - rounded.dense(), gram) < 5e-5 * proxy_loss(weight, gram)
 
 
@@ -143,9 +142,9 @@ def test_eight_bits_leave_almost_nothing() -> None:
 @given(st.sampled_from(BITS), group_sizes, widths, st.booleans())
 def test_every_result_is_written(bits: int, size: int, width: int, ordered: bool) -> None:
     gram = gram_of(heavy_tailed(2 * width, width))
-    order = group_order(gram, size) if ordered else None
+    order = affine(3, size).order(gram) if ordered else None
     moved = gram if order is None else gram[order][:, order]
-    dense = round_with_feedback(_weight(3, width), feedback(moved, 0.01), bits, size, order=order).dense()
+    dense = round_with_feedback(_weight(3, width), feedback(moved, 0.01), affine(bits, size), order=order).dense()
     assert torch.isfinite(dense).all()
     assert dense.abs().max() < 100
 
@@ -158,7 +157,7 @@ def test_a_singular_gram_is_damped_until_it_factors(width: int, rank: int, seed:
     fb = feedback(gram, 0.0)
     assert_close("factors", damped(gram, fb.damp), fb.upper.double() * fb.pivots.double() @ fb.upper.double().T, 1e-4)
     assert (fb.pivots > 0).all()
-    assert torch.isfinite(round_with_feedback(_weight(3, width), fb, 3, 32).dense()).all()
+    assert torch.isfinite(round_with_feedback(_weight(3, width), fb, affine(3, 32)).dense()).all()
 
 
 def test_an_indefinite_gram_records_the_damping_that_it_took() -> None:
@@ -176,6 +175,6 @@ def test_no_damping_can_mend_a_gram_that_is_not_a_number() -> None:
 
 def test_a_zero_gram_is_rounding_to_nearest() -> None:
     weight = _weight(4, 96)
-    rounded = round_with_feedback(weight, feedback(torch.zeros(96, 96), 0.01), 3, 32)
-    nearest = round_to_nearest(weight, 3, 32, 24)
+    rounded = round_with_feedback(weight, feedback(torch.zeros(96, 96), 0.01), affine(3, 32))
+    nearest = affine(3, 32, 24).nearest(weight, ())
     assert_close("errors", (nearest.dense() - weight).abs(), (rounded.dense() - weight).abs(), 1e-4)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lopro_fx.methods.grid import fit_grid
-from lopro_fx.methods.rtn import round_to_nearest
+from lopro_fx.kernels.formats.affine.grid import fit_grid
+from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from tests.helpers import generator
 
 BITS = (2, 3, 4, 8)
@@ -99,7 +99,7 @@ def test_a_zero_row_stays_below_any_weight_that_matters(bits: int) -> None:
 @given(st.sampled_from(BITS), st.sampled_from((32, 64, -1)), st.integers(1, 5), st.integers(1, 100))
 def test_rounding_to_nearest_has_a_grid_for_every_group(bits: int, group_size: int, rows: int, width: int) -> None:
     weight = torch.randn(rows, width, generator=generator(width))
-    rounded = round_to_nearest(weight, bits, group_size, 0)
+    rounded = AffineQuantizer(bits=bits, group_size=group_size, clip_steps=0).nearest(weight, ())
     groups = 1 if group_size == -1 else -(-width // group_size)
     assert rounded.codes.shape == weight.shape
     assert rounded.codes.max().item() < 1 << bits

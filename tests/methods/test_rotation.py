@@ -13,12 +13,12 @@ from lopro_fx.layer import Transform
 from lopro_fx.methods.rotation import (
     as_index,
     energy_order,
-    group_order,
     importance_order,
     largest_block,
     random_signs,
 )
 from tests.helpers import assert_close, generator, gram_of, heavy_tailed
+from tests.methods.problems import affine
 
 
 @st.composite
@@ -81,7 +81,7 @@ def test_orders_ignore_units(width: int, seed: int, gram_unit: float, weight_uni
     assert torch.equal(order.sort().values, torch.arange(width))
     assert torch.equal(importance_order(residual * w, gram * h), order)
     assert torch.equal(energy_order(gram * h), energy_order(gram))
-    assert torch.equal(group_order(gram * h, 32), group_order(gram, 32))
+    assert torch.equal(affine(3, 32).order(gram * h), affine(3, 32).order(gram))
 
 
 @given(st.integers(3, 60), st.integers(0, 999), st.integers(1, 3))
@@ -115,8 +115,8 @@ def test_permutations_take_the_narrowest_type(width: int, dtype: torch.dtype) ->
 
 def test_group_order_keeps_groups_whole_and_ranks_them() -> None:
     diagonal = torch.tensor([1.0, 2.0, 9.0, 8.0, 4.0, 5.0, 0.5])
-    assert group_order(torch.diag(diagonal), 2).tolist() == [2, 3, 5, 4, 1, 0, 6]
-    assert group_order(torch.diag(diagonal), -1).tolist() == [2, 3, 5, 4, 1, 0, 6]
+    assert affine(3, 2).order(torch.diag(diagonal)).tolist() == [2, 3, 5, 4, 1, 0, 6]
+    assert affine(3, -1).order(torch.diag(diagonal)).tolist() == [2, 3, 5, 4, 1, 0, 6]
 
 
 def test_signs_are_random_and_repeatable() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.kernels.formats.affine.format import affine
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
+from lopro_fx.kernels.formats.affine.rounded import affine
 from lopro_fx.layer import Factor, Input, Layer, Transform
 from lopro_fx.methods.rotation import as_index, largest_block, random_signs
 from lopro_fx.passes.sites import find_sites

@@ -25,6 +25,7 @@ from lopro_fx.kernels.formats.affine.packing.format import (
     unpack,
     unpack_at,
 )
+from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.kernels.formats.affine.site.op import packed_site
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
 
@@ -36,6 +37,7 @@ class Affine(Format):
     name: ClassVar[str] = "affine"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3, "group_size": 64}
     operators: ClassVar[Mapping[str, str]] = {"cpu": "cpu_site", "int8": "packed_int8"}
+    quantizer = AffineQuantizer
 
     @property
     def prefix(self) -> str:
@@ -86,12 +88,6 @@ class Affine(Format):
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
         return inductor_options(folder)
-
-
-def affine(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, in_features: int) -> Packed:
-    """Packed weight in this format, from tensors as in `packing/format.py`."""
-    spec = {"bits": bits, "group_size": group_size}
-    return Packed(Affine.name, (scales.shape[0], in_features), spec, {"codes": codes, "scales": scales, "zeros": zeros})
 
 
 def _no_triton(named: Mapping[str, Any]) -> str | None:

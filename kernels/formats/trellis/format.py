@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.formats.base import Format, Packed, Scalar
 from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows
+from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
 
 
 class Trellis(Format):
@@ -22,6 +23,7 @@ class Trellis(Format):
 
     name: ClassVar[str] = "trellis"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3.0, "columns": 1, "window": 14, "strip": 512}
+    quantizer = TrellisQuantizer
 
     def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
         words = code_words(shape, step_of(spec), spec["columns"], spec["strip"])

@@ -25,6 +25,8 @@ _NAME = "lopro_cpu_site"
 _FOLDER = Path(__file__).parent
 _INCLUDE = Path(torch.__file__).parent / "include"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+# Minimum and maximum as single instructions; the search holds neither NaN nor infinity.
+_FAST = ("-ffinite-math-only", "-fno-signed-zeros")
 # Source files with the flags of the processors that they are for; the other files run on any.
 _PATHS = {
     "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
@@ -33,6 +35,10 @@ _PATHS = {
     "dispatch.cpp": (),
     "shim.cpp": (),
     "register.cpp": (),
+    "../../trellis/encode/encode_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", *_FAST),
+    "../../trellis/encode/encode_avx2.cpp": ("-mavx2", "-mfma", *_FAST),
+    "../../trellis/encode/encode_portable.cpp": _FAST,
+    "../../trellis/encode/encode.cpp": (),
 }
 _EAGER_ONLY = "register.cpp"
 # Memory that g++ 12 takes for the largest of them.
@@ -65,7 +71,8 @@ def _built() -> Path:
     for part in (compiler, _version(compiler), *torch_build, sys.platform, *platform.libc_ver(), platform.machine()):
         key.update(part.encode() + b"\0")
     # The flags are in this file.
-    for file in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), Path(__file__))):
+    folders = {(_FOLDER / source).parent.resolve() for source in _PATHS}
+    for file in sorted((*(f for folder in folders for f in folder.glob("*.[ch]*")), Path(__file__))):
         key.update(file.name.encode() + b"\0" + file.read_bytes())
     target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
     if not (target / f"{_NAME}.so").is_file():
@@ -89,7 +96,7 @@ def _build(compiler: str, target: Path) -> None:
         folder.mkdir()
 
         def compiled(source: str) -> Path:
-            result = Path(scratch) / f"{source}.o"
+            result = Path(scratch) / f"{Path(source).name}.o"
             flags = _PATHS[source] if platform.machine() in ("x86_64", "AMD64") else ()
             command = [*_flags(), *flags, f"-I{_INCLUDE}", "-c", str(_FOLDER / source), "-o", str(result)]
             _run(compiler, *command)

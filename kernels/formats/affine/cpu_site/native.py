@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 def load() -> bool:
     """Whether the kernel serves CPU tensors; builds and loads it if that wasn't tried yet."""
-    return _loaded() is not None
+    return library() is not None
 
 
 def active_path() -> str:
@@ -29,24 +29,25 @@ def active_path() -> str:
 
     The environment variable LOPRO_FX_CPU_ISA names a lower path than the processor's best one.
     """
-    library = _loaded()
-    return "aten" if library is None else library.lopro_cpu_site_path().decode()
+    loaded = library()
+    return "aten" if loaded is None else loaded.lopro_cpu_site_path().decode()
 
 
 @contextmanager
 def forced(path: str) -> Iterator[bool]:
     """Run `path` inside; yield False and change nothing where the processor or the kernel lacks it."""
-    library = _loaded()
+    loaded = library()
     before = active_path()
-    found = library is not None and library.lopro_cpu_site_set_path(path.encode())
+    found = loaded is not None and loaded.lopro_cpu_site_set_path(path.encode())
     try:
         yield bool(found)
     finally:
-        if library is not None and found:
-            library.lopro_cpu_site_set_path(before.encode())
+        if loaded is not None and found:
+            loaded.lopro_cpu_site_set_path(before.encode())
 
 
-def _loaded() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The shared library of compiled kernels; None where it can't be built."""
     # Threads that come together wait for one build, and share its result or its one warning.
     with _lock:
         return _library()

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.formats.affine.grid import MAX_SCALE, MIN_SCALE
 from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
-from lopro_fx.methods.grid import MAX_SCALE, MIN_SCALE
-from lopro_fx.methods.ldlq import damped
-from lopro_fx.methods.rounded import Rounded
-from lopro_fx.methods.units import rounded_scale
+from lopro_fx.kernels.formats.affine.rounded import AffineRounded
+from lopro_fx.kernels.formats.scales import rounded_scale
 
 # Rows whose scales are solved together; each takes groups² numbers.
 _ROWS = 1024
 
 
-def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps: int, damp: float) -> Rounded:
+def descend(weight: Tensor, gram: Tensor, rounded: AffineRounded, sweeps: int) -> AffineRounded:
     """Lower tr(E H Eᵀ), E = W - Q̂, by `sweeps` passes over the columns, each followed by a fit of the scales.
 
     The loss is quadratic in each weight, with its minimum at q_j + (E H)_j / H_jj; the nearest level to that minimum is
-    the best code given the others, so no step raises the loss of the damped H.
+    the best code given the others, so no step raises the loss.
 
     Args:
         weight: fp32 (m, n).
-        hessian: fp32 (n, n), undamped.
+        gram: fp32 (n, n), H with the rounding's damping.
         rounded: the codes to start from; not changed.
-        bits: width of a code.
         sweeps: passes; 0 returns `rounded`.
-        damp: part of the mean diagonal added to H's diagonal, as in the rounding.
     """
     if not sweeps:
         return rounded
     n = weight.shape[1]
     size = n if rounded.group_size == -1 else rounded.group_size
-    gram = damped(hessian, damp)
     for _ in range(sweeps):
         codes = rounded.codes.T.to(torch.float32).contiguous()
         scales = rounded.scales.T.contiguous()
@@ -41,24 +39,24 @@ def descend(weight: Tensor, hessian: Tensor, rounded: Rounded, bits: int, sweeps
         for group, columns in enumerate(_slices(n, size)):
             _descend_group(
                 codes[columns], error[columns], gram[columns] @ error, gram[columns, columns], scales[group],
-                (1 << bits) - 1,
+                (1 << rounded.bits) - 1,
             )  # fmt: skip
-        rounded = Rounded(codes.T.to(torch.uint8).contiguous(), rounded.scales, rounded.zeros, rounded.group_size)
+        rounded = replace(rounded, codes=codes.T.to(torch.uint8).contiguous())
         rounded = fit_scales(weight, gram, rounded)
     return rounded
 
 
-def fit_scales(weight: Tensor, gram: Tensor, rounded: Rounded) -> Rounded:
+def fit_scales(weight: Tensor, gram: Tensor, rounded: AffineRounded) -> AffineRounded:
     """Fit the scales that minimise tr(E H Eᵀ) for given codes and zeros, by least squares over each row's groups.
 
     A row keeps its scales if the loss doesn't fall, which the rounding of the new ones may cause.
     """
     parts = [slice(i, i + _ROWS) for i in range(0, weight.shape[0], _ROWS)]
     scales = torch.cat([_fit_rows(weight[rows], gram, rounded, rows) for rows in parts])
-    return Rounded(rounded.codes, scales, rounded.zeros, rounded.group_size)
+    return replace(rounded, scales=scales)
 
 
-def _fit_rows(weight: Tensor, gram: Tensor, rounded: Rounded, rows: slice) -> Tensor:
+def _fit_rows(weight: Tensor, gram: Tensor, rounded: AffineRounded, rows: slice) -> Tensor:
     m, n = weight.shape
     size = n if rounded.group_size == -1 else rounded.group_size
     old = rounded.scales[rows]

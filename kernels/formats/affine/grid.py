@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET
-from lopro_fx.methods.units import rounded_scale
+from lopro_fx.kernels.formats.scales import MOST, rounded_scale
 
 # Bounds of a scale, for rows in units of their largest magnitude; a group of zeros gets the smallest.
 MIN_SCALE = 2.0**-60
-MAX_SCALE = 65504.0
+MAX_SCALE = MOST
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Rounding to the format "affine" with error feedback: grids of column groups, one column at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels.formats.affine.descent import descend
+from lopro_fx.kernels.formats.affine.grid import Grid, fit_grid
+from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET, group_count
+from lopro_fx.kernels.formats.affine.rounded import AffineRounded
+from lopro_fx.kernels.formats.quantizer import Quantizer, Rounded, Rounder
+
+# Columns whose feedback is applied one at a time before a GEMM updates the rest.
+_BLOCK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineQuantizer(Quantizer):
+    """Codes with a scale and a zero per column group.
+
+    Args:
+        bits: width of a code.
+        group_size: columns that share a scale and a zero; -1 is the whole row.
+        clip_steps: candidate clipping ranges of a group, 0 for none.
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    clip_steps: int = 24
+    allowed: ClassVar[Mapping[str, Sequence[Any]]] = {"bits": (2, 3, 4, 8), "group_size": (32, 64, 128, -1)}
+
+    @property
+    def most_bits(self) -> float:
+        # Scales, zeros and factors take up to a bit.
+        return self.bits + 1
+
+    def order(self, gram: Tensor, static: bool = False) -> Tensor:
+        """Columns by falling energy; groups by that at first, unless `static`."""
+        diagonal = gram.diagonal()
+        if static:
+            return torch.argsort(diagonal, descending=True, stable=True)
+        size = diagonal.numel() if self.group_size == -1 else self.group_size
+        parts = diagonal.split(size)
+        energy = torch.stack([part.mean() for part in parts]).cpu().tolist()
+        ranked = sorted(range(len(parts)), key=lambda i: -energy[i])
+        return torch.cat([i * size + torch.argsort(parts[i], descending=True, stable=True) for i in ranked])
+
+    def rounder(
+        self,
+        weight: Tensor,
+        rows: Sequence[int],  # noqa: ARG002
+        order: Tensor | None,
+        pivots: Tensor,
+        static: bool,
+    ) -> AffineRounder:
+        """Column groups must stay together in `order` unless `static`: a group's grid is fitted when its first column
+        is reached."""
+        return AffineRounder(self, weight, order, pivots, static)
+
+    def nearest(self, weight: Tensor, rows: Sequence[int]) -> AffineRounded:  # noqa: ARG002
+        codes, scales, zeros = [], [], []
+        for block in weight.T.split(weight.shape[1] if self.group_size == -1 else self.group_size):
+            grid = fit_grid(block, self.bits, None, self.clip_steps)
+            codes.append(grid.round(block))
+            scales.append(grid.scale)
+            zeros.append(grid.zero - ZERO_OFFSET)
+        return AffineRounded(
+            torch.cat(codes).T.to(torch.uint8).contiguous(),
+            torch.stack(scales, 1),
+            torch.stack(zeros, 1).to(torch.uint8),
+            self.bits,
+            self.group_size,
+        )
+
+    def join(self, parts: Sequence[Rounded]) -> AffineRounded:
+        own = [part for part in parts if isinstance(part, AffineRounded)]
+        return replace(
+            own[0],
+            codes=torch.cat([part.codes for part in own]),
+            scales=torch.cat([part.scales for part in own]),
+            zeros=torch.cat([part.zeros for part in own]),
+        )
+
+    def refine(self, weight: Tensor, gram: Tensor, rounded: Rounded, sweeps: int) -> AffineRounded:
+        """Descent on the codes; each sweep ends with a fit of the scales."""
+        assert isinstance(rounded, AffineRounded)
+        return descend(weight, gram, rounded, sweeps)
+
+
+class AffineRounder(Rounder):
+    """See `AffineQuantizer.rounder`."""
+
+    def __init__(
+        self, quantizer: AffineQuantizer, weight: Tensor, order: Tensor | None, pivots: Tensor, static: bool
+    ) -> None:
+        (m, n), self._quantizer, self._static = weight.shape, quantizer, static
+        size = n if quantizer.group_size == -1 else quantizer.group_size
+        self._storage = torch.arange(n, dtype=torch.int64, device=weight.device) if order is None else order
+        self._group = self._storage // size
+        self._codes = weight.new_empty(n, m)
+        self._scales = weight.new_empty(group_count(n, quantizer.group_size), m)
+        self._zeros = torch.empty_like(self._scales)
+        self._ranks = self._group.cpu()  # read once: each read waits for the device
+        if static:
+            pivots = torch.empty_like(pivots).index_copy_(0, self._storage, pivots)
+            for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
+                self._set(i, fit_grid(block, quantizer.bits, weights, quantizer.clip_steps))
+            self.cuts = [*range(0, n, _BLOCK), n]
+        else:
+            ends = torch.nonzero(self._ranks[1:] != self._ranks[:-1]).flatten() + 1
+            self.cuts = [0, *ends.tolist(), n]
+
+    def _set(self, group: int, grid: Grid) -> None:
+        self._scales[group], self._zeros[group] = grid.scale, grid.zero
+
+    def round(self, part: slice, columns: Tensor, target: Tensor, upper: Tensor, pivots: Tensor) -> Tensor:
+        if not self._static:
+            grid = fit_grid(target, self._quantizer.bits, pivots, self._quantizer.clip_steps)
+            self._set(int(self._ranks[part.start]), grid)
+        grid = Grid(self._scales[self._group[part]], self._zeros[self._group[part]], 1 << self._quantizer.bits)
+        return _round_block(columns, target, upper, grid, self._codes[part])
+
+    def rounded(self) -> AffineRounded:
+        codes = torch.empty_like(self._codes).index_copy_(0, self._storage, self._codes)
+        return AffineRounded(
+            codes.T.to(torch.uint8).contiguous(),
+            self._scales.T.contiguous(),
+            (self._zeros - ZERO_OFFSET).T.to(torch.uint8).contiguous(),
+            self._quantizer.bits,
+            self._quantizer.group_size,
+        )
+
+
+def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """Fill `codes` (width, m) of consecutive columns, each with its row of `grid`; `target` is consumed."""
+    width = columns.shape[0]
+    inverse, error = 1.0 / grid.scale, torch.empty_like(columns)
+    for j in range(width):
+        code = (target[j] * inverse[j]).add_(grid.zero[j]).round_().clamp_(0, grid.levels - 1)
+        codes[j] = code
+        torch.sub(columns[j], (code - grid.zero[j]).mul_(grid.scale[j]), out=error[j])
+        if j + 1 < width:
+            target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
+    return error

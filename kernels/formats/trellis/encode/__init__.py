@@ -1,0 +1,1 @@
+"""Viterbi search that rounds columns to the trellis code."""
