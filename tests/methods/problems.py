@@ -8,12 +8,13 @@ from torch import Tensor
 from lopro_fx.calibration.statistics import measure
 from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.kernels.formats.affine.rounded import AffineRounded
+from lopro_fx.kernels.formats.registry import dequantize
 from lopro_fx.kernels.formats.scales import stored_scales
 from lopro_fx.methods.observers import Gram, Magnitude, Statistics
 from lopro_fx.methods.prior import informed
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
-from tests.helpers import generator, heavy_tailed
+from tests.helpers import generator, heavy_tailed, relative_rms
 
 Problem = tuple[list[Tensor], Tensor]
 
@@ -88,19 +89,22 @@ def approximation(solution: GroupSolution) -> Tensor:
     return solution.transform.inverse(dense)
 
 
-def check(solution: GroupSolution, problem: Problem, config: Rounding) -> None:
+def check(solution: GroupSolution, problem: Problem) -> None:
     """What holds for every solution of every method."""
     weights, x = problem
     joint, gram = torch.cat(weights), informed(statistics(x)).gram
     width = joint.shape[1]
     rounded = solution.rounded
-    assert isinstance(rounded, AffineRounded)
-    assert rounded.codes.shape == joint.shape
-    assert rounded.codes.max().item() < 1 << rounded.bits
-    assert rounded.zeros.max().item() < 1 << rounded.bits
-    stored = stored_scales(rounded.scales, config.bits).float()
-    assert ((stored - rounded.scales).abs().amax(1) * 2**config.bits <= rounded.scales.amax(1)).all()
-    assert (rounded.scales >= 0).all()
+    if isinstance(rounded, AffineRounded):
+        assert rounded.codes.shape == joint.shape
+        assert rounded.codes.max().item() < 1 << rounded.bits
+        assert rounded.zeros.max().item() < 1 << rounded.bits
+        stored = stored_scales(rounded.scales, rounded.bits).float()
+        assert ((stored - rounded.scales).abs().amax(1) * 2**rounded.bits <= rounded.scales.amax(1)).all()
+        assert (rounded.scales >= 0).all()
+    parts = rounded.split([weight.shape[0] for weight in weights])
+    packed = torch.cat([dequantize(part.packed(), torch.float32) for part in parts])
+    assert relative_rms(rounded.dense(), packed) < 1e-3
     if solution.transform.perm is not None:
         assert torch.equal(solution.transform.perm.long().sort().values, torch.arange(width))
     if solution.down is not None:

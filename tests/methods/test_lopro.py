@@ -62,7 +62,7 @@ def test_both_sketches_solve_alike() -> None:
     for low_rank in ("block_svd", "r1_sketch"):
         config = replace(CONFIG, low_rank=low_rank, rank=12, transforms=("full",), refits=0, power_iterations=8)
         solutions[low_rank] = run(ordinary(), config)
-        check(solutions[low_rank], ordinary(), config)
+        check(solutions[low_rank], ordinary())
     assert not same(*solutions.values())
     # The block SVD is the best in the Gram's norm, which the sketch takes column by column.
     assert 1 <= solutions["r1_sketch"].loss / solutions["block_svd"].loss < 1.6

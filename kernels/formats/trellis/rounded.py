@@ -13,8 +13,8 @@ from lopro_fx.kernels.formats.quantizer import Rounded
 from lopro_fx.kernels.formats.scales import stored_scales
 from lopro_fx.kernels.formats.trellis.code import pack_states, strip_rows, table
 
-# Bits between the largest value and one unit: scales keep as many below them.
-_RANGE = 2
+# Least scale that fp16 holds to a part of 2^-8, for `stored_scales`.
+_RANGE = 6
 
 
 @dataclass(frozen=True)
