@@ -79,7 +79,7 @@ def test_eight_bits_leave_almost_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lopro, rank above both sides"])
 def test_more_bits_are_better(method: str) -> None:
     config = METHODS[method]
-    widths = type(config.quantizer).allowed["bits"]
+    widths = [bits for bits in type(config.quantizer).allowed["bits"] if isinstance(bits, int)]
     losses = [run(ordinary(), type(config)(**{**_fields(config), "bits": bits})).relative for bits in widths]
     assert losses == sorted(losses, reverse=True)
 
