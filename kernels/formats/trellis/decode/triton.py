@@ -104,7 +104,7 @@ def product_kernel(
         sum_high, sum_low = nothing, nothing
         upper = _four(nothing, nothing, nothing, nothing)
         lower = upper
-        for w in range(0, _WORDS_IN_GROUP, UNROLL):
+        for w in range(0, min(_WORDS_IN_GROUP, WORDS), UNROLL):
             for u in tl.static_range(UNROLL):
                 at = g * _WORDS_IN_GROUP + w + u
                 known = at < (1 << 30) if EVEN else at < WORDS

@@ -1,7 +1,7 @@
 """Dequantise in one pass: read the bit strings with rows in lanes, write (N, K), and add the low-rank branch.
 
-Names: STEP new bits of a step, COLUMNS of a state, PAIRS = ceil(K / COLUMNS) strings of a strip, WINDOW bits of a state,
-STRIP rows of each strip but the last of STRIPS.
+Names: STEP new bits of a step, COLUMNS of a state, PAIRS = ceil(K / COLUMNS) strings of a strip, WINDOW bits of a
+state, STRIP rows of each strip but the last of STRIPS.
 """
 
 from __future__ import annotations
