@@ -1,6 +1,7 @@
 """What every Triton kernel takes on GPUs that needn't be here: registers, spills, shared memory, hot instructions.
 
 A site of 28672 x 8192, groups of 128, rank 16, bf16, is compiled for each number of bits and each GPU; nothing is run.
+Kernels of trellis weights, with windows of 16 bits and strips of 512 rows, come last.
 IDP is the byte dot product of decoding; HMMA (sm_80), HGMMA (sm_90) and UTCHMMA (sm_100) are the tensor cores; LOP3
 takes codes out of their words.
 """
@@ -12,13 +13,13 @@ from typing import Any
 
 from benchmarks.ahead import Launch, compile_launch
 from benchmarks.common import save_result
-from benchmarks.launches import launches
+from benchmarks.launches import TRELLIS, launches, trellis_launches
 from lopro_fx.report.table import render
 
 _OPCODES = ("IDP", "HMMA", "HGMMA", "UTCHMMA", "LOP3")
 
 
-def measure(name: str, launch: Launch, bits: int, capability: int) -> dict[str, Any]:
+def measure(name: str, launch: Launch, bits: float, capability: int) -> dict[str, Any]:
     """One row: what the kernel of a launch takes when compiled for `sm_<capability>`."""
     taken = compile_launch(launch, capability)
     return {
@@ -39,6 +40,9 @@ def measure(name: str, launch: Launch, bits: int, capability: int) -> dict[str, 
 def weights_per_thread(launch: Launch) -> float:
     """Packed weights that a thread multiplies in one turn of its kernel's loop; 0 where the kernel has none."""
     options = launch.options
+    if "UNROLL" in options:
+        # Four rows by words of four columns. The loop over groups, counted with the one inside it, adds a seventh.
+        return 4 * options["UNROLL"] * 4
     if "WIDTH" not in options or "BLOCK_N" not in options or ("BLOCK_M" not in options and "BLOCK_W" not in options):
         return 0
     columns = options["BLOCK_K"] if "BLOCK_K" in options else options["BLOCK_W"] * 32 // options["WIDTH"]
@@ -55,6 +59,12 @@ def main() -> None:
         for capability in args.sm
         for bits in args.bits
         for name, launch in launches(bits, capability=capability)
+    ]
+    rows += [
+        measure(name, launch, bits, capability)
+        for capability in args.sm
+        for bits, columns in TRELLIS
+        for name, launch in trellis_launches(bits, columns)
     ]
     spilled = sum(row["spill_bytes"] > 0 for row in rows)
     print(render(f"{len(rows)} kernels, {spilled} spill", tuple(rows[0]), [tuple(row.values()) for row in rows]))

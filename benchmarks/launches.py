@@ -14,6 +14,9 @@ from lopro_fx.kernels.formats.affine.linear import device as packed_linear
 from lopro_fx.kernels.formats.affine.packed_int8 import device as packed_int8
 from lopro_fx.kernels.formats.affine.packing import device as packing
 from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
+from lopro_fx.kernels.formats.trellis.code import code_words
+from lopro_fx.kernels.formats.trellis.decode import device as trellis_decode
+from lopro_fx.kernels.formats.trellis.packing import device as trellis_packing
 from lopro_fx.kernels.rotate import device as rotate
 from lopro_fx.kernels.tiles import main_width
 
@@ -105,3 +108,26 @@ def launches(
         yield "int8, dequantize", record(packing.launch, packing, *weight, bits, group_size, k, torch.int8)[0]
     factors = (up, scale, down, scale)
     yield "dequantize", record(packing.launch, packing, *weight, bits, group_size, k, dtype, *factors)[0]
+
+
+# Bits and columns of a step.
+TRELLIS = ((1.5, 2), (2.0, 2), (2.5, 2), (2.0, 1), (3.0, 1), (4.0, 1))
+
+
+def trellis_launches(
+    bits: float, columns: int, window: int = 16, strip: int = 512, n: int = 28672, k: int = 8192, rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[tuple[str, Launch]]:  # fmt: skip
+    """(what it is, launch) of the kernels of a trellis weight (n, k); all else of a site is in `launches`."""
+    step = round(bits * columns)
+    weight = (_empty(n, dtype=torch.float16), _empty(code_words((n, k), step, columns, strip), dtype=torch.int32))
+    spec = (step, columns, window, strip, k)
+    scale = _empty(rank, dtype=torch.float16)
+    down, up = _empty(rank, k, dtype=torch.int8), _empty(n, rank, dtype=torch.int8)
+    words, steps = _empty(1, 2, 1, -(-k // 32) * 8, dtype=torch.int32), _empty(1, 2, -(-k // 128), dtype=torch.float32)
+    latent = _empty(-(-k // _BLOCK), 1, rank, dtype=torch.float32)
+    name = f"trellis, {'1 column' if columns == 1 else f'{columns} columns'}"
+    operands = (words, steps, latent, *weight, None, scale, up, scale, *spec, 1, dtype)
+    yield f"{name}, decode, product", record(trellis_decode.product, trellis_decode, *operands)[0]
+    operands = (*weight, *spec, dtype, up, scale, down, scale)
+    yield f"{name}, dequantize", record(trellis_packing.launch, trellis_packing, *operands)[0]

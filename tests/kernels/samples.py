@@ -19,10 +19,11 @@ from torch import Tensor
 
 import lopro_fx.kernels
 from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
-from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.kernels.formats.base import Format, Packed
+from lopro_fx.kernels.formats.registry import FORMATS
 from tests.guests import packed_signs
 from tests.helpers import generator
-from tests.triton.problems import Problem, problem
+from tests.triton.problems import Problem, problem, trellis_weight
 
 Samples = dict[str, tuple[Any, ...]]
 WIDTH, OUT, GROUP = 96, 20, 32
@@ -38,11 +39,16 @@ def device_modules() -> list[ModuleType]:
 
 
 def operators() -> list[str]:
-    """Names of every operator that is defined, without the namespace."""
+    """Names of every operator that is defined, without the namespace; no embedding of a format that has none."""
     device_modules()
     names = [name.removeprefix("lopro::") for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("lopro::") and torch._C._dispatch_find_schema_or_throw(name, "")]  # fmt: skip
-    return sorted(names)
+    return sorted({*names} - {f"{format.prefix}_embedding" for format in FORMATS.values() if not _looks_up(format)})
+
+
+def _looks_up(format: Format) -> bool:
+    """Whether rows of its tensors are rows of the weight, or it has a `lookup` of its own."""
+    return format.has_rows(format.empty((5, 32), format.spec)) or type(format).lookup is not Format.lookup
 
 
 def launches_triton(name: str) -> bool:
@@ -130,6 +136,25 @@ def _packed_embedding() -> Samples:
         scales = torch.randn(37, groups, generator=rng).to(scale)
         ids = torch.randint(0, 37, (2, 5), generator=rng)
         samples[f"{bits} bits, {scale}"] = (ids, codes, scales, zeros, bits, group_size, 72, torch.bfloat16)
+    return samples
+
+
+_TRELLIS = (2.0, 2, 14, 32)
+
+
+def _trellis() -> tuple[Tensor, Tensor]:
+    return trellis_weight(OUT, WIDTH, 2.0, 2, 32)
+
+
+def _trellis_linear() -> Samples:
+    return {name: (*arguments, *_TRELLIS) for name, arguments in _linear(_trellis()).items()}
+
+
+def _trellis_site() -> Samples:
+    samples = {}
+    for name, arguments in _site_of(_trellis()).items():
+        # x, six operands of the rotation and projection, two of the weight, and bias, up and its scale come first.
+        samples[name] = (*arguments[:12], *_TRELLIS, *arguments[12:])
     return samples
 
 
@@ -243,6 +268,27 @@ def _dequantize_device(device: str) -> Samples:
     }
 
 
+def _trellis_product(device: str) -> Samples:
+    samples: Samples = {}
+    for rank, splits in ((0, 1), (4, 2)):
+        x, perm, signs, block, _, down, down_scale, *_, bias, up, up_scale, _, _ = _device_site(device, 1, rank)
+        scales, codes = (tensor.to(device) for tensor in trellis_weight(72, 192, 2.0, 2, 32))
+        prepared = torch.ops.lopro.decode_prepare(x, perm, signs, block, down, 8, -1)
+        rest = (scales, codes, bias, down_scale, up, up_scale, 4, 2, 14, 32, 192, splits, x.dtype)
+        samples[f"rank {rank}, {splits} parts, residual"] = (*prepared, *rest, x.new_ones(1, 72))
+    return samples
+
+
+def _trellis_dequantize(device: str) -> Samples:
+    _, _, _, _, _, down, down_scale, *_, up, up_scale, _, _ = _device_site(device, 1)
+    scales, codes = (tensor.to(device) for tensor in trellis_weight(72, 192, 3.0, 1, 32))
+    weight = (codes, 3, 1, 14, 32, 192)
+    return {
+        "narrow": (scales, *weight, torch.float16),
+        "fp32 scales, with the branch": (scales.float(), *weight, torch.float32, up, up_scale, down, down_scale),
+    }
+
+
 def _round_device(device: str) -> Samples:
     from lopro_fx.kernels.formats.affine.packed_int8.device import columns
 
@@ -282,7 +328,7 @@ def _dense_int8_device(device: str) -> Samples:
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
-    "round_activation": _round_activation,
+    "round_activation": _round_activation, "trellis_linear": _trellis_linear, "trellis_site": _trellis_site,
     **_guests(),
 }  # fmt: skip
 DEVICE: dict[str, Callable[[str], Samples]] = {
@@ -290,4 +336,5 @@ DEVICE: dict[str, Callable[[str], Samples]] = {
     "dequantize_device": _dequantize_device, "int8_matmul_device": _int8_matmul_device,
     "packed_linear_device": _packed_linear_device, "rotate_device": _rotate_device,
     "rotate_project": _rotate_project, "round_device": _round_device,
+    "trellis_dequantize": _trellis_dequantize, "trellis_product": _trellis_product,
 }  # fmt: skip

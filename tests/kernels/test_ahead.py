@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 from benchmarks.ahead import compile_launch
-from benchmarks.launches import launches
+from benchmarks.kernel_resources import weights_per_thread
+from benchmarks.launches import launches, trellis_launches
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -74,3 +75,22 @@ def test_prefill_uses_tensor_cores() -> None:
     assert compile_launch(kernels["int8, matmul, many tokens"], 90).instructions.get("IGMMA", 0) > 0
     assert compile_launch(kernels["int8, dense matmul"], 90).instructions.get("IGMMA", 0) > 0
     assert compile_launch(kernels["matmul, 16 tokens"], 80).instructions.get("HMMA", 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits", "columns", "most"), [(80, 1.5, 2, 4.5), (90, 2.0, 2, 4.5), (100, 3.0, 1, 8.5)]
+)
+def test_trellis_kernels(capability: int, bits: float, columns: int, most: float) -> None:
+    # Each takes seconds to compile; `benchmarks/kernel_resources.py` has every number of bits for every GPU.
+    for name, launch in trellis_launches(bits, columns):
+        resources = compile_launch(launch, capability)
+        assert resources.spill_bytes == 0, (name, resources)
+        assert resources.shared_bytes <= 20 * 1024, (name, resources)
+        if "decode" not in name:
+            continue
+        # Registers of eight programs of four warps on a multiprocessor: they hide the latency of each other's loads.
+        assert resources.registers <= 64, (name, resources)
+        weights = weights_per_thread(launch)
+        assert 0 < resources.loop <= most * weights
+        # Two byte dot products for each state, and two for the sum of each word of four columns.
+        assert resources.instructions["IDP"] == 2 * weights // columns + 2 * launch.options["UNROLL"]

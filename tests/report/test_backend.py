@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the names are those of Triton kernels")
 import lopro_fx
 from lopro_fx import ConfigError, GraphError
 from lopro_fx.cli import main
+from tests.passes.packs import trellis
 from tests.passes.quantised import quantised, rewritten
 from tests.programs import Block, decoder, rows, seeded
 
@@ -33,6 +34,11 @@ def plain():
 @pytest.fixture(scope="module")
 def optimized(plain):
     return lopro_fx.optimize(plain)
+
+
+@pytest.fixture(scope="module")
+def strings():
+    return lopro_fx.optimize(rewritten(seeded(Block()), rows(2, 9), dynamic=True, weight=trellis))
 
 
 def row(report: lopro_fx.BackendReport, operator: str, layer: str) -> dict[str, Any]:
@@ -228,3 +234,19 @@ def test_command_line(optimized, tmp_path: Path, capsys) -> None:
 def test_command_line_errors(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [1, 40, None])
+def test_a_trellis_program_names_its_kernels(strings, tokens: int | None) -> None:
+    report = lopro_fx.backend_report(strings, tokens=tokens)
+    site = ["decode_prepare", "trellis_product"]
+    linear = site
+    if tokens != 1:
+        site, linear = ["rotate_device", "trellis_dequantize", "mm"], ["trellis_dequantize", "mm", "aten", "mm", "aten"]
+    found = row(report, "trellis_site", "o")
+    assert found["kernels"] == site
+    # Four bits for each two columns.
+    assert (found["read"]["codes"], found["read"]["scales"]) == (32 * 32 * 2 // 8, 2 * 32)
+    assert row(report, "trellis_site", "q")["layers"] == ["q", "k", "v"]
+    # Twice 48 rows are three strips of 32 and no longer two of 48, so these stay apart.
+    assert row(report, "trellis_linear", "gate")["kernels"] == linear

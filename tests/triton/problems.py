@@ -1,4 +1,4 @@
-"""Random packed sites of any size."""
+"""Random packed sites of any size, and trellis weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
+from lopro_fx.kernels.formats.trellis.code import code_words
 from lopro_fx.kernels.rotate.reference import pack_signs
 from tests.helpers import generator
 
@@ -64,3 +65,13 @@ def problem(
         pack(torch.randint(0, 1 << bits, (n * groups,), generator=rng), bits),
         torch.randn(n, generator=rng).to(dtype) if biased else None, up, up_scale, bits, group_size,
     )  # fmt: skip
+
+
+def trellis_weight(
+    n: int, k: int, bits: float, columns: int, strip: int, *, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scales (n,) of `dtype` and codes of a trellis weight (n, k); bits after the last row are random too."""
+    rng = generator(seed)
+    words = code_words((n, k), round(bits * columns), columns, strip)
+    codes = torch.randint(-(2**31), 2**31, (words,), generator=rng, dtype=torch.int32)
+    return (torch.rand(n, generator=rng) / 16 + 0.01).to(dtype), codes

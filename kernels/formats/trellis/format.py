@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.formats.base import Format, Packed, Scalar
+from lopro_fx.kernels import dispatch
+from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
 from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows
+from lopro_fx.kernels.formats.trellis.linear.op import trellis_linear
 from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
+from lopro_fx.kernels.formats.trellis.site.op import trellis_site
 
 
 class Trellis(Format):
@@ -46,6 +49,16 @@ class Trellis(Format):
             return f"{', '.join(str(part.shape[0]) for part in parts)} rows are not whole strips of {strip}"
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in self.tensor_names}
         return replace(parts[0], shape=(rows, parts[0].shape[1]), tensors=tensors)
+
+    def kernels(self) -> Sequence[Kernel]:
+        return (
+            Kernel("triton", "linear", trellis_linear, _no_triton),
+            Kernel("triton", "site", trellis_site, _no_triton),
+        )
+
+
+def _no_triton(named: Mapping[str, Any]) -> str | None:
+    return None if dispatch.runs_triton(named["x"]) else "Triton doesn't serve this device or dtype"
 
 
 def step_of(spec: Mapping[str, Any]) -> int:

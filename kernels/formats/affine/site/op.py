@@ -19,8 +19,8 @@ def packed_site(
 ) -> Tensor:  # fmt: skip
     """`definition.site`: two launches, three with partial sums or dense weights, more for a prologue kept apart."""
     shape = (*x.shape[:-1], scales.shape[0])
-    rows = _rows(x)
-    gate, residual = (None if value is None else _rows(value) for value in (gate, residual))
+    rows = contiguous_rows(x)
+    gate, residual = (None if value is None else contiguous_rows(value) for value in (gate, residual))
     # Unrotated columns shift the Hadamard blocks against the groups: the rotation then has a launch of its own.
     decodes = dispatch.at_most(rows.shape[0], dispatch.DECODE_TOKENS) and not skip
     rotates = perm is not None or block > 1
@@ -68,7 +68,7 @@ def packed_site(
     return y.view(shape)
 
 
-def _rows(x: Tensor) -> Tensor:
+def contiguous_rows(x: Tensor) -> Tensor:
     """x as (tokens, columns) with contiguous columns: a view where x allows one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 and isinstance(rows.stride(0), int) else rows.contiguous()

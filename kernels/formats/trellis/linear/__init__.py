@@ -1,0 +1,1 @@
+"""Product with a trellis weight, low-rank branch and bias."""

@@ -1,0 +1,1 @@
+"""Trellis codes to dense weights."""

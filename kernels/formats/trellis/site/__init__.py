@@ -1,0 +1,1 @@
+"""A whole site: prologue, rotation, projection and product."""
