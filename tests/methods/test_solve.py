@@ -80,7 +80,9 @@ def test_eight_bits_leave_almost_nothing(method: str) -> None:
 def test_more_bits_are_better(method: str) -> None:
     config = METHODS[method]
     widths = [bits for bits in type(config.quantizer).allowed["bits"] if isinstance(bits, int)]
-    losses = [run(ordinary(), type(config)(**{**_fields(config), "bits": bits})).relative for bits in widths]
+    # A string of few rows is rounded by luck.
+    problem = ordinary((96, 64))
+    losses = [run(problem, type(config)(**{**_fields(config), "bits": bits})).relative for bits in widths]
     assert losses == sorted(losses, reverse=True)
 
 
