@@ -84,7 +84,13 @@ class Quantizer:
         raise NotImplementedError
 
     def rounder(
-        self, weight: Tensor, rows: Sequence[int], order: Tensor | None, pivots: Tensor, static: bool
+        self,
+        weight: Tensor,
+        rows: Sequence[int],
+        order: Tensor | None,
+        pivots: Tensor,
+        importance: Tensor | None,
+        static: bool,
     ) -> Rounder:
         """Begin to round `weight` fp32 (m, n), the layers of `rows` rows each under one another.
 
@@ -93,6 +99,7 @@ class Quantizer:
             rows: of each layer; they sum to m.
             order: int64 (n,), columns in rounding order; None is storage order.
             pivots: fp32 (n,) in rounding order.
+            importance: fp32 (m,), weights of the rows' squared errors; None for equal ones.
             static: whether parameters of the values (such as grids) are fitted to the whole matrix at first, so that
                 `order` may be any.
         """

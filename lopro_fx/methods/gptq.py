@@ -56,7 +56,10 @@ class GPTQ(Rounding):
         target, moved = transform.forward(joint), transform.gram(gram)
         fb = feedback(moved if order is None else moved[order][:, order], self.damp)
         static = self.act_order == "static"
-        rounded = round_with_feedback(target, fb, self.quantizer, rows, order=order, static=static)
+        importance = share.square().squeeze(1)
+        rounded = round_with_feedback(
+            target, fb, self.quantizer, rows, order=order, importance=importance, static=static
+        )
         rounded = self.quantizer.refine(target, moved, rounded, 0)
         loss = proxy_loss((target - rounded.dense()) * share, moved)
         relative = relative_loss(loss, joint * share, gram)

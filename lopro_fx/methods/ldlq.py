@@ -63,6 +63,7 @@ def round_with_feedback(
     rows: Sequence[int] = (),
     *,
     order: Tensor | None = None,
+    importance: Tensor | None = None,
     static: bool = False,
 ) -> Rounded:
     """Round W (m, n) fp32, rows in units of their own, block by block.
@@ -73,12 +74,12 @@ def round_with_feedback(
         quantizer: of the format to round to.
         rows: of each layer in W; all of them belong to one by default.
         order: int64 (n,) columns in rounding order, or None for storage order.
-        static: see `Quantizer.rounder`.
+        importance, static: see `Quantizer.rounder`.
 
     Returns:
         The rounded matrix, in storage order whatever `order` is.
     """
-    rounder = quantizer.rounder(weight, rows or (weight.shape[0],), order, fb.pivots, static)
+    rounder = quantizer.rounder(weight, rows or (weight.shape[0],), order, fb.pivots, importance, static)
     columns = weight.T if order is None else weight.T[order]
     error = weight.new_empty(weight.shape[1], weight.shape[0])
     for part in blocks(rounder):

@@ -128,7 +128,7 @@ class _Problem:
     fb: Feedback
     order: Tensor
     share: Tensor
-    rows: Tensor | float
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def initial_factors(
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
     if config.low_rank == "block_svd":
-        weighed = joint * _row_scale(stats, share)
+        weighed = joint * _row_scale(stats, torch.as_tensor(share, dtype=joint.dtype, device=joint.device))
         down = gram_components(weighed, stats.gram, config.rank, generator, config.power_iterations)
         return fit_up(joint, stats.gram, down), down
     scale = column_scale(stats.magnitude)
@@ -230,7 +230,7 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
     return Transform(perm, signs if config.signs and block > 1 else None, block, skip if block > 1 else 0)
 
 
-def _row_scale(stats: Statistics, share: Tensor | float) -> Tensor | float:
+def _row_scale(stats: Statistics, share: Tensor) -> Tensor:
     """Scale (m, 1) of an error's rows that puts its squares in one unit and weighs them by `stats.rows`."""
     return share if stats.rows is None else share * stats.rows.sqrt().unsqueeze(1)
 
@@ -261,7 +261,9 @@ def _attempt(
 ) -> GroupSolution:
     """Round the weights around `branch`, then solve the branch again for the remaining error."""
     target = problem.weight if branch is None else problem.weight - branch.dense(problem.share)
-    rounded = round_with_feedback(target, problem.fb, config.quantizer, rows, order=problem.order)
+    rounded = round_with_feedback(
+        target, problem.fb, config.quantizer, rows, order=problem.order, importance=problem.rows.square().squeeze(1)
+    )
     rounded = config.quantizer.refine(target, damped(problem.gram, config.damp), rounded, config.sweeps)
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:

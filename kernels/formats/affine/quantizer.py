@@ -56,6 +56,7 @@ class AffineQuantizer(Quantizer):
         rows: Sequence[int],  # noqa: ARG002
         order: Tensor | None,
         pivots: Tensor,
+        importance: Tensor | None,  # noqa: ARG002
         static: bool,
     ) -> AffineRounder:
         """Column groups must stay together in `order` unless `static`: a group's grid is fitted when its first column
