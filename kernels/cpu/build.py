@@ -33,7 +33,7 @@ _PATHS = {
 }
 _SHARED = "cpu"
 # Folders of kernels, each with kernel.cpp, shim.cpp and register.cpp.
-_KERNELS = ("formats/affine/cpu_site",)
+_KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu")
 _EAGER_ONLY = "register.cpp"
 # Memory that g++ 12 takes for the largest of them.
 _COMPILER_BYTES = 1 << 30

@@ -20,6 +20,7 @@ from torch import Tensor
 import lopro_fx.kernels
 from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
 from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.kernels.formats.trellis.code import code_words
 from tests.guests import packed_signs
 from tests.helpers import generator
 from tests.triton.problems import Problem, problem
@@ -171,6 +172,27 @@ def _cpu_site() -> Samples:
     return {name: (_activation(p).detach(), *p.args()[1:], 0 if p.up is None else 8) for name, p in _SITES.items()}
 
 
+def _trellis(kind: str) -> Samples:
+    """Samples of an operator of the format "trellis": what stands around the weight is that of `_SITES`."""
+    samples: Samples = {}
+    for index, (name, p) in enumerate(_SITES.items()):
+        bits, columns, strip = ((3.0, 1, 32), (2.0, 2, -1))[index % 2]
+        words = code_words((OUT, WIDTH), round(bits * columns), columns, strip)
+        codes = torch.randint(-(1 << 31), 1 << 31, (words,), generator=generator(), dtype=torch.int64).to(torch.int32)
+        scales = torch.full((OUT,), 0.1, dtype=p.scales.dtype)
+        spec = (bits, columns, 14, strip)
+        if kind == "linear":
+            latent = None if p.up is None else torch.randn(2, 3, 4, generator=generator()).to(p.x.dtype)
+            samples[name] = (_activation(p), scales, codes, p.bias, latent, p.up, p.up_scale, *spec)
+            continue
+        around = (p.perm, p.signs, p.block, p.skip, p.down, p.down_scale, scales, codes, p.bias, p.up, p.up_scale)
+        if kind == "site":
+            samples[name] = (_activation(p), *around, *spec)
+        else:
+            samples[name] = (_activation(p).detach(), *around, *spec, 0 if p.up is None else 8)
+    return samples
+
+
 def _device_site(device: str, tokens: int, rank: int = 4) -> tuple[Any, ...]:
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     return problem(tokens, 192, 72, 3, 64, rank=rank, block=64, permuted=True, biased=True, dtype=dtype).args(device)
@@ -282,7 +304,8 @@ def _dense_int8_device(device: str) -> Samples:
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
-    "round_activation": _round_activation,
+    "round_activation": _round_activation, "trellis_cpu": functools.partial(_trellis, "cpu"),
+    "trellis_linear": functools.partial(_trellis, "linear"), "trellis_site": functools.partial(_trellis, "site"),
     **_guests(),
 }  # fmt: skip
 DEVICE: dict[str, Callable[[str], Samples]] = {

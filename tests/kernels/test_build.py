@@ -22,8 +22,8 @@ case " $* " in *" -c "*)
 esac
 exec {compiler} "$@"
 """
-# A kernel for three paths, its C function and registration, and two shared files.
-_FILES = 7
+# Two kernels for three paths, with a C function and a registration each, and two shared files.
+_FILES = 12
 _ASK = """
 import sys, threading, logging
 logging.basicConfig(format="%(message)s")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.base import Format, Packed, Scalar
 from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows
 
@@ -22,6 +25,7 @@ class Trellis(Format):
 
     name: ClassVar[str] = "trellis"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3.0, "columns": 1, "window": 14, "strip": 512}
+    operators: ClassVar[Mapping[str, str]] = {"cpu": "trellis_cpu"}
 
     def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
         words = code_words(shape, step_of(spec), spec["columns"], spec["strip"])
@@ -44,6 +48,9 @@ class Trellis(Format):
             return f"{', '.join(str(part.shape[0]) for part in parts)} rows are not whole strips of {strip}"
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in self.tensor_names}
         return replace(parts[0], shape=(rows, parts[0].shape[1]), tensors=tensors)
+
+    def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
+        return inductor_options(folder, self.operators["cpu"])
 
 
 def step_of(spec: Mapping[str, Any]) -> int:
