@@ -47,4 +47,5 @@ def inductor_options(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 def _declaration(operator: torch._ops.OpOverload) -> str:
     """The C function by the name that Inductor gives it, as `shim.h` declares it."""
     arguments = [f"{_C_TYPES[str(argument.type)]} {argument.name}" for argument in operator._schema.arguments]
-    return f"AOTITorchError aoti_torch_cpu_{operator._schema.name.removeprefix('lopro::')}({', '.join(arguments)}, AtenTensorHandle* y)"
+    name = operator._schema.name.removeprefix("lopro::")
+    return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(arguments)}, AtenTensorHandle* y)"

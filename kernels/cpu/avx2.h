@@ -217,6 +217,51 @@ struct Vector {
     return _mm256_srlv_epi32(own, load_half(steps_of<STEP>.shifts));
   }
   static __m256i load_half(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+  // 64 rows at once, without a shuffle for each eight: lane k of vector r holds row 8k + r until `unmix`. `Mixed` are
+  // the bits from row 8k on, and from 16 bits behind it. Reads up to 34 bytes, or 28 for 3 bits a lane.
+  template <int STEP>
+  static constexpr bool mixes = STEP == 3 || STEP == 4;
+  struct Mixed {
+    __m256i first, second;
+  };
+  template <int STEP>
+  static Mixed load_mixed(const uint8_t* p) {
+    if (STEP == 4) return {load_i(p).a, load_i(p + 2).a};
+    __m256i own = _mm256_inserti128_si256(_mm256_castsi128_si256(half(p)), half(p + 12), 1);
+    __m256i every = _mm256_setr_epi8(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8,
+                                     9, 9, 10, 11, 12);
+    return {_mm256_shuffle_epi8(own, every), _mm256_shuffle_epi8(own, _mm256_add_epi8(every, _mm256_set1_epi8(2)))};
+  }
+  template <int STEP, int r>
+  static __m256i one_mixed(const Mixed& x) {
+    constexpr bool behind = STEP * r >= 16;
+    return _mm256_srli_epi32(behind ? x.second : x.first, STEP * r - (behind ? 16 : 0));
+  }
+  // Vectors 2 * r and 2 * r + 1.
+  template <int STEP, int r>
+  static I windows_mixed(const Mixed& x) { return {one_mixed<STEP, 2 * r>(x), one_mixed<STEP, 2 * r + 1>(x)}; }
+  // Rows in their order.
+  static void unmix(I& p, I& q, I& r, I& s) {
+    __m256i a[8] = {p.a, p.b, q.a, q.b, r.a, r.b, s.a, s.b}, b[8], c[8];
+    repeat<4>([&](auto i) LOPRO_INLINE {
+      b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+      b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    });
+    repeat<2>([&](auto i) LOPRO_INLINE {
+      c[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+      c[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+      c[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+      c[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    });
+    I* all[4] = {&p, &q, &r, &s};
+    repeat<4>([&](auto i) LOPRO_INLINE {
+      // Rows 8i ... 8i + 7 lie in lane i of the eight.
+      __m256i low = _mm256_permute2x128_si256(c[i], c[i + 4], 0x20);
+      __m256i high = _mm256_permute2x128_si256(c[i], c[i + 4], 0x31);
+      (i % 2 ? all[i / 2]->b : all[i / 2]->a) = low;
+      (i % 2 ? all[2 + i / 2]->b : all[2 + i / 2]->a) = high;
+    });
+  }
   static I times_i(I x, int v) {
     __m256i all = _mm256_set1_epi32(v);
     return {_mm256_mullo_epi32(x.a, all), _mm256_mullo_epi32(x.b, all)};
@@ -238,6 +283,8 @@ struct Vector {
   static I dot_halves(I sum, I x, I y) {
     return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, y.b))};
   }
+  // Keeps a sum in its register, and what follows behind it: interleaved blocks of rows would need too many.
+  static void hold(I& v) { asm volatile("" : "+x"(v.a), "+x"(v.b)); }
   // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
   // `dot_factor`: full bytes times int8 would exceed the 16 bits of a pair, so bytes are added up in pairs first.
   template <int COLUMNS>

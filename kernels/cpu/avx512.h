@@ -127,6 +127,9 @@ struct Vector {
     I own = _mm512_shuffle_epi8(all, load_i(steps_of<STEP>.bytes));
     return _mm512_srlv_epi32(own, load_i(steps_of<STEP>.shifts));
   }
+  // As in avx2.h; here, shuffles cost less.
+  template <int>
+  static constexpr bool mixes = false;
   static I times_i(I a, int v) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(v)); }
   // Sums of the bytes 0 and 3, and 1 and 2, of each lane as its halves; or of all four.
   template <int COLUMNS>
@@ -138,6 +141,8 @@ struct Vector {
   }
   // Products of the halves of lanes, signed.
   static I dot_halves(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // Keeps a sum in its register, and what follows behind it: interleaved blocks of rows would need too many.
+  static void hold(I& v) { asm volatile("" : "+v"(v)); }
   // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
   // `dot_factor`: bytes times int8.
   template <int COLUMNS>

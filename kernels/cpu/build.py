@@ -25,7 +25,8 @@ _NAME = "lopro_cpu"
 _ROOT = Path(__file__).parents[1]
 _INCLUDES = (Path(torch.__file__).parent / "include", _ROOT)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
-# Paths with the flags of the processors that they are for; every kernel is compiled for each. On other machines there is the last alone.
+# Paths with the flags of the processors that they are for; every kernel is compiled for each.
+# On other machines than x86-64 there is the last alone.
 _PATHS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -102,7 +103,7 @@ def _build(compiler: str, target: Path) -> None:
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         _run(compiler, *_flags(), "-shared", *map(str, objects), libraries, "-ltorch_cpu", "-lc10",
              "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
-        shared = [str(path) for (source, _), path in zip(jobs, objects, strict=True) if not source.endswith(_EAGER_ONLY)]
+        shared = [str(path) for job, path in zip(jobs, objects, strict=True) if not job[0].endswith(_EAGER_ONLY)]
         _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{target.name}.a"), *shared)
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
@@ -111,9 +112,8 @@ def _build(compiler: str, target: Path) -> None:
 def _jobs() -> list[tuple[str, tuple[str, ...]]]:
     """Sources and their own flags, the largest first."""
     paths = _PATHS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
-    large = [
-        (f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags)) for path, flags in paths.items() for folder in _KERNELS
-    ]
+    large = [(f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags))
+             for path, flags in paths.items() for folder in _KERNELS]  # fmt: skip
     small = [f"{folder}/{name}" for folder in _KERNELS for name in ("shim.cpp", _EAGER_ONLY)]
     return [*large, *((source, ()) for source in (*small, f"{_SHARED}/dispatch.cpp", f"{_SHARED}/operands.cpp"))]
 

@@ -188,6 +188,9 @@ struct Vector {
   static I windows(const uint8_t* p) {
     return make_i([=](int i) { return load_word(p + STEP * i / 8) >> (STEP * i % 8); });
   }
+  // As in avx2.h.
+  template <int>
+  static constexpr bool mixes = false;
   static I times_i(const I& x, int v) {
     return make_i([=](int i) { return x.v[i] * static_cast<uint32_t>(v); });
   }
@@ -214,6 +217,7 @@ struct Vector {
       }
     return r;
   }
+  static void hold(I&) {}
   // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
   // `dot_factor`: the sum of all bytes fits 16 bits, so a half of the lane is left empty.
   template <int COLUMNS>

@@ -57,7 +57,8 @@ class RandomCodes(Method):
         if name in self.plain.split():
             groups, rng = group_count(width, 32), generator(3)
             codes = pack(torch.randint(0, 8, (out, width), generator=rng), 3)
-            return affine(codes, torch.ones(out, groups).half() / 32, pack(torch.full((out * groups,), 3), 3), 3, 32, width)
+            zeros = pack(torch.full((out * groups,), 3), 3)
+            return affine(codes, torch.ones(out, groups).half() / 32, zeros, 3, 32, width)
         site = operands(out, width, 3.0, 1)
         spec = {"bits": 3.0, "columns": 1, "window": 14, "strip": 64}
         return Packed("trellis", (out, width), spec, {"scales": site[6], "codes": site[7]})

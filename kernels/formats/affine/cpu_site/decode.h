@@ -87,8 +87,9 @@ void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales
 // Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and offsets are
 // those of `weigh`, of `rows` rows. SINGLE: a chunk lies in one block.
 template <class V, int BITS, bool INT8, int R, int T, bool SINGLE>
-LOPRO_INLINE inline void multiply_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t row, int64_t rows,
-                                       const float* weights, const float* offsets, typename V::F (&sum)[R][T]) {
+LOPRO_INLINE inline void multiply_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t row,
+                                       int64_t rows, const float* weights, const float* offsets,
+                                       typename V::F (&sum)[R][T]) {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
@@ -169,8 +170,8 @@ LOPRO_INLINE inline void multiply_rows(const AffineSite& s, const Plan& p, const
 
 // y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t rows,
-                 const float* weights, const float* offsets) {
+void decode_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
+                 int64_t rows, const float* weights, const float* offsets) {
   using F = typename V::F;
   F sum[R][T];
   if (Codes<BITS>::chunk <= p.block)
@@ -211,8 +212,8 @@ void decode_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_
 
 // Rows row ... end - 1, whose expanded scales begin at `scales` and `shifts`.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_range(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t end,
-                  const float* scales, const float* shifts, float* weights, float* offsets) {
+void decode_range(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
+                  int64_t end, const float* scales, const float* shifts, float* weights, float* offsets) {
   int64_t rows = end - row;
   weigh<V, INT8, T>(p, tokens, rows, scales, shifts, weights, offsets);
   for (; row + R <= end; row += R, weights += R * p.stride, offsets += R * p.stride)
@@ -236,7 +237,8 @@ inline Token take_token(Scratch& scratch, const AffineSite& s, const Plan& p) {
 }
 
 template <class V, int BITS, bool INT8>
-void prepare_decode(const AffineSite& s, const Plan& p, int64_t index, Token& token, float* raw, float* x, int8_t* rounded) {
+void prepare_decode(const AffineSite& s, const Plan& p, int64_t index, Token& token, float* raw, float* x,
+                    int8_t* rounded) {
   using C = Codes<BITS>;
   rotate<V>(s, p, index, raw, x);
   if (s.rank) project<V, 1>(s, p, x, 0, &token);

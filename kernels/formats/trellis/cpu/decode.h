@@ -19,6 +19,13 @@ struct Strings {
   int64_t ahead;  // distance in bytes of what to prefetch; 0 prefetches nothing
 };
 
+// What `windows_mixed` takes of the rows from `codes` on, where it is used.
+template <class V, int STEP, bool MIXED>
+LOPRO_INLINE inline auto mixed_bits([[maybe_unused]] const uint8_t* codes) {
+  if constexpr (MIXED) return V::template load_mixed<STEP>(codes);
+  else return 0;
+}
+
 // sums (T, `sums_stride`) += products of R * 16 rows with T tokens, over `states` states from `first` on.
 template <class V, int STEP, int COLUMNS, bool INT8, int R, int T>
 void multiply(const Plan& p, Strings strings, int mask, const Token* tokens, int64_t first, int64_t states, float* sums,
@@ -26,6 +33,7 @@ void multiply(const Plan& p, Strings strings, int mask, const Token* tokens, int
   using F = typename V::F;
   using I = typename V::I;
   constexpr int lines = (R * 2 * STEP + 63) / 64;
+  constexpr bool mixed = INT8 && R == 4 && T == 1 && V::template mixes<STEP>;
   const uint8_t* codes = strings.codes;
   auto fetch_next = [&]() LOPRO_INLINE {
     if (strings.ahead) repeat<lines>([&](auto i) LOPRO_INLINE { V::fetch(codes + strings.ahead + i * 64); });
@@ -42,11 +50,20 @@ void multiply(const Plan& p, Strings strings, int mask, const Token* tokens, int
         fetch_next();
         I own[T];
         repeat<T>([&](auto t) LOPRO_INLINE { own[t] = V::set_i(static_cast<int>(*x[t]++)); });
+        auto bits = mixed_bits<V, STEP, mixed>(codes);
         repeat<R>([&](auto r) LOPRO_INLINE {
-          I factor = V::template factor<COLUMNS>(products<V, STEP>(codes + r * 2 * STEP, mask));
-          repeat<T>([&](auto t) LOPRO_INLINE { dot[r][t] = V::dot_factor(dot[r][t], factor, own[t]); });
+          I own_products;
+          if constexpr (mixed)
+            own_products = V::times_i(V::mask(V::template windows_mixed<STEP, r>(bits), mask), MULTIPLIER);
+          else own_products = products<V, STEP>(codes + r * 2 * STEP, mask);
+          I factor = V::template factor<COLUMNS>(own_products);
+          repeat<T>([&](auto t) LOPRO_INLINE {
+            dot[r][t] = V::dot_factor(dot[r][t], factor, own[t]);
+            V::hold(dot[r][t]);
+          });
         });
       }
+      if constexpr (mixed) V::unmix(dot[0][0], dot[1][0], dot[2][0], dot[3][0]);
       repeat<T>([&](auto t) LOPRO_INLINE {
         F step = V::set(tokens[t].steps[b]), centre = V::set(tokens[t].sums[b]);
         repeat<R>([&](auto r) LOPRO_INLINE {
@@ -156,7 +173,8 @@ void decode_unit(const TrellisSite& s, const Plan& p, const Units& units, int64_
     auto run = [&](auto runs, auto count, int64_t t) {
       constexpr int R = decltype(runs)::value, T = decltype(count)::value;
       float* own = sums + t * units.rows;
-      multiply_rows<V, STEP, COLUMNS, INT8, R, T>(p, strings, mask, tokens + t, c, states, from, whole, own, units.rows);
+      multiply_rows<V, STEP, COLUMNS, INT8, R, T>(p, strings, mask, tokens + t, c, states, from, whole, own,
+                                                  units.rows);
       if (to == padded)
         multiply_rows<V, STEP, COLUMNS, INT8, (R < 2 ? R : 2), T>(p, after, mask, tokens + t, c, states, 0, 32,
                                                                    own + whole - from, units.rows);

@@ -32,8 +32,8 @@ void unpack_float(const uint8_t* codes, int64_t string, int mask, int64_t states
   }
 }
 
-// acc (TILE, rows) += panel of `words` words times one tile of int16 tokens; `x`, `steps` and `sums` begin at the panel's
-// first column.
+// acc (TILE, rows) += panel of `words` words times one tile of int16 tokens; `x`, `steps` and `sums` begin at the
+// panel's first column.
 template <class V>
 void multiply_pairs(const uint8_t* panel, const uint32_t* x, const float* steps, const float* sums, const float* scales,
                     int64_t words, int64_t each, float* acc) {

@@ -36,7 +36,8 @@ AOTITorchError aoti_torch_cpu_trellis_cpu(AtenTensorHandle x, AtenTensorHandle* 
     check(type_of(codes) == Type::i32 && is_scale(s.scales_type),
           "scales or codes is of another type than float16 or float32, int32");
     s.scales = data<void>(&scales, s.out, "scales is not contiguous");
-    s.codes = data<uint8_t>(&codes, words * s.step * ((s.in + columns - 1) / columns), "codes doesn't fit x and scales");
+    words *= s.step * ((s.in + columns - 1) / columns);
+    s.codes = data<uint8_t>(&codes, words, "codes doesn't fit x and scales");
     take_around(s, perm, signs, block, skip, down, down_scale, bias, up, up_scale);
     AtenTensorHandle result = make_output(s, x);
     if (s.tokens && s.out) run(s);
