@@ -48,7 +48,10 @@ void multiply_pairs(const uint8_t* panel, const uint32_t* x, const float* steps,
       repeat<R>([&](auto r) LOPRO_INLINE { weights[r] = V::load_i(panel + r * 64); });
       repeat<T>([&](auto t) LOPRO_INLINE {
         I two = V::set_i(static_cast<int>(x[t]));
-        repeat<R>([&](auto r) LOPRO_INLINE { dot[t][r] = V::dot_halves(dot[t][r], weights[r], two); });
+        repeat<R>([&](auto r) LOPRO_INLINE {
+          dot[t][r] = V::dot_halves(dot[t][r], weights[r], two);
+          V::hold(dot[t][r]);
+        });
       });
     }
     repeat<T>([&](auto t) LOPRO_INLINE {
