@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 import lopro_fx  # noqa: F401  registers the operators
 from benchmarks.common import save_result
-from lopro_fx.kernels.formats.affine.cpu_site import native
+from lopro_fx.kernels.cpu import native
 from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
 from lopro_fx.methods.rotation import largest_block
 

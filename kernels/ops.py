@@ -7,6 +7,7 @@ from lopro_fx.kernels.formats.affine.cpu_site import op as cpu_site
 from lopro_fx.kernels.formats.affine.format import Affine
 from lopro_fx.kernels.formats.affine.packed_int8 import op as packed_int8
 from lopro_fx.kernels.formats.registry import register_format
+from lopro_fx.kernels.formats.trellis.cpu import op as trellis_cpu
 from lopro_fx.kernels.formats.trellis.format import Trellis
 from lopro_fx.kernels.project import op as project
 from lopro_fx.kernels.rotate import op as rotate
@@ -14,4 +15,4 @@ from lopro_fx.kernels.rotate import op as rotate
 register_format(Affine())
 register_format(Trellis())
 
-__all__ = ["cpu_site", "packed_int8", "project", "rotate", "round_activation"]
+__all__ = ["cpu_site", "packed_int8", "project", "rotate", "round_activation", "trellis_cpu"]

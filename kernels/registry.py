@@ -1,8 +1,9 @@
 """Register operators in the `lopro::` namespace.
 
-Operators of exported programs, except `cpu_site`, are composite: their kernel serves eager mode, fake tensors, autograd
-and every backend, and an ExportedProgram shows them as one node. Inductor and AOTInductor trace through them, so a
-compiled artifact holds only ATen and Triton kernels, and loads in a process that has never imported this package.
+Operators of exported programs, except those of compiled kernels for CPUs, are composite: their kernel serves eager
+mode, fake tensors, autograd and every backend, and an ExportedProgram shows them as one node. Inductor and AOTInductor
+trace through them, so a compiled artifact holds only ATen and Triton kernels, and loads in a process that has never
+imported this package.
 
 Every operator refuses operands on different devices. An operand on the meta device among others has no data: it was
 offloaded and not brought back.

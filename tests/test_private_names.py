@@ -29,7 +29,7 @@ KNOWN: dict[str, set[str]] = {
         "torch.export.pt2_archive._package_weights.Weights",
     },
     "passes/serde.py": {"torch._export.serde"},
-    "kernels/formats/affine/cpu_site/build.py": {"torch._inductor.cpp_builder"},
+    "kernels/cpu/build.py": {"torch._inductor.cpp_builder"},
     "kernels/plan.py": {
         "torch._dispatch.python",
         "torch._subclasses.FakeTensorMode",

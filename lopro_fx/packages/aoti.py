@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,8 @@ def compile_program(
     try:
         with torch.no_grad(), compat.plain_paths(folder), _kernel_options(clean, folder / "kernel") as kernel:
             files = compat.aot_compile(clean, args, kwargs, {**options, **kernel})
+    except GraphError:
+        raise
     except BuildError as error:
         called = ", ".join({"lopro::" + format_of(node).operators["cpu"] for node in packed_calls(clean.graph, "cpu")})
         raise GraphError(
@@ -162,12 +164,24 @@ def compile_program(
     return files
 
 
-def _kernel_options(program: ExportedProgram, folder: Path) -> AbstractContextManager[dict[str, Any]]:
-    formats = {format_of(node) for node in packed_calls(program.graph, "cpu")}
-    if not formats:
-        return nullcontext({})
-    if len(formats) > 1:
-        names = ", ".join(sorted(format.name for format in formats))
-        raise GraphError(f"a package holds the compiled kernels of one format, and the program has {names}")
-    folder.mkdir()
-    return formats.pop().inductor_options(folder)
+@contextmanager
+def _kernel_options(program: ExportedProgram, folder: Path) -> Iterator[dict[str, Any]]:
+    """Options for the formats' compiled kernels, together; each format has a folder of its own inside `folder`."""
+    formats = {format.name: format for format in map(format_of, packed_calls(program.graph, "cpu"))}
+    options: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for name in sorted(formats):
+            (folder / name).mkdir(parents=True)
+            for key, value in stack.enter_context(formats[name].inductor_options(folder / name)).items():
+                options[key] = _joined(key, options[key], value) if key in options else value
+        yield options
+
+
+def _joined(key: str, first: Any, second: Any) -> Any:
+    if isinstance(first, dict):
+        return {**first, **second}
+    if isinstance(first, list):
+        return [*first, *(item for item in second if item not in first)]
+    if first != second:
+        raise GraphError(f"the formats of the program need different values of Inductor's option '{key}'")
+    return first

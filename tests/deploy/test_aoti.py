@@ -14,7 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, GraphError
-from lopro_fx.kernels.formats.affine.cpu_site import native
+from lopro_fx.kernels.cpu import native
 from lopro_fx.packages.aoti import size_bound
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names, quantized_lm, token_ids
 from tests.helpers import assert_close

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import lopro_fx.kernels
 from lopro_fx.kernels.formats.affine.packing.format import dequantize, group_count, pack
-from lopro_fx.kernels.formats.base import Format, Packed
-from lopro_fx.kernels.formats.registry import FORMATS
+from lopro_fx.kernels.formats.base import Packed
+from lopro_fx.kernels.formats.trellis.code import code_words
 from tests.guests import packed_signs
 from tests.helpers import generator
 from tests.triton.problems import Problem, problem, trellis_weight
@@ -39,16 +39,11 @@ def device_modules() -> list[ModuleType]:
 
 
 def operators() -> list[str]:
-    """Names of every operator that is defined, without the namespace; no embedding of a format that has none."""
+    """Names of every operator that is defined, without the namespace."""
     device_modules()
     names = [name.removeprefix("lopro::") for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("lopro::") and torch._C._dispatch_find_schema_or_throw(name, "")]  # fmt: skip
-    return sorted({*names} - {f"{format.prefix}_embedding" for format in FORMATS.values() if not _looks_up(format)})
-
-
-def _looks_up(format: Format) -> bool:
-    """Whether rows of its tensors are rows of the weight, or it has a `lookup` of its own."""
-    return format.has_rows(format.empty((5, 32), format.spec)) or type(format).lookup is not Format.lookup
+    return sorted(set(names))
 
 
 def launches_triton(name: str) -> bool:
@@ -139,25 +134,6 @@ def _packed_embedding() -> Samples:
     return samples
 
 
-_TRELLIS = (2.0, 2, 14, 32)
-
-
-def _trellis() -> tuple[Tensor, Tensor]:
-    return trellis_weight(OUT, WIDTH, 2.0, 2, 32)
-
-
-def _trellis_linear() -> Samples:
-    return {name: (*arguments, *_TRELLIS) for name, arguments in _linear(_trellis()).items()}
-
-
-def _trellis_site() -> Samples:
-    samples = {}
-    for name, arguments in _site_of(_trellis()).items():
-        # x, six operands of the rotation and projection, two of the weight, and bias, up and its scale come first.
-        samples[name] = (*arguments[:12], *_TRELLIS, *arguments[12:])
-    return samples
-
-
 def _guests() -> dict[str, Callable[[], Samples]]:
     """Samples of the operators that follow from a format, of each that a newcomer registers."""
     weight = torch.randn(OUT, WIDTH, generator=generator())
@@ -194,6 +170,27 @@ def _embedding(weight: tuple[Tensor, ...]) -> Samples:
 
 def _cpu_site() -> Samples:
     return {name: (_activation(p).detach(), *p.args()[1:], 0 if p.up is None else 8) for name, p in _SITES.items()}
+
+
+def _trellis(kind: str) -> Samples:
+    """Samples of an operator of the format "trellis": what stands around the weight is that of `_SITES`."""
+    samples: Samples = {}
+    for index, (name, p) in enumerate(_SITES.items()):
+        bits, columns, strip = ((3.0, 1, 32), (2.0, 2, -1))[index % 2]
+        words = code_words((OUT, WIDTH), round(bits * columns), columns, strip)
+        codes = torch.randint(-(1 << 31), 1 << 31, (words,), generator=generator(), dtype=torch.int64).to(torch.int32)
+        scales = torch.full((OUT,), 0.1, dtype=p.scales.dtype)
+        spec = (bits, columns, 14, strip)
+        if kind == "linear":
+            latent = None if p.up is None else torch.randn(2, 3, 4, generator=generator()).to(p.x.dtype)
+            samples[name] = (_activation(p), scales, codes, p.bias, latent, p.up, p.up_scale, *spec)
+            continue
+        around = (p.perm, p.signs, p.block, p.skip, p.down, p.down_scale, scales, codes, p.bias, p.up, p.up_scale)
+        if kind == "site":
+            samples[name] = (_activation(p), *around, *spec)
+        else:
+            samples[name] = (_activation(p).detach(), *around, *spec, 0 if p.up is None else 8)
+    return samples
 
 
 def _device_site(device: str, tokens: int, rank: int = 4) -> tuple[Any, ...]:
@@ -325,10 +322,18 @@ def _dense_int8_device(device: str) -> Samples:
 
 
 # Operators whose operands lie anywhere, and those that launch kernels, whose operands lie on the device that is given.
+def _trellis_embedding() -> Samples:
+    ids = torch.randint(40, (2, 3), generator=generator())
+    return {f"strips of {strip}": (ids, *trellis_weight(40, 33, 3.0, 1, strip), 3.0, 1, 14, strip, 33, torch.float16)
+            for strip in (-1, 32)}  # fmt: skip
+
+
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
-    "round_activation": _round_activation, "trellis_linear": _trellis_linear, "trellis_site": _trellis_site,
+    "round_activation": _round_activation, "trellis_cpu": functools.partial(_trellis, "cpu"),
+    "trellis_embedding": _trellis_embedding,
+    "trellis_linear": functools.partial(_trellis, "linear"), "trellis_site": functools.partial(_trellis, "site"),
     **_guests(),
 }  # fmt: skip
 DEVICE: dict[str, Callable[[str], Samples]] = {

@@ -22,11 +22,12 @@ case " $* " in *" -c "*)
 esac
 exec {compiler} "$@"
 """
-_FILES = 6
+# Two kernels for three paths, with a C function and a registration each, and two shared files.
+_FILES = 12
 _ASK = """
 import sys, threading, logging
 logging.basicConfig(format="%(message)s")
-from lopro_fx.kernels.formats.affine.cpu_site import native
+from lopro_fx.kernels.cpu import native
 paths = []
 threads = [threading.Thread(target=lambda: paths.append(native.active_path())) for _ in range(int(sys.argv[1]))]
 for thread in threads: thread.start()
@@ -61,7 +62,7 @@ def _count(compiler: Path, name: str) -> list[int]:
 def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: Path, tmp_path: Path) -> None:
     """Also in a cache whose path no shell takes, and where a process that was killed has left its folder."""
     cache = tmp_path / "a 'b' \"c\" $HOME é:;&"
-    (cache / ".lopro_cpu_site-left").mkdir(parents=True)
+    (cache / ".lopro_cpu-left").mkdir(parents=True)
     processes = [_start(compiler, cache, threads=3, MAX_JOBS="2") for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=900)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.formats.affine.cpu_site import build, native, reference
+from lopro_fx.kernels.cpu import build, native
+from lopro_fx.kernels.formats.affine.cpu_site import reference
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
 from lopro_fx.kernels.rotate.reference import pack_signs
 from tests.helpers import TOLERANCE, assert_close, generator, heavy_tailed

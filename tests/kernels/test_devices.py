@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lopro_fx  # noqa: F401  registers the operators
-from lopro_fx.kernels.formats.affine.cpu_site import native
+from lopro_fx.kernels.cpu import native
 from tests.kernels.samples import operators
 from tests.triton.problems import problem
 

@@ -10,7 +10,7 @@ import torch
 
 import lopro_fx
 from lopro_fx.errors import ConfigError, GraphError
-from lopro_fx.kernels.formats.affine.cpu_site import build, native
+from lopro_fx.kernels.cpu import build, native
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.native_cpu import NativeCpuPass
 from lopro_fx.passes.operands import operands

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from lopro_fx.kernels import dispatch
-from lopro_fx.kernels.formats.affine.cpu_site.aoti import inductor_options
+from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.affine.cpu_site.reference import activation_group
 from lopro_fx.kernels.formats.affine.linear.op import packed_linear
 from lopro_fx.kernels.formats.affine.packing.format import (
@@ -87,7 +87,7 @@ class Affine(Format):
         return activation_group(packed.shape[1], _whole(packed, "group_size"), rotated)
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
-        return inductor_options(folder)
+        return inductor_options(folder, self.operators["cpu"])
 
 
 def _no_triton(named: Mapping[str, Any]) -> str | None:

@@ -90,6 +90,23 @@ def windows(codes: Tensor, shape: tuple[int, int], step: int, columns: int, wind
     return torch.cat(parts)
 
 
+def windows_of(
+    codes: Tensor, ids: Tensor, shape: tuple[int, int], step: int, columns: int, window: int, strip: int
+) -> Tensor:
+    """States of the rows `ids`, int64 of any shape: (*ids.shape, ceil(in_features / columns))."""
+    pairs, rows = -(-shape[1] // columns), strip_rows(shape[0], strip)
+    size = shape[0] if strip == -1 else strip
+    part = (ids // size).clamp_max(len(rows) - 1)
+    whole, last = padded(size) // WORD * step, padded(rows[-1]) // WORD * step
+    count = torch.where(part < len(rows) - 1, whole, last).unsqueeze(-1)
+    bit = ((ids - part * size) * step).unsqueeze(-1)
+    word, column = bit // WORD, torch.arange(pairs, dtype=torch.int64, device=codes.device)
+    first = part.unsqueeze(-1) * (whole * pairs) + column * count
+    own = codes.to(torch.int64) & 0xFFFFFFFF
+    above = torch.where(word + 1 < count, own[(first + word + 1).clamp_max(codes.numel() - 1)], 0)
+    return (own[first + word] | above << WORD) >> bit % WORD & (1 << window) - 1
+
+
 def pack_states(states: Tensor, step: int, strip: int) -> Tensor:
     """Codes of the states (out_features, pairs), int of any width: their `step` low bits, as int32 (words,)."""
     parts = []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lopro_fx.kernels import dispatch
+from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
-from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows
+from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows, windows_of
 from lopro_fx.kernels.formats.trellis.linear.op import trellis_linear
 from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
 from lopro_fx.kernels.formats.trellis.site.op import trellis_site
@@ -27,6 +30,7 @@ class Trellis(Format):
     name: ClassVar[str] = "trellis"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3.0, "columns": 1, "window": 14, "strip": 512}
     quantizer = TrellisQuantizer
+    operators: ClassVar[Mapping[str, str]] = {"cpu": "trellis_cpu"}
 
     def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
         words = code_words(shape, step_of(spec), spec["columns"], spec["strip"])
@@ -42,6 +46,12 @@ class Trellis(Format):
         dense = values(states, columns).flatten(1)[:, : packed.shape[1]]
         return (dense * packed.tensors["scales"].to(torch.float32).unsqueeze(1)).to(dtype)
 
+    def lookup(self, packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        columns, window, strip = (_whole(packed, key) for key in ("columns", "window", "strip"))
+        states = windows_of(packed.tensors["codes"], ids, packed.shape, step_of(packed.spec), columns, window, strip)
+        dense = values(states, columns).flatten(-2)[..., : packed.shape[1]]
+        return (dense * packed.tensors["scales"].to(torch.float32)[ids].unsqueeze(-1)).to(dtype)
+
     def cat(self, parts: Sequence[Packed]) -> Packed | str:
         strip = _whole(parts[0], "strip")
         rows = sum(part.shape[0] for part in parts)
@@ -55,6 +65,9 @@ class Trellis(Format):
             Kernel("triton", "linear", trellis_linear, _no_triton),
             Kernel("triton", "site", trellis_site, _no_triton),
         )
+
+    def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
+        return inductor_options(folder, self.operators["cpu"])
 
 
 def _no_triton(named: Mapping[str, Any]) -> str | None:

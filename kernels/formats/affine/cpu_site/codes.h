@@ -1,7 +1,7 @@
 // Packed codes and zeros as vectors.
 #pragma once
 
-#include "common.h"
+#include "plan.h"
 
 namespace lopro {
 namespace {
@@ -40,8 +40,16 @@ inline typename V::F single(typename V::I low, typename V::I high) {
   return V::template code<BITS>(shifted);
 }
 
+// Reorders int8 columns, chunk by chunk, like the bytes that a shift and a mask make of packed codes.
+template <int FIELDS>
+void interleave(const int8_t* in, int8_t* out, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += 64 * FIELDS)
+    for (int f = 0; f < FIELDS; ++f)
+      for (int b = 0; b < 64; ++b) out[c + f * 64 + b] = in[c + b * FIELDS + f];
+}
+
 // Zero code `i` of the flat, packed tensor.
-inline uint32_t zero_code(const Site& s, int64_t i) {
+inline uint32_t zero_code(const AffineSite& s, int64_t i) {
   int64_t width = s.bits == 3 ? 2 : s.bits;
   uint32_t code = (s.zeros[i * width / 32] >> (i * width % 32)) & ((1u << width) - 1);
   if (s.bits == 3) {
@@ -57,10 +65,10 @@ struct FlatZeros {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
-  const Site& s;
+  const AffineSite& s;
   I word, shift;  // of the low bits of each of 16 codes: steps of 16 codes don't change them
 
-  FlatZeros(const Site& s, int64_t first) : s(s) {
+  FlatZeros(const AffineSite& s, int64_t first) : s(s) {
     I bit = V::add_i(V::template times<C::width>(V::iota()), V::set_i(static_cast<int>(first * C::width % 32)));
     word = V::template shr<5>(bit);
     shift = V::mask(bit, 31);

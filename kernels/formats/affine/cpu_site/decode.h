@@ -1,24 +1,18 @@
 // Few tokens: rows of packed codes times activations, read once and used at once.
 #pragma once
 
-#include "activation.h"
 #include "codes.h"
+#include "cpu/activation.h"
 
 namespace lopro {
 namespace {
-
-// Prefetches these bytes.
-template <class V>
-void fetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) V::fetch(static_cast<const char*>(p) + i);
-}
 
 // Prefetch distance in bytes where `rows` rows are multiplied together: at least as many rows.
 inline int64_t ahead(const Plan& p, int64_t rows) { return p.row_bytes * rows > 8192 ? p.row_bytes * rows : 8192; }
 
 // Prefetches what rows row ... row + rows - 1 need besides their codes.
 template <class V>
-void fetch_rows(const Site& s, int64_t row, int64_t rows) {
+void fetch_rows(const AffineSite& s, int64_t row, int64_t rows) {
   int64_t scale_bytes = s.groups * (s.scales_type == Type::f32 ? 4 : 2);
   fetch<V>(static_cast<const char*>(s.scales) + row * scale_bytes, rows * scale_bytes);
   fetch<V>(reinterpret_cast<const char*>(s.zeros) + row * s.groups * s.bits / 8, rows * s.groups * s.bits / 8);
@@ -31,7 +25,7 @@ void fetch_rows(const Site& s, int64_t row, int64_t rows) {
 // Scales and scale * zero of rows row ... row + rows - 1, (rows, p.scales) each. Done for many rows at once, since a
 // short row has few groups.
 template <class V, int BITS>
-void expand_scales(const Site& s, const Plan& p, int64_t row, int64_t rows, float* scales, float* shifts) {
+void expand_scales(const AffineSite& s, const Plan& p, int64_t row, int64_t rows, float* scales, float* shifts) {
   if (p.by_group) {
     int64_t first = row * s.groups, count = rows * s.groups;
     const FlatZeros<V, BITS> zeros(s, first);
@@ -93,8 +87,9 @@ void weigh(const Plan& p, const Token* tokens, int64_t rows, const float* scales
 // Lanes whose sums are the products of R rows with T tokens, without the low-rank branch; weights and offsets are
 // those of `weigh`, of `rows` rows. SINGLE: a chunk lies in one block.
 template <class V, int BITS, bool INT8, int R, int T, bool SINGLE>
-LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token* tokens, int64_t row, int64_t rows,
-                                       const float* weights, const float* offsets, typename V::F (&sum)[R][T]) {
+LOPRO_INLINE inline void multiply_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t row,
+                                       int64_t rows, const float* weights, const float* offsets,
+                                       typename V::F (&sum)[R][T]) {
   using C = Codes<BITS>;
   using F = typename V::F;
   using I = typename V::I;
@@ -175,8 +170,8 @@ LOPRO_INLINE inline void multiply_rows(const Site& s, const Plan& p, const Token
 
 // y of rows row ... row + R - 1 for T tokens, of which `count` are stored.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t rows,
-                 const float* weights, const float* offsets) {
+void decode_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
+                 int64_t rows, const float* weights, const float* offsets) {
   using F = typename V::F;
   F sum[R][T];
   if (Codes<BITS>::chunk <= p.block)
@@ -217,8 +212,8 @@ void decode_rows(const Site& s, const Plan& p, const Token* tokens, int64_t toke
 
 // Rows row ... end - 1, whose expanded scales begin at `scales` and `shifts`.
 template <class V, int BITS, bool INT8, int R, int T>
-void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row, int64_t end,
-                  const float* scales, const float* shifts, float* weights, float* offsets) {
+void decode_range(const AffineSite& s, const Plan& p, const Token* tokens, int64_t token, int count, int64_t row,
+                  int64_t end, const float* scales, const float* shifts, float* weights, float* offsets) {
   int64_t rows = end - row;
   weigh<V, INT8, T>(p, tokens, rows, scales, shifts, weights, offsets);
   for (; row + R <= end; row += R, weights += R * p.stride, offsets += R * p.stride)
@@ -228,21 +223,22 @@ void decode_range(const Site& s, const Plan& p, const Token* tokens, int64_t tok
 }
 
 // Memory of one token in a decode call.
-inline int64_t token_bytes(const Site& s, const Plan& p) {
+inline int64_t token_bytes(const AffineSite& s, const Plan& p) {
   return p.columns * 4 + 2 * (p.padded_blocks + 16) * 4 + (s.parts + 1) * (p.lanes + 16) * 4 + 512;
 }
 
-inline Token take_token(Scratch& scratch, const Site& s, const Plan& p) {
+inline Token take_token(Scratch& scratch, const AffineSite& s, const Plan& p) {
   Token token;
   token.x = scratch.take<float>(p.columns);
   token.steps = scratch.take<float>(p.padded_blocks + 16);
   token.sums = scratch.take<float>(p.padded_blocks + 16);
-  token.latent = scratch.take<float>((s.parts > 1 ? s.parts : 1) * p.lanes + 16);
+  token.latent = scratch.take<float>(latent_size(s, p) + 16);
   return token;
 }
 
 template <class V, int BITS, bool INT8>
-void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, float* raw, float* x, int8_t* rounded) {
+void prepare_decode(const AffineSite& s, const Plan& p, int64_t index, Token& token, float* raw, float* x,
+                    int8_t* rounded) {
   using C = Codes<BITS>;
   rotate<V>(s, p, index, raw, x);
   if (s.rank) project<V, 1>(s, p, x, 0, &token);
@@ -269,7 +265,7 @@ inline int64_t first_row(int64_t rows, int thread, int threads) {
 
 // Work of one thread. `next` counts the rows that free threads have taken.
 template <class V, int BITS, bool INT8>
-void decode(const Site& s, const Plan& p, int thread, int threads, Token* shared, int64_t* next) {
+void decode(const AffineSite& s, const Plan& p, int thread, int threads, Token* shared, int64_t* next) {
   constexpr int R = V::template rows<BITS>;
   // Runs of rows whose scales, and with several tokens codes, stay in L1.
   int64_t run = s.tokens > 1 ? 16 : least(128, 4 + 512 / p.scales / 4 * 4);

@@ -1,4 +1,4 @@
-// The algorithm of every path, over 16 lanes of 32 bits that the path defines (struct V).
+// The algorithm of every path, over 16 lanes of 32 bits that the path defines (struct Vector).
 //
 // Everything here has internal linkage: each file is compiled for another processor, and the linker must not take one
 // file's copy of a function for another's.
@@ -26,7 +26,7 @@ namespace lopro {
 namespace {
 
 template <class V, int BITS, bool INT8>
-void call(const Site& s) {
+void call(const AffineSite& s) {
   Plan p = make_plan(s);
 #ifdef _OPENMP
   // At least so many bytes of weights per thread: waking one takes a few microseconds.
@@ -47,14 +47,9 @@ void call(const Site& s) {
 #endif
     return;
   }
-  int64_t tiles = ceil_div(s.tokens, V::tile), latent = (s.parts > 1 ? s.parts : 1) * p.lanes;
-  Tiles all;
-  all.words = p.columns / (INT8 ? 4 : 1);
-  Scratch scratch(tiles * V::tile * 4 * (all.words + 2 * p.padded_blocks + latent) + 512);
-  all.x = scratch.take<uint32_t>(tiles * all.words * V::tile);
-  all.steps = scratch.take<float>(tiles * p.padded_blocks * V::tile);
-  all.sums = scratch.take<float>(tiles * p.padded_blocks * V::tile);
-  all.latents = scratch.take<float>(tiles * V::tile * latent);
+  constexpr int64_t columns = INT8 ? 4 : 1;
+  Scratch scratch(tiles_bytes<V>(s, p, columns));
+  Tiles all = take_tiles<V>(scratch, s, p, columns);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(wanted)
   prefill<V, BITS, INT8>(s, p, omp_get_thread_num(), omp_get_num_threads(), all);
@@ -64,7 +59,7 @@ void call(const Site& s) {
 }
 
 template <class V>
-void run_with(const Site& s) {
+void run_with(const AffineSite& s) {
   switch (s.bits) {
     case 2: return s.int8 ? call<V, 2, true>(s) : call<V, 2, false>(s);
     case 3: return s.int8 ? call<V, 3, true>(s) : call<V, 3, false>(s);

@@ -1,7 +1,7 @@
 """Registration of `lopro::cpu_site`.
 
 It is not composite: a program for a CPU keeps it as one node, so that AOTInductor can call the compiled kernel by its C
-function (see `aoti.py`). In eager mode the first call on a CPU tensor loads the kernel, which torch's
+function (see `kernels/cpu/aoti.py`). In eager mode the first call on a CPU tensor loads the kernel, which torch's
 dispatcher then calls without Python; where there is none, the definition in ATen runs. It has no derivative.
 """
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels import registry
-from lopro_fx.kernels.formats.affine.cpu_site import native, reference
+from lopro_fx.kernels.cpu import native
+from lopro_fx.kernels.formats.affine.cpu_site import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,11 +2,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-namespace lopro {
-// Reason why the last call on this thread failed.
-const char* error();
-}  // namespace lopro
-
 extern "C" AOTITorchError aoti_torch_cpu_cpu_site(
     AtenTensorHandle x, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,
     AtenTensorHandle* down, AtenTensorHandle* down_scale, AtenTensorHandle codes, AtenTensorHandle scales,

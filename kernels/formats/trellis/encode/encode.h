@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/dispatch.h"
+
 namespace lopro {
 
 // Operands of one block of columns; matrices are (columns, rows), contiguous.
@@ -21,10 +23,6 @@ struct Columns {
   uint16_t* states;          // out: (width / pair, rows)
 };
 
-void encode_portable(const Columns& block);
-#if defined(__x86_64__)
-void encode_avx2(const Columns& block);
-void encode_avx512(const Columns& block);
-#endif
-
 }  // namespace lopro
+
+LOPRO_KERNEL(Columns)

@@ -9,23 +9,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.formats.affine.cpu_site import native
+from lopro_fx.kernels.cpu import native
 from lopro_fx.kernels.formats.trellis.code import table
 from lopro_fx.kernels.formats.trellis.encode import reference
-
-PATHS = ("portable", "avx2", "avx512")
 
 
 def encode(
     columns: Tensor, target: Tensor, upper: Tensor, pivots: Tensor, importance: Tensor, strips: Sequence[int],
-    step: int, pair: int, window: int, path: str | None = None,
+    step: int, pair: int, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.encode` by compiled code, on the CPU; in ATen where there is no compiler.
 
-    Tensors of another device are copied. `path` names a set of instructions instead of the fastest.
-
-    Raises:
-        ValueError: this processor lacks `path`.
+    Tensors of another device are copied.
     """
     library = _library()
     if library is None:
@@ -38,9 +33,7 @@ def encode(
     counts = (ctypes.c_int64 * len(strips))(*strips)
     numbers = map(ctypes.c_int64, (width, rows, step, pair, window))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*host, values, error, states)]
-    chosen = 0 if path is None else PATHS.index(path) + 1
-    if not library(chosen, *numbers, counts, ctypes.c_int64(len(strips)), *pointers):
-        raise ValueError(f"this processor has no {path}")
+    library(*numbers, counts, ctypes.c_int64(len(strips)), *pointers)
     return error.to(columns.device), states.to(columns.device)
 
 
@@ -52,4 +45,7 @@ def _values(window: int, pair: int) -> Tensor:
 @cache
 def _library() -> ctypes._NamedFuncPointer | None:
     library = native.library()
-    return None if library is None else library.lopro_trellis_encode
+    if library is None:
+        return None
+    library.lopro_trellis_encode.restype = None
+    return library.lopro_trellis_encode

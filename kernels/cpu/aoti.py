@@ -1,6 +1,6 @@
-"""Make AOTInductor call the kernel's C function and link it into the model's own library.
+"""Make AOTInductor call a kernel's C function and link it into the model's own library.
 
-The artifact holds the kernel as machine code for every processor path, and runs with torch or libtorch alone. A
+The artifact holds the kernels as machine code for every processor path, and runs with torch or libtorch alone. A
 registered operator would need its library beside the artifact, and a Python one this package. A template of Inductor's
 would depend on private code of torch that moves with each release.
 """
@@ -15,23 +15,25 @@ from typing import Any
 
 import torch
 
-from lopro_fx.kernels.formats.affine.cpu_site import build
+from lopro_fx.kernels.cpu import build
 from lopro_fx.kernels.scratch import variable
 
-_C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t"}
+_C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*", "int": "int64_t",
+            "float": "double"}  # fmt: skip
 
 
 @contextmanager
-def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
-    """Context with options for `torch._inductor.aot_compile` of a program with `lopro::cpu_site`; compile inside it.
+def inductor_options(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Context with options for `torch._inductor.aot_compile` of a program with `lopro::<name>`; compile inside it.
 
     Args:
         folder: empty, with a path that a command line takes; the linker finds the kernel there.
+        name: of a format's "cpu" operator.
 
     Raises: BuildError if the archive could not be built.
     """
     archive = build.archive()
-    operator = torch.ops.lopro.cpu_site.default
+    operator = getattr(torch.ops.lopro, name).default
     # A link: the cache's own path may hold the character that separates folders.
     (folder / archive.name).symlink_to(archive.absolute())
     # gcc and clang look for libraries here; Inductor has no option for a folder.
@@ -45,4 +47,5 @@ def inductor_options(folder: Path) -> Iterator[dict[str, Any]]:
 def _declaration(operator: torch._ops.OpOverload) -> str:
     """The C function by the name that Inductor gives it, as `shim.h` declares it."""
     arguments = [f"{_C_TYPES[str(argument.type)]} {argument.name}" for argument in operator._schema.arguments]
-    return f"AOTITorchError aoti_torch_cpu_cpu_site({', '.join(arguments)}, AtenTensorHandle* y)"
+    name = operator._schema.name.removeprefix("lopro::")
+    return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(arguments)}, AtenTensorHandle* y)"

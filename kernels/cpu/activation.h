@@ -47,7 +47,7 @@ void hadamard(float* x, int64_t n, int64_t block) {
 
 // x' in fp32, zeros up to `columns`.
 template <class V>
-void rotate(const Site& s, const Plan& p, int64_t token, float* raw, float* out) {
+void rotate(const Site& s, const Sizes& p, int64_t token, float* raw, float* out) {
   load_token<V>(s, token, s.perm ? raw : out);
   if (s.perm_type == Type::i16) {
     const int16_t* perm = static_cast<const int16_t*>(s.perm);
@@ -90,7 +90,7 @@ void project_rows(const Site& s, int64_t r, const float* x, int64_t stride, floa
 
 // latents[t] = scales ∘ (down · x[t]), T tokens at once.
 template <class V, int T>
-void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token* tokens) {
+void project(const Site& s, const Sizes& p, const float* x, int64_t stride, Token* tokens) {
   constexpr int R = T == 1 ? 4 : 1;
   for (int64_t first = 0; first < s.rank; first += R) {
     float products[R][T];
@@ -116,7 +116,7 @@ void project(const Site& s, const Plan& p, const float* x, int64_t stride, Token
 
 // Steps and sums of the blocks of x; with INT8, also x as integers in the order of the columns.
 template <class V, bool INT8>
-void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) {
+void round_blocks(const Sizes& p, const float* x, int8_t* rounded, Token& token) {
   using F = typename V::F;
   int64_t b = 0;
   for (; b < p.columns / p.block; ++b) {
@@ -146,13 +146,8 @@ void round_blocks(const Plan& p, const float* x, int8_t* rounded, Token& token) 
   for (; b < p.padded_blocks; ++b) token.steps[b] = token.sums[b] = 0.0f;
 }
 
-// Reorders int8 columns, chunk by chunk, like the bytes that a shift and a mask make of packed codes.
-template <int FIELDS>
-void interleave(const int8_t* in, int8_t* out, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += 64 * FIELDS)
-    for (int f = 0; f < FIELDS; ++f)
-      for (int b = 0; b < 64; ++b) out[c + f * 64 + b] = in[c + b * FIELDS + f];
-}
+// Floats of all latents of a token.
+inline int64_t latent_size(const Site& s, const Sizes& p) { return (s.parts > 1 ? s.parts : 1) * p.lanes; }
 
 }  // namespace
 }  // namespace lopro

@@ -1,10 +1,12 @@
 // Plain C++ for every other processor: loops over 16 lanes, for the compiler to vectorise.
-#include "kernel.h"
+#pragma once
+
+#include "common.h"
 
 namespace lopro {
 namespace {
 
-struct Plain {
+struct Vector {
   struct F {
     float v[16];
   };
@@ -14,6 +16,8 @@ struct Plain {
   template <int>
   static constexpr int rows = 1;
   static constexpr int shared_rows = 1, panel = 1, tile = 4;
+  // Registers of 16 rows that a column of states is read for at once: for one token, and for four.
+  static constexpr int runs = 1, shared_runs = 1;
 
   template <class Op>
   static F make(Op op) {
@@ -179,6 +183,48 @@ struct Plain {
   static F code(const I& x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
+  // Bits from STEP * lane of p on, 16 of them at least; others above. Reads 4 bytes for each lane.
+  template <int STEP>
+  static I windows(const uint8_t* p) {
+    return make_i([=](int i) { return load_word(p + STEP * i / 8) >> (STEP * i % 8); });
+  }
+  // As in avx2.h.
+  template <int>
+  static constexpr bool mixes = false;
+  static I times_i(const I& x, int v) {
+    return make_i([=](int i) { return x.v[i] * static_cast<uint32_t>(v); });
+  }
+  // Sums of the bytes 0 and 3, and 1 and 2, of each lane as its halves; or of all four.
+  template <int COLUMNS>
+  static I sums(const I& x) {
+    if (COLUMNS == 1)
+      return make_i([&](int i) {
+        uint32_t pairs = (x.v[i] & 0xff00ffu) + (x.v[i] >> 8 & 0xff00ffu);
+        return (pairs + (pairs >> 16)) & 0xffff;
+      });
+    return make_i([&](int i) {
+      uint32_t outer = (x.v[i] & 255) + (x.v[i] >> 24), inner = (x.v[i] >> 8 & 255) + (x.v[i] >> 16 & 255);
+      return outer | inner << 16;
+    });
+  }
+  // Products of the halves of lanes, signed.
+  static I dot_halves(const I& sum, const I& x, const I& y) {
+    I r = sum;
+    for (int b = 0; b < 32; b += 16)
+      for (int i = 0; i < 16; ++i) {
+        int16_t one = static_cast<int16_t>(x.v[i] >> b), other = static_cast<int16_t>(y.v[i] >> b);
+        r.v[i] += static_cast<uint32_t>(one * other);
+      }
+    return r;
+  }
+  static void hold(I&) {}
+  // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
+  // `dot_factor`: the sum of all bytes fits 16 bits, so a half of the lane is left empty.
+  template <int COLUMNS>
+  static I factor(const I& x) { return sums<COLUMNS>(x); }
+  template <int COLUMNS>
+  static uint32_t spread(int a, int b) { return pair(a, COLUMNS == 1 ? 0 : b); }
+  static I dot_factor(const I& sum, const I& factor, const I& x) { return dot_halves(sum, factor, x); }
   static void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
   static void transpose(I* v) {
     for (int i = 0; i < 16; ++i)
@@ -191,7 +237,5 @@ struct Plain {
 };
 
 }  // namespace
-
-void run_portable(const Site& site) { run_with<Plain>(site); }
 
 }  // namespace lopro

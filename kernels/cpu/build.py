@@ -1,4 +1,4 @@
-"""Compile the CPU kernel with Inductor's compiler: a shared library for eager mode and an archive for AOTInductor.
+"""Compile the CPU kernels with Inductor's compiler: a shared library for eager mode and an archive for AOTInductor.
 
 Results are cached by a hash of sources, flags, compiler and torch, so a change of any of them builds anew.
 """
@@ -21,32 +21,27 @@ from lopro_fx.kernels.cache import cache_dir
 from lopro_fx.kernels.errors import BuildError
 from lopro_fx.kernels.scratch import compilers, locked
 
-_NAME = "lopro_cpu_site"
-_FOLDER = Path(__file__).parent
-_INCLUDE = Path(torch.__file__).parent / "include"
+_NAME = "lopro_cpu"
+_ROOT = Path(__file__).parents[1]
+_INCLUDES = (Path(torch.__file__).parent / "include", _ROOT)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
-# Minimum and maximum as single instructions; the search holds neither NaN nor infinity.
-_FAST = ("-ffinite-math-only", "-fno-signed-zeros")
-# Source files with the flags of the processors that they are for; the other files run on any.
+# Paths with the flags of the processors that they are for; every kernel is compiled for each.
+# On other machines than x86-64 there is the last alone.
 _PATHS = {
-    "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
-    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "portable.cpp": (),
-    "dispatch.cpp": (),
-    "shim.cpp": (),
-    "register.cpp": (),
-    "../../trellis/encode/encode_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", *_FAST),
-    "../../trellis/encode/encode_avx2.cpp": ("-mavx2", "-mfma", *_FAST),
-    "../../trellis/encode/encode_portable.cpp": _FAST,
-    "../../trellis/encode/encode.cpp": (),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
 }
+_SHARED = "cpu"
+# Folders of kernels; kernel.cpp is compiled for each path, other files once.
+_KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode")
 _EAGER_ONLY = "register.cpp"
 # Memory that g++ 12 takes for the largest of them.
 _COMPILER_BYTES = 1 << 30
 
 
 def shared_library() -> Path:
-    """Path of the library that registers the kernel with torch; built if the cache doesn't hold it.
+    """Path of the library that registers the kernels with torch; built if the cache doesn't hold it.
 
     Raises: BuildError if there is no compiler, it fails, or the cache can't be written.
     """
@@ -54,7 +49,7 @@ def shared_library() -> Path:
 
 
 def archive() -> Path:
-    """Path of the static archive with the C function that AOTInductor's code calls. Raises: as `shared_library`.
+    """Path of the static archive with the C functions that AOTInductor's code calls. Raises: as `shared_library`.
 
     Its name holds the build's key, because Inductor's cache knows a library by its name alone.
     """
@@ -67,13 +62,13 @@ def _built() -> Path:
     compiler = _compiler()
     key = hashlib.sha256()
     # Two compilers of one version, or two builds of one torch, may differ in the libraries that they bring.
-    torch_build = torch.__version__, str(torch.version.git_version), str(_INCLUDE)
+    torch_build = torch.__version__, str(torch.version.git_version), str(_INCLUDES[0])
     for part in (compiler, _version(compiler), *torch_build, sys.platform, *platform.libc_ver(), platform.machine()):
         key.update(part.encode() + b"\0")
     # The flags are in this file.
-    folders = {(_FOLDER / source).parent.resolve() for source in _PATHS}
-    for file in sorted((*(f for folder in folders for f in folder.glob("*.[ch]*")), Path(__file__))):
-        key.update(file.name.encode() + b"\0" + file.read_bytes())
+    sources = (file for folder in (_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.*")))
+    for file in (*(file for file in sources if file.suffix in (".cpp", ".h")), Path(__file__)):
+        key.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
     if not (target / f"{_NAME}.so").is_file():
         try:
@@ -95,22 +90,32 @@ def _build(compiler: str, target: Path) -> None:
         folder = Path(scratch) / "new"
         folder.mkdir()
 
-        def compiled(source: str) -> Path:
-            result = Path(scratch) / f"{Path(source).name}.o"
-            flags = _PATHS[source] if platform.machine() in ("x86_64", "AMD64") else ()
-            command = [*_flags(), *flags, f"-I{_INCLUDE}", "-c", str(_FOLDER / source), "-o", str(result)]
-            _run(compiler, *command)
+        def compiled(job: tuple[int, tuple[str, tuple[str, ...]]]) -> Path:
+            number, (source, flags) = job
+            result = Path(scratch) / f"{number}.o"
+            includes = [f"-I{folder}" for folder in _INCLUDES]
+            _run(compiler, *_flags(), *flags, *includes, "-c", str(_ROOT / source), "-o", str(result))
             return result
 
+        jobs = _jobs()
         with ThreadPoolExecutor(compilers(_COMPILER_BYTES)) as pool:
-            objects = dict(zip(_PATHS, pool.map(compiled, _PATHS), strict=True))
+            objects = list(pool.map(compiled, enumerate(jobs)))
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
-        _run(compiler, *_flags(), "-shared", *map(str, objects.values()), libraries, "-ltorch_cpu", "-lc10",
+        _run(compiler, *_flags(), "-shared", *map(str, objects), libraries, "-ltorch_cpu", "-lc10",
              "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
-        shared = [str(path) for source, path in objects.items() if source != _EAGER_ONLY]
+        shared = [str(path) for job, path in zip(jobs, objects, strict=True) if not job[0].endswith(_EAGER_ONLY)]
         _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{target.name}.a"), *shared)
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
+
+
+def _jobs() -> list[tuple[str, tuple[str, ...]]]:
+    """Sources and their own flags, the largest first."""
+    paths = _PATHS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
+    large = [(f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags))
+             for path, flags in paths.items() for folder in _KERNELS]  # fmt: skip
+    small = (file for folder in (_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.cpp")))
+    return [*large, *((str(file.relative_to(_ROOT)), ()) for file in small if file.name != "kernel.cpp")]
 
 
 def _flags() -> tuple[str, ...]:

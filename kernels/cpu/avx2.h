@@ -1,13 +1,14 @@
 // AVX2: 16 lanes are two registers.
-#if defined(__x86_64__)
+#pragma once
+
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "common.h"
 
 namespace lopro {
 namespace {
 
-struct V256 {
+struct Vector {
   struct F {
     __m256 a, b;
   };
@@ -17,6 +18,8 @@ struct V256 {
   template <int>
   static constexpr int rows = 2;
   static constexpr int shared_rows = 1, panel = 1, tile = 4;
+  // Registers of 16 rows that a column of states is read for at once: for one token, and for four.
+  static constexpr int runs = 4, shared_runs = 1;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -197,7 +200,103 @@ struct V256 {
   static F code(I x) {
     return to_f(mask(x, (1 << BITS) - 1));
   }
-  // As in avx512.cpp.
+  // Bits from STEP * lane of p on, 16 of them at least; others above. Reads up to 8 bytes from p + STEP.
+  template <int STEP>
+  static I windows(const uint8_t* p) {
+    return {eight<STEP>(p), eight<STEP>(p + STEP)};
+  }
+  template <int STEP>
+  static __m256i eight(const uint8_t* p) {
+    if (STEP == 2)
+      return _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(load_word(p))),
+                               _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    int64_t bits;
+    std::memcpy(&bits, p, 8);
+    // Eight lanes need 51 bits at most, so both halves find theirs in the same eight bytes.
+    __m256i own = _mm256_shuffle_epi8(_mm256_set1_epi64x(bits), load_half(steps_of<STEP>.bytes));
+    return _mm256_srlv_epi32(own, load_half(steps_of<STEP>.shifts));
+  }
+  static __m256i load_half(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+  // 64 rows at once, without a shuffle for each eight: lane k of vector r holds row 8k + r until `unmix`. `Mixed` are
+  // the bits from row 8k on, and from 16 bits behind it. Reads up to 34 bytes, or 28 for 3 bits a lane.
+  template <int STEP>
+  static constexpr bool mixes = STEP == 3 || STEP == 4;
+  struct Mixed {
+    __m256i first, second;
+  };
+  template <int STEP>
+  static Mixed load_mixed(const uint8_t* p) {
+    if (STEP == 4) return {load_i(p).a, load_i(p + 2).a};
+    __m256i own = _mm256_inserti128_si256(_mm256_castsi128_si256(half(p)), half(p + 12), 1);
+    __m256i every = _mm256_setr_epi8(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8,
+                                     9, 9, 10, 11, 12);
+    return {_mm256_shuffle_epi8(own, every), _mm256_shuffle_epi8(own, _mm256_add_epi8(every, _mm256_set1_epi8(2)))};
+  }
+  template <int STEP, int r>
+  static __m256i one_mixed(const Mixed& x) {
+    constexpr bool behind = STEP * r >= 16;
+    return _mm256_srli_epi32(behind ? x.second : x.first, STEP * r - (behind ? 16 : 0));
+  }
+  // Vectors 2 * r and 2 * r + 1.
+  template <int STEP, int r>
+  static I windows_mixed(const Mixed& x) { return {one_mixed<STEP, 2 * r>(x), one_mixed<STEP, 2 * r + 1>(x)}; }
+  // Rows in their order.
+  static void unmix(I& p, I& q, I& r, I& s) {
+    __m256i a[8] = {p.a, p.b, q.a, q.b, r.a, r.b, s.a, s.b}, b[8], c[8];
+    repeat<4>([&](auto i) LOPRO_INLINE {
+      b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+      b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    });
+    repeat<2>([&](auto i) LOPRO_INLINE {
+      c[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+      c[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+      c[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+      c[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    });
+    I* all[4] = {&p, &q, &r, &s};
+    repeat<4>([&](auto i) LOPRO_INLINE {
+      // Rows 8i ... 8i + 7 lie in lane i of the eight.
+      __m256i low = _mm256_permute2x128_si256(c[i], c[i + 4], 0x20);
+      __m256i high = _mm256_permute2x128_si256(c[i], c[i + 4], 0x31);
+      (i % 2 ? all[i / 2]->b : all[i / 2]->a) = low;
+      (i % 2 ? all[2 + i / 2]->b : all[2 + i / 2]->a) = high;
+    });
+  }
+  static I times_i(I x, int v) {
+    __m256i all = _mm256_set1_epi32(v);
+    return {_mm256_mullo_epi32(x.a, all), _mm256_mullo_epi32(x.b, all)};
+  }
+  // Sums of the bytes 0 and 3, and 1 and 2, of each lane as its halves; or of all four.
+  template <int COLUMNS>
+  static __m256i sums(__m256i x) {
+    __m256i ones = _mm256_set1_epi8(1);
+    if (COLUMNS == 1) return _mm256_madd_epi16(_mm256_maddubs_epi16(x, ones), _mm256_set1_epi16(1));
+    return _mm256_maddubs_epi16(_mm256_shuffle_epi8(x, outer_inner()), ones);
+  }
+  template <int COLUMNS>
+  static I sums(I x) { return {sums<COLUMNS>(x.a), sums<COLUMNS>(x.b)}; }
+  static __m256i outer_inner() {
+    return _mm256_setr_epi8(0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14, 0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10,
+                            12, 15, 13, 14);
+  }
+  // Products of the halves of lanes, signed.
+  static I dot_halves(I sum, I x, I y) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, y.b))};
+  }
+  // Keeps a sum in its register, and what follows behind it: interleaved blocks of rows would need too many.
+  static void hold(I& v) { asm volatile("" : "+x"(v.a), "+x"(v.b)); }
+  // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
+  // `dot_factor`: full bytes times int8 would exceed the 16 bits of a pair, so bytes are added up in pairs first.
+  template <int COLUMNS>
+  static I factor(I x) {
+    if (COLUMNS == 2) return sums<2>(x);
+    __m256i ones = _mm256_set1_epi8(1);
+    return {_mm256_maddubs_epi16(x.a, ones), _mm256_maddubs_epi16(x.b, ones)};
+  }
+  template <int COLUMNS>
+  static uint32_t spread(int a, int b) { return pair(a, COLUMNS == 1 ? a : b); }
+  static I dot_factor(I sum, I factor, I x) { return dot_halves(sum, factor, x); }
+  // As in avx512.h.
   static void fetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
   static void transpose(I* v) {
     int32_t all[16][16];
@@ -214,7 +313,4 @@ struct V256 {
 
 }  // namespace
 
-void run_avx2(const Site& site) { run_with<V256>(site); }
-
 }  // namespace lopro
-#endif

@@ -1,19 +1,22 @@
 // AVX-512 with byte products (VNNI): 16 lanes are one register.
-#if defined(__x86_64__)
+#pragma once
+
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "common.h"
 
 namespace lopro {
 namespace {
 
-struct V512 {
+struct Vector {
   using F = __m512;
   using I = __m512i;
   // Rows at a time for one token, and for four; registers of 16 rows, and tokens, of a tile for many.
   template <int BITS>
   static constexpr int rows = BITS < 4 ? 4 : 2;
   static constexpr int shared_rows = 2, panel = 2, tile = 12;
+  // Registers of 16 rows that a column of states is read for at once: for one token, and for four.
+  static constexpr int runs = 16, shared_runs = 4;
 
   static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
@@ -110,6 +113,46 @@ struct V512 {
   }
   // Into L2. The compiler would drop the intrinsic in a function that does nothing else.
   static void fetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
+  // Bits from STEP * lane of p on, 16 of them at least; others above. Reads 8 bytes, or 16 for more than 3 bits a lane.
+  template <int STEP>
+  static I windows(const uint8_t* p) {
+    I all;
+    if (STEP <= 3) {
+      int64_t bits;
+      std::memcpy(&bits, p, 8);
+      all = _mm512_set1_epi64(bits);
+    } else {
+      all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    I own = _mm512_shuffle_epi8(all, load_i(steps_of<STEP>.bytes));
+    return _mm512_srlv_epi32(own, load_i(steps_of<STEP>.shifts));
+  }
+  // As in avx2.h; here, shuffles cost less.
+  template <int>
+  static constexpr bool mixes = false;
+  static I times_i(I a, int v) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(v)); }
+  // Sums of the bytes 0 and 3, and 1 and 2, of each lane as its halves; or of all four.
+  template <int COLUMNS>
+  static I sums(I a) {
+    I ones = _mm512_set1_epi8(1);
+    if (COLUMNS == 1) return _mm512_dpbusd_epi32(zero_i(), a, ones);
+    I outer_inner = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14));
+    return _mm512_maddubs_epi16(_mm512_shuffle_epi8(a, outer_inner), ones);
+  }
+  // Products of the halves of lanes, signed.
+  static I dot_halves(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // Keeps a sum in its register, and what follows behind it: interleaved blocks of rows would need too many.
+  static void hold(I& v) { asm volatile("" : "+v"(v)); }
+  // For one token, `factor` of a product of states and `spread` of the activations of its columns are multiplied by
+  // `dot_factor`: bytes times int8.
+  template <int COLUMNS>
+  static I factor(I a) { return a; }
+  template <int COLUMNS>
+  static uint32_t spread(int a, int b) {
+    uint32_t outer = static_cast<uint8_t>(a), inner = static_cast<uint8_t>(COLUMNS == 1 ? a : b);
+    return outer * 0x01000001u | inner * 0x00010100u;
+  }
+  static I dot_factor(I sum, I factor, I x) { return _mm512_dpbusd_epi32(sum, factor, x); }
   static void transpose(I* v) {
     I a[16];
     for (int i = 0; i < 16; i += 2) {
@@ -139,7 +182,4 @@ struct V512 {
 
 }  // namespace
 
-void run_avx512(const Site& site) { run_with<V512>(site); }
-
 }  // namespace lopro
-#endif

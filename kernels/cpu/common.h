@@ -88,6 +88,12 @@ inline uint32_t load_word(const void* p) {
   return word;
 }
 
+// Prefetches these bytes.
+template <class V>
+void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) V::fetch(static_cast<const char*>(p) + i);
+}
+
 // f(0), ..., f(N - 1) with compile-time numbers: arrays that are only indexed by these stay in registers.
 #define LOPRO_INLINE __attribute__((always_inline))
 template <int... I, class Body>
@@ -98,6 +104,24 @@ template <int N, class Body>
 LOPRO_INLINE inline void repeat(Body&& body) {
   repeat(std::make_integer_sequence<int, N>{}, body);
 }
+
+// Two int16 as the halves of a word.
+inline uint32_t pair(int low, int high) {
+  return static_cast<uint16_t>(low) | static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16;
+}
+
+// Bytes that bring `STEP`-bit steps into lanes: byte i of a lane is byte STEP * lane / 8 + i.
+template <int STEP>
+struct Steps {
+  alignas(64) char bytes[64];
+  alignas(64) int shifts[16];  // what remains, in bits
+  constexpr Steps() : bytes(), shifts() {
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<char>(STEP * (i / 4) / 8 + i % 4);
+    for (int i = 0; i < 16; ++i) shifts[i] = STEP * i % 8;
+  }
+};
+template <int STEP>
+constexpr Steps<STEP> steps_of{};
 
 // Scratch memory on a cache line.
 struct Scratch {
@@ -119,61 +143,34 @@ struct Scratch {
   void* raw;
 };
 
-template <int BITS>
-struct Codes {
-  static constexpr int width = BITS == 3 ? 2 : BITS;
-  static constexpr int fields = 8 / width;
-  static constexpr int lane = 4 * fields;
-  static constexpr int chunk = 16 * lane;
-};
-
-// Sizes that follow from a site.
-struct Plan {
-  int64_t columns;            // of buffers: in, padded
-  int64_t chunks;             // of a row; the last one may be short
-  int64_t row_bytes, plane;   // of a row, and of its first bit plane
+// Sizes of an activation that follow from a site. Columns that share a step are a block.
+struct Sizes {
+  int64_t columns;  // of buffers: in, padded
   int64_t block, blocks, padded_blocks;
   int log_block;
-  bool by_group;              // scales of a row are kept by group of 2^log_ratio blocks, else by block
-  int log_ratio;
-  int64_t scales;             // kept, of a row
-  int64_t stride;             // of a row in `weigh`'s results: blocks, without gaps or padded
-  int64_t lanes;              // of a latent, padded
+  int64_t lanes;    // of a latent, padded
 };
 
-inline Plan make_plan(const Site& s) {
-  Plan p;
-  int64_t padded = round_up(s.in, 32), width = s.bits == 3 ? 2 : s.bits;
+inline int log_block_for(const Site& s) { return s.int8 && s.block == 1 ? 5 : 7; }
+
+inline Sizes make_sizes(const Site& s, int log_block) {
+  Sizes p;
   p.columns = round_up(s.in, PAD);
-  p.row_bytes = padded / 8 * s.bits;
-  p.plane = padded / 8 * width;
-  p.chunks = ceil_div(p.plane, 64);
-  p.log_block = s.int8 && s.block == 1 ? 5 : 7;
-  while (s.groups > 1 && s.group % (int64_t{1} << p.log_block)) --p.log_block;
-  p.block = int64_t{1} << p.log_block;
+  p.log_block = log_block;
+  p.block = int64_t{1} << log_block;
   p.blocks = ceil_div(s.in, p.block);
-  p.log_ratio = 0;
-  while (s.groups > 1 && p.block << p.log_ratio < s.group) ++p.log_ratio;
-  p.by_group = s.groups > 1 && p.block << p.log_ratio == s.group;
-  if (!p.by_group) p.log_ratio = 0;
-  p.scales = p.by_group ? s.groups : p.blocks;
   p.padded_blocks = round_up(p.columns / p.block, 16);
-  p.stride = p.log_ratio ? p.padded_blocks : p.blocks;
   p.lanes = round_up(s.rank, 16);
   return p;
 }
 
 // One activation, ready for the product.
 struct Token {
-  void* x;        // int8 by chunk and field; or fp32, by chunk and code of a lane, or in order for panels
+  void* x;        // as the format arranges it: integers, or fp32
   float* steps;   // (padded_blocks,), of int8
   float* sums;    // (padded_blocks,) of x
   float* latent;  // (max(parts, 1), lanes), scaled
 };
-
-inline int64_t group_of(const Site& s, const Plan& p, int64_t block) {
-  return s.groups == 1 ? 0 : (block << p.log_block) / s.group;
-}
 
 inline int64_t part_of(const Site& s, int64_t row) { return s.parts > 1 ? row * s.parts / s.out : 0; }
 

@@ -1,4 +1,4 @@
-"""The compiled kernel in this process: loaded once, at its first use."""
+"""The compiled kernels in this process: loaded once, at their first use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from lopro_fx.kernels.formats.affine.cpu_site import build
+from lopro_fx.kernels.cpu import build
 
 PATHS = ("avx512", "avx2", "portable")
 
@@ -20,30 +20,30 @@ _log = logging.getLogger(__name__)
 
 
 def load() -> bool:
-    """Whether the kernel serves CPU tensors; builds and loads it if that wasn't tried yet."""
+    """Whether the kernels serve CPU tensors; builds and loads them if that wasn't tried yet."""
     return library() is not None
 
 
 def active_path() -> str:
-    """ "avx512", "avx2" or "portable", whichever the kernel runs here; "aten" where it could not be built.
+    """ "avx512", "avx2" or "portable", whichever the kernels run here; "aten" where they could not be built.
 
     The environment variable LOPRO_FX_CPU_ISA names a lower path than the processor's best one.
     """
     loaded = library()
-    return "aten" if loaded is None else loaded.lopro_cpu_site_path().decode()
+    return "aten" if loaded is None else loaded.lopro_cpu_path().decode()
 
 
 @contextmanager
 def forced(path: str) -> Iterator[bool]:
-    """Run `path` inside; yield False and change nothing where the processor or the kernel lacks it."""
+    """Run `path` inside; yield False and change nothing where the processor or the library lacks it."""
     loaded = library()
     before = active_path()
-    found = loaded is not None and loaded.lopro_cpu_site_set_path(path.encode())
+    found = loaded is not None and loaded.lopro_cpu_set_path(path.encode())
     try:
         yield bool(found)
     finally:
         if loaded is not None and found:
-            loaded.lopro_cpu_site_set_path(before.encode())
+            loaded.lopro_cpu_set_path(before.encode())
 
 
 def library() -> ctypes.CDLL | None:
@@ -62,7 +62,7 @@ def _library() -> ctypes.CDLL | None:
         _log.warning("packed Linears run as ATen operators, many times slower than compiled code: %s", error)
         return None
     library = ctypes.CDLL(path)
-    library.lopro_cpu_site_path.restype = ctypes.c_char_p
-    library.lopro_cpu_site_set_path.restype = ctypes.c_bool
-    library.lopro_cpu_site_set_path.argtypes = [ctypes.c_char_p]
+    library.lopro_cpu_path.restype = ctypes.c_char_p
+    library.lopro_cpu_set_path.restype = ctypes.c_bool
+    library.lopro_cpu_set_path.argtypes = [ctypes.c_char_p]
     return library

@@ -1,0 +1,133 @@
+// Operands that every format's operator has.
+#include "operands.h"
+
+namespace lopro {
+namespace {
+
+bool is_float(Type type) { return type == Type::f32 || type == Type::f16 || type == Type::bf16; }
+
+int64_t elements(AtenTensorHandle tensor) {
+  int64_t count;
+  ok(aoti_torch_get_numel(tensor, &count));
+  return count;
+}
+
+}  // namespace
+
+const char*& error() {
+  static thread_local const char* last = "";
+  return last;
+}
+
+Type type_of(AtenTensorHandle tensor) {
+  int32_t type;
+  ok(aoti_torch_get_dtype(tensor, &type));
+  if (type == aoti_torch_dtype_float32()) return Type::f32;
+  if (type == aoti_torch_dtype_float16()) return Type::f16;
+  if (type == aoti_torch_dtype_bfloat16()) return Type::bf16;
+  if (type == aoti_torch_dtype_int8() || type == aoti_torch_dtype_uint8()) return Type::i8;
+  if (type == aoti_torch_dtype_int16()) return Type::i16;
+  return type == aoti_torch_dtype_int32() ? Type::i32 : Type::none;
+}
+
+int64_t dims(AtenTensorHandle tensor) {
+  int64_t count;
+  ok(aoti_torch_get_dim(tensor, &count));
+  return count;
+}
+
+int64_t size(AtenTensorHandle tensor, int64_t dim) {
+  int64_t result;
+  ok(aoti_torch_get_size(tensor, dim, &result));
+  return result;
+}
+
+const void* address(AtenTensorHandle* tensor, int64_t count, const char* what) {
+  if (!tensor) return nullptr;
+  bool contiguous;
+  void* result;
+  ok(aoti_torch_is_contiguous(*tensor, &contiguous));
+  check(contiguous && elements(*tensor) == count, what);
+  ok(aoti_torch_get_data_ptr(*tensor, &result));
+  return result;
+}
+
+void take_input(Site& s, AtenTensorHandle x, int64_t act_bits) {
+  int64_t *sizes, *strides, rank = dims(x);
+  ok(aoti_torch_get_sizes(x, &sizes));
+  ok(aoti_torch_get_strides(x, &strides));
+  check(rank > 0, "x has no dimension");
+  s.type = type_of(x);
+  check(is_float(s.type), "x is not float32, bfloat16 or float16");
+  s.dims = rank - 1;
+  s.sizes = sizes;
+  s.strides = strides;
+  s.in = sizes[rank - 1];
+  s.column_stride = strides[rank - 1];
+  s.tokens = 1;
+  for (int64_t d = 0; d < s.dims; ++d) s.tokens *= sizes[d];
+  void* address;
+  ok(aoti_torch_get_data_ptr(x, &address));
+  s.x = address;
+  check(s.in > 0, "x has no columns");
+  check(act_bits == 0 || act_bits == 8, "act_bits is neither 0 nor 8");
+  s.int8 = act_bits == 8;
+}
+
+void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,
+                 AtenTensorHandle* down, AtenTensorHandle* down_scale, AtenTensorHandle* bias, AtenTensorHandle* up,
+                 AtenTensorHandle* up_scale) {
+  s.block = block;
+  s.skip = skip;
+  check(block > 0 && (block & (block - 1)) == 0 && skip >= 0 && skip <= s.in && (s.in - skip) % block == 0,
+        "block is not a power of two that divides the columns after skip");
+  if (perm) {
+    s.perm_type = type_of(*perm);
+    check(s.perm_type == Type::i16 || s.perm_type == Type::i32, "perm is not int16 or int32");
+    s.perm = data<void>(perm, s.in, "perm doesn't fit x");
+  }
+  s.signs = data<uint8_t>(signs, (s.in + 7) / 8, "signs doesn't fit x");
+  if (down && up) {
+    s.rank = size(*down, 0);
+    s.down_type = type_of(*down);
+    s.up_type = type_of(*up);
+    check((s.down_type == Type::i8 || s.down_type == Type::f16) && (s.up_type == Type::i8 || s.up_type == Type::f16),
+          "down or up is not int8 or float16");
+    s.down = data<void>(down, s.rank * s.in, "down doesn't fit x");
+    s.up = data<void>(up, s.out * s.rank, "up doesn't fit down and scales");
+    s.down_scale_type = down_scale ? type_of(*down_scale) : Type::f16;
+    s.up_scale_type = up_scale ? type_of(*up_scale) : Type::f16;
+    check(is_scale(s.down_scale_type) && is_scale(s.up_scale_type), "down_scale or up_scale is not float16 or float32");
+    s.down_scale = data<void>(down_scale, s.rank, "down_scale doesn't fit down");
+    if (up_scale) {
+      s.parts = dims(*up_scale) == 2 ? size(*up_scale, 0) : 1;
+      s.up_scale = data<void>(up_scale, s.parts * s.rank, "up_scale doesn't fit up");
+      check(s.parts > 0 && s.out % s.parts == 0, "the parts of up_scale don't divide the rows of up");
+    }
+  }
+  if (bias) {
+    s.bias_type = type_of(*bias);
+    check(is_float(s.bias_type), "bias is not float32, bfloat16 or float16");
+    s.bias = data<void>(bias, s.out, "bias doesn't fit scales");
+  }
+}
+
+AtenTensorHandle make_output(Site& s, AtenTensorHandle x) {
+  constexpr int64_t most = 16;
+  int64_t rank = s.dims + 1;
+  check(rank <= most, "x has more than 16 dimensions");
+  int64_t out_sizes[most], out_strides[most], stride = 1;
+  for (int64_t d = rank - 1; d >= 0; --d) {
+    out_sizes[d] = d == rank - 1 ? s.out : s.sizes[d];
+    out_strides[d] = stride;
+    stride *= out_sizes[d] > 1 ? out_sizes[d] : 1;
+  }
+  int32_t type;
+  ok(aoti_torch_get_dtype(x, &type));
+  AtenTensorHandle y;
+  ok(aoti_torch_empty_strided(rank, out_sizes, out_strides, type, aoti_torch_device_type_cpu(), 0, &y));
+  ok(aoti_torch_get_data_ptr(y, &s.y));
+  return y;
+}
+
+}  // namespace lopro
