@@ -69,7 +69,8 @@ def test_every_bit_is_counted(name: str) -> None:
             columns = layer.weight.spec["columns"]
             assert isinstance(columns, int)
             filled = -(-rows // 32) * 32 * -(-width // columns) * columns
-            assert sum(t.nbytes for t in layer.weight.tensors.values()) == filled * CONFIGS[name].bits / 8 + 2 * rows
+            size = sum(tensor.nbytes for tensor in layer.weight.tensors.values())
+            assert size == filled * CONFIGS[name].bits / 8 + layer.weight.tensors["scales"].nbytes
     assert {layer.weight.format for layer in state.layers.values()} >= {"trellis"}
     report = lopro_fx.report(lopro_fx.apply(_program(), state))
     assert report.packed_bytes == state.packed_bytes
@@ -93,8 +94,12 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_optimised(name: str, target: str) -> None:
     quantized = lopro_fx.apply(_program(), _state(name))
-    optimised = lopro_fx.optimize(quantized, target=target, **({"act_bits": 0} if target == "cpu" else {}))
+    optimised = lopro_fx.optimize(quantized, target=target, activations="float")
     assert_close("logits", _run(quantized), _run(optimised), 1e-5)
+    if target == "cpu":
+        operators = {row["operator"] for row in lopro_fx.backend_report(optimised, device="cpu").rows}
+        assert "trellis_cpu" in operators
+        assert "trellis_linear" not in operators
 
 
 def test_compiled() -> None:

@@ -223,7 +223,8 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
         return Transform(perm=rotation.as_index(rotation.energy_order(gram)))
     signs = rotation.random_signs(n, generator, residual.device)
     if name == "full":
-        return Transform(signs=signs, block=rotation.largest_block(n, config.block_size))
+        block = rotation.largest_block(n, config.block_size)
+        return Transform(signs=signs if block > 1 else None, block=block)
     skip = min(config.salient, n)
     perm = rotation.as_index(rotation.importance_order(residual, gram))
     block = rotation.largest_block(n - skip, config.block_size)
