@@ -38,9 +38,9 @@ def optimize(
             packed Linear that reads it become one `lopro::packed_int8`.
         fold: permutations move into the rows of preceding Linears, if only elementwise operators are between.
         prologue, residual: with the target "cuda", fuse norms and gated activations before a site, and sums after it.
-        target: "cuda" or "cpu". "cpu" makes every packed Linear a `lopro::cpu_site`, compiled code where a C++ compiler
-            is found. Such a program runs on CPUs fast, elsewhere slowly. None means "cuda" for a program on a GPU,
-            otherwise operators that run on every device.
+        target: "cuda" or "cpu". "cpu" makes every packed Linear its format's operator for CPUs, such as
+            `lopro::cpu_site`: compiled code where a C++ compiler is found. Such a program runs on CPUs fast, elsewhere
+            slowly. None means "cuda" for a program on a GPU, otherwise operators that run on every device.
         activations: of layers whose activations the program doesn't round, with the target "cpu". "int8", the default
             of every function that has the choice, rounds the input of a packed gemm to 8 bits, with one scale per token
             and block of at most 128 columns. It adds 0.05 to 0.2 % to the perplexity of language models and is two to

@@ -110,7 +110,7 @@ def test_compiled() -> None:
 
 
 def test_a_package_runs_in_a_process_that_knows_nothing_of_it(tmp_path: Path) -> None:
-    quantized = lopro_fx.optimize(lopro_fx.apply(_program(), _state("lopro")), target="cpu")
+    quantized = lopro_fx.optimize(lopro_fx.apply(_program(), _state("lopro")), target="cpu", activations="float")
     lopro_fx.export_aoti(quantized, tmp_path / "model.pt2")
     torch.save((_ids(), _run(quantized)), tmp_path / "case.pt")
     script = (
