@@ -29,7 +29,8 @@ def add_method(parser: ArgumentParser) -> None:
         elif choices := field.metadata["choices"]:
             parser.add_argument(flag, choices=choices, help=text)
         else:
-            parser.add_argument(flag, type=field.metadata[KIND], metavar="N", help=text)
+            kind = field.metadata[KIND]
+            parser.add_argument(flag, type=kind, metavar="NAME" if kind is str else "N", help=text)
 
 
 def method_of(args: Namespace) -> Method:
