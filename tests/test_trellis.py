@@ -134,6 +134,10 @@ def test_a_transformers_folder(name: str, tmp_path: Path) -> None:
     want = _run(lopro_fx.apply(_program(), _state(name)))
     with torch.no_grad():
         assert_close("logits", want, loaded(_ids()).logits, 1e-5)
+    lopro_fx.save_pretrained(_model(), _state(name), tmp_path / "int8", activations="int8")
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    with torch.no_grad():
+        assert_close("rounded activations", want, rounded(_ids()).logits, 0.03)
     weight = loaded.dequantize().model.layers[1].mlp.up_proj.weight
     layer = _state(name).layers["model.layers.1.mlp.up_proj"]
     assert torch.equal(weight, dense_weight(_state(name).inputs[layer.input], layer))
