@@ -36,7 +36,7 @@ class Rounding(Method):
         group_size: affine: input columns that share a scale and a zero: 32, 64, 128, or -1 for the whole row; 64 by
             default.
         clip_steps: affine: clipping ranges tried for each group by squared error; 0 keeps min and max.
-        window: trellis: bits of a state, 8 to 16. Each more halves the speed of rounding.
+        window: trellis: bits of a state, 12 to 16. Each more halves the speed of rounding.
         strip: trellis: rows of a bit string, a multiple of 32, or -1 for all rows.
     """
 
