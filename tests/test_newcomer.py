@@ -123,7 +123,7 @@ def test_methods_of_one_s_own_share_the_flags_of_the_command_line(registered, ca
         name = "wide"
 
     assert main(["quantize", "--help"]) == 0
-    assert "of a weight's code" in capsys.readouterr().out
+    assert "of a weight; affine" in capsys.readouterr().out
     # The built-in methods take whole numbers as before; what fails is the model's name.
     for method in ("rtn", "wide"):
         assert main(["quantize", "/nonexistent", "--method", method, "--bits", "4"]) == 2

@@ -22,8 +22,8 @@ case " $* " in *" -c "*)
 esac
 exec {compiler} "$@"
 """
-# Two kernels for three paths, with a C function and a registration each, and two shared files.
-_FILES = 12
+# Three kernels for three paths, five files of C functions and registrations, and two shared ones.
+_FILES = 16
 _ASK = """
 import sys, threading, logging
 logging.basicConfig(format="%(message)s")
