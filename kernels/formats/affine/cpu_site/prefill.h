@@ -89,9 +89,10 @@ void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, 
 }
 
 // y of one panel of rows for tiles from ... to - 1.
+// Inlined into the threads' loop, gcc 12's code for 4 bits and int8 takes 1.15 times as long.
 template <class V, int BITS, bool INT8>
-void prefill_panel(const AffineSite& s, const Plan& p, const Tiles& all, int64_t panel_row, int64_t from, int64_t to,
-                   Scratch& scratch) {
+__attribute__((noinline)) void prefill_panel(const AffineSite& s, const Plan& p, const Tiles& all, int64_t panel_row,
+                                             int64_t from, int64_t to, Scratch& scratch) {
   using C = Codes<BITS>;
   constexpr int R = V::panel, T = V::tile, P = R * 16;
   constexpr int64_t span = INT8 ? PANEL_COLUMNS : PANEL_COLUMNS / 2;
