@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,3 +52,20 @@ def gram_of(rows: Tensor) -> Tensor:
 def damped(gram: Tensor, part: float) -> Tensor:
     """The Gram with a part of its mean diagonal added to its diagonal."""
     return gram + part * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def package_error(folder: Path, ids: Tensor, want: Tensor) -> float:
+    """Relative error of the package `model.pt2` of `folder` on `ids`, in a process that doesn't import lopro_fx."""
+    torch.save((ids, want), folder / "case.pt")
+    script = (
+        "import sys, torch\n"
+        "model = torch._inductor.aoti_load_package('model.pt2')\n"
+        "ids, want = torch.load('case.pt')\n"
+        "got = model(ids)\n"
+        "got = got[0] if isinstance(got, (tuple, list)) else got\n"
+        "assert 'lopro_fx' not in sys.modules\n"
+        "print((got - want).norm().item() / want.norm().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)

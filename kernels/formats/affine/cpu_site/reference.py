@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lopro_fx.kernels.activation.reference import group_for, round_activation
+from lopro_fx.kernels.activation.reference import group_for
+from lopro_fx.kernels.cpu.reference import site
 from lopro_fx.kernels.formats.affine.packing.format import group_count
-from lopro_fx.kernels.formats.registry import reference
-from lopro_fx.kernels.project.reference import project
-from lopro_fx.kernels.rotate.reference import rotate
 
 
 def activation_group(in_features: int, group_size: int, rotated: bool) -> int:
@@ -49,12 +46,8 @@ def cpu_site(
     Returns:
         (..., out_features) of x's dtype.
     """
-    wide = x.to(torch.float32)
-    if perm is not None or block > 1:
-        wide = rotate(wide, perm, signs, block, skip)
-    latent = None if down is None else project(wide, down, down_scale)
-    if act_bits:
-        wide = round_activation(wide, act_bits, activation_group(x.shape[-1], group_size, block > 1))
-    bias = None if bias is None else bias.to(torch.float32)
-    y = reference("affine", "linear")(wide, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size)
-    return y.to(x.dtype)
+    return site(
+        "affine", x, perm, signs, block, skip, down, down_scale, bias, act_bits,
+        activation_group(x.shape[-1], group_size, block > 1), codes=codes, scales=scales, zeros=zeros, up=up,
+        up_scale=up_scale, bits=bits, group_size=group_size,
+    )  # fmt: skip

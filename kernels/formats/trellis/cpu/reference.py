@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lopro_fx.kernels.activation.reference import group_for, round_activation
-from lopro_fx.kernels.formats.registry import reference
-from lopro_fx.kernels.project.reference import project
-from lopro_fx.kernels.rotate.reference import rotate
+from lopro_fx.kernels.activation.reference import group_for
+from lopro_fx.kernels.cpu.reference import site
 
 
 def trellis_cpu(
@@ -42,12 +39,7 @@ def trellis_cpu(
     Returns:
         (..., out_features) of x's dtype.
     """
-    wide = x.to(torch.float32)
-    if perm is not None or block > 1:
-        wide = rotate(wide, perm, signs, block, skip)
-    latent = None if down is None else project(wide, down, down_scale)
-    if act_bits:
-        wide = round_activation(wide, act_bits, group_for(block > 1))
-    bias = None if bias is None else bias.to(torch.float32)
-    linear = reference("trellis", "linear")
-    return linear(wide, scales, codes, bias, latent, up, up_scale, bits, columns, window, strip).to(x.dtype)
+    return site(
+        "trellis", x, perm, signs, block, skip, down, down_scale, bias, act_bits, group_for(block > 1), scales=scales,
+        codes=codes, up=up, up_scale=up_scale, bits=bits, columns=columns, window=window, strip=strip,
+    )  # fmt: skip
