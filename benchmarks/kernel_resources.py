@@ -1,7 +1,7 @@
 """What every Triton kernel takes on GPUs that needn't be here: registers, spills, shared memory, hot instructions.
 
 A site of 28672 x 8192, groups of 128, rank 16, bf16, is compiled for each number of bits and each GPU; nothing is run.
-Kernels of trellis weights, with windows of 16 bits and strips of 512 rows, come last.
+Kernels of trellis weights, with windows of 16 bits and strips of 512 rows, come after them, those of solvers last.
 IDP is the byte dot product of decoding; HMMA (sm_80), HGMMA (sm_90) and UTCHMMA (sm_100) are the tensor cores; LOP3
 takes codes out of their words.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.ahead import Launch, compile_launch
 from benchmarks.common import save_result
-from benchmarks.launches import TRELLIS, launches, trellis_launches
+from benchmarks.launches import TRELLIS, launches, solver_launches, trellis_launches
 from lopro_fx.report.table import render
 
 _OPCODES = ("IDP", "HMMA", "HGMMA", "UTCHMMA", "LOP3")
@@ -65,6 +65,11 @@ def main() -> None:
         for capability in args.sm
         for bits, columns in TRELLIS
         for name, launch in trellis_launches(bits, columns)
+    ]
+    rows += [
+        measure(name, launch, 0, capability)
+        for capability in args.sm
+        for name, launch in solver_launches(windows=(14, 16))
     ]
     spilled = sum(row["spill_bytes"] > 0 for row in rows)
     print(render(f"{len(rows)} kernels, {spilled} spill", tuple(rows[0]), [tuple(row.values()) for row in rows]))

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import Launch, record
+from lopro_fx.kernels.formats.affine.columns import device as columns_of_groups
 from lopro_fx.kernels.formats.affine.decode import device as decode
 from lopro_fx.kernels.formats.affine.dense_int8 import device as dense_int8
+from lopro_fx.kernels.formats.affine.grid import Grid
 from lopro_fx.kernels.formats.affine.linear import device as packed_linear
 from lopro_fx.kernels.formats.affine.packed_int8 import device as packed_int8
 from lopro_fx.kernels.formats.affine.packing import device as packing
 from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
 from lopro_fx.kernels.formats.trellis.code import code_words
 from lopro_fx.kernels.formats.trellis.decode import device as trellis_decode
+from lopro_fx.kernels.formats.trellis.encode import device as trellis_encode
 from lopro_fx.kernels.formats.trellis.packing import device as trellis_packing
 from lopro_fx.kernels.rotate import device as rotate
 from lopro_fx.kernels.tiles import main_width
@@ -131,3 +134,29 @@ def trellis_launches(
     yield f"{name}, decode, product", record(trellis_decode.product, trellis_decode, *operands)[0]
     operands = (*weight, *spec, dtype, up, scale, down, scale)
     yield f"{name}, dequantize", record(trellis_packing.launch, trellis_packing, *operands)[0]
+
+
+def solver_launches(rows: int = 4096, windows: tuple[int, ...] = (14,)) -> Iterator[tuple[str, Launch]]:
+    """(what it is, launch) of the kernels that round the columns of a weight of `rows` rows."""
+
+    def fp32(*shape: int) -> Tensor:
+        return _empty(*shape, dtype=torch.float32)
+
+    for width in (32, 64, 128, 256):
+        block, square = fp32(width, rows), fp32(width, width)
+        if width <= 128:
+            grid = Grid(fp32(rows), fp32(rows), 8)
+            operands = (columns_of_groups, block, block, square, grid)
+            yield f"round {width} columns", record(columns_of_groups.round_columns, *operands)[0]
+        codes, scale = _empty(width, rows, dtype=torch.uint8), fp32(rows)
+        operands = (columns_of_groups, codes, block, block, square, scale, scale, 7, width <= 128)
+        yield f"descend {width} columns", record(columns_of_groups.descend_group, *operands)[0]
+    yield "fit grids", record(columns_of_groups.fit_grid, columns_of_groups, fp32(64, rows), 3, fp32(64), 24)[0]
+    for bits, pair in TRELLIS:
+        for window in windows:
+            block = fp32(64, rows)
+            operands = (block, block, fp32(64, 64), fp32(64), fp32(rows), [512] * (rows // 512))
+            yield (
+                f"trellis search, {bits:g} bits, {pair} columns, window {window}",
+                record(trellis_encode.encode, trellis_encode, *operands, round(bits * pair), pair, window)[0],
+            )

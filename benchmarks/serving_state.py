@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from lopro_fx import RTN, LoPRo, QuantState
 from lopro_fx.layer import Transform
 from lopro_fx.methods.base import Unit
-from lopro_fx.methods.lowrank import randomized_svd, round_factor
+from lopro_fx.methods.lowrank import gram_components, round_factor
 from lopro_fx.methods.rotation import largest_block, random_signs
 from lopro_fx.methods.rounding import pack_solution
 from lopro_fx.methods.rtn import solve_data_free
@@ -52,7 +52,7 @@ def _solve(weights: list[Tensor], config: LoPRo, generator: torch.Generator) -> 
     width = joint.shape[1]
     transform = Transform(signs=random_signs(width, generator), block=largest_block(width, config.block_size))
     rotated = transform.forward(joint)
-    _, _, directions = randomized_svd(rotated, config.rank, generator, iterations=0)
+    directions = gram_components(rotated, None, config.rank, generator, iterations=0)
     down = round_factor(directions, config.factor_bits, 0)
     rows = [weight.shape[0] for weight in weights]
     ups = tuple(round_factor(part, config.factor_bits, 1) for part in (rotated @ directions.T).split(rows))

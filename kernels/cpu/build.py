@@ -34,7 +34,7 @@ _PATHS = {
 }
 _SHARED = "cpu"
 # Folders of kernels; kernel.cpp is compiled for each path, other files once.
-_KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode")
+_KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode", "formats/affine/columns")
 _EAGER_ONLY = "register.cpp"
 # Memory that g++ 12 takes for the largest of them.
 _COMPILER_BYTES = 1 << 30

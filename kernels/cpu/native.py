@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from lopro_fx.kernels.cpu import build
 
@@ -51,6 +52,25 @@ def library() -> ctypes.CDLL | None:
     # Threads that come together wait for one build, and share its result or its one warning.
     with _lock:
         return _library()
+
+
+def call(name: str, *arguments: float | Tensor) -> None:
+    """Call a C function of the library; tensors are contiguous, on the CPU, and passed by address."""
+    loaded = library()
+    assert loaded is not None
+    function = getattr(loaded, name)
+    function.restype = None
+    function(*map(_argument, arguments))
+
+
+def _argument(value: float | Tensor) -> ctypes._SimpleCData:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        assert value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, bool):
+        return ctypes.c_bool(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_double(value)
 
 
 @cache

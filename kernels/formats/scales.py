@@ -27,3 +27,16 @@ def stored_scales(scales: Tensor, bits: int) -> Tensor:
     largest = scales.amax(1)
     fits = (largest == 0) | ((largest >= 2.0 ** (bits - 23)) & (largest <= MOST))
     return scales.to(torch.float16) if fits.all() else scales
+
+
+def fit_row_scales(weight: Tensor, levels: Tensor, gram: Tensor, scales: Tensor) -> Tensor:
+    """Fit the scales (m,) of whole rows that minimise tr(E H Eᵀ), E = weight - scales * levels, by least squares.
+
+    A row keeps its scale where that of 11 bits would raise the loss.
+    """
+    moved = levels @ gram
+    normal, product = (moved * levels).sum(1), (moved * weight).sum(1)
+    new = rounded_scale(product / normal.clamp_min(torch.finfo(torch.float32).tiny))
+    step, down = new - scales, product - scales * normal
+    better = (step * (step * normal - 2 * down) < 0) & torch.isfinite(new) & (new > 0)
+    return torch.where(better, new, scales)

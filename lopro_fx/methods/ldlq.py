@@ -17,6 +17,8 @@ from torch import Tensor
 from lopro_fx.kernels.formats.quantizer import Quantizer, Rounded, blocks
 
 MAX_DAMP = 1e6
+# Columns of a product whose result is summed.
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,16 @@ class Feedback:
     damp: float
 
 
+def damping(hessian: Tensor, damp: float) -> Tensor:
+    """damp * mean(diag H), a scalar; 1 for an all-zero H, whose rounding is then to nearest."""
+    mean = hessian.diagonal().mean()
+    return torch.where(mean > 0, damp * mean, 1.0)
+
+
 def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp * mean(diag H) I; an all-zero H becomes the identity, which is rounding to nearest."""
-    mean = hessian.diagonal().mean().item()
+    """H with `damping` added to its diagonal."""
     result = hessian.clone()
-    result.diagonal().add_(damp * mean if mean > 0 else 1.0)
+    result.diagonal().add_(damping(hessian, damp))
     return result
 
 
@@ -89,9 +96,15 @@ def round_with_feedback(
 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:
-    """tr(E H Eᵀ) for E (m, n) and the undamped H (n, n)."""
-    loss = ((error @ hessian) * error).sum().item()
-    return loss if math.isfinite(loss) else math.inf
+    """tr(E H Eᵀ) for E (m, n) and the undamped symmetric H (n, n), of which the upper triangle is read."""
+    loss = torch.zeros((), dtype=error.dtype, device=error.device)
+    for first in range(0, error.shape[1], _BLOCK):
+        own, later = error[:, first : first + _BLOCK], error[:, first + _BLOCK :]
+        rows = hessian[first : first + _BLOCK]
+        moved = own @ rows[:, first : first + _BLOCK]
+        moved.addmm_(later, rows[:, first + _BLOCK :].T, alpha=2)
+        loss += (moved * own).sum()
+    return loss.item() if torch.isfinite(loss) else math.inf
 
 
 def relative_loss(loss: float, weight: Tensor, gram: Tensor) -> float:

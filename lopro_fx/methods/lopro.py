@@ -50,7 +50,7 @@ class LoPRo(Rounding):
         power_iterations: of either solver of the first factors, each two passes over the matrix.
         refits: times the factors are solved again for the rounding error, with the weights rounded around them; the
             best iterate is kept. 0 is the paper: factors once, from the weights alone.
-        sweeps: coordinate-descent passes over the codes, each with a fit of the scales, after each rounding.
+        sweeps: coordinate-descent passes over codes and scales after each rounding, one product E H each.
         damp: as in GPTQ.
     """
 
@@ -265,7 +265,7 @@ def _attempt(
     rounded = round_with_feedback(
         target, problem.fb, config.quantizer, rows, order=problem.order, importance=problem.rows.square().squeeze(1)
     )
-    rounded = config.quantizer.refine(target, damped(problem.gram, config.damp), rounded, config.sweeps)
+    rounded = config.quantizer.refine(target, damped(problem.gram, problem.fb.damp), rounded, config.sweeps)
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
         up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator, problem.rows)

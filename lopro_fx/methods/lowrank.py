@@ -1,4 +1,4 @@
-"""Low-rank factors: R1-sketch, block randomised SVD, the optimal correction in the Gram norm, and int8 rounding."""
+"""Low-rank factors: R1-sketch, block subspace iteration, the optimal correction in the Gram norm, and int8 rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.formats.scales import rounded_scale
 from lopro_fx.layer import Factor
-from lopro_fx.methods.ldlq import cholesky, damped
+from lopro_fx.methods.ldlq import damping
 from lopro_fx.methods.prior import FACTOR_DAMP
 
 # Range of a weight's unit in which fp16 holds its up factors without a scale.
@@ -37,24 +37,6 @@ def in_unit(factor: Factor, unit: float) -> Factor:
         factor,
         scale=torch.full((factor.values.shape[factor.dim],), unit, dtype=torch.float32, device=factor.values.device),
     )
-
-
-def randomized_svd(
-    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, iterations: int = 2
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading `rank` singular triplets (m, r), (r,), (r, n) by block subspace iteration (Halko et al. 0909.4061, 4.4).
-
-    Needs `2 * iterations + 2` passes over the matrix, each a GEMM of width rank + oversample.
-    """
-    m, n = matrix.shape
-    width = min(rank + oversample, m, n)
-    basis = matrix @ _normal((n, width), matrix, generator)
-    for _ in range(iterations):
-        basis = torch.linalg.qr(basis).Q
-        basis = matrix @ torch.linalg.qr(matrix.T @ basis).Q
-    basis = torch.linalg.qr(basis).Q
-    small_u, sigma, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ small_u)[:, :rank], sigma[:rank], vh[:rank]
 
 
 def r1_sketch(
@@ -90,15 +72,38 @@ def r1_sketch(
 
 
 def gram_components(
-    matrix: Tensor, hessian: Tensor, rank: int, generator: torch.Generator, iterations: int = 2
+    matrix: Tensor,
+    hessian: Tensor | None,
+    rank: int,
+    generator: torch.Generator,
+    iterations: int = 2,
+    oversample: int = 8,
 ) -> Tensor:
-    """Down factor (r, n) of the best rank-r approximation of `matrix` (m, n) in the norm tr(· H ·ᵀ).
+    """Down factor A (r, n) of the best rank-r approximation of `matrix` M (m, n) in the norm tr(· H ·ᵀ).
 
-    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1). H is damped by `FACTOR_DAMP`.
+    With any root H = L Lᵀ the optimum is SVD_r(M L) L⁻¹ (QERA, 2410.06040, theorem 1), which is U Uᵀ M for the leading
+    eigenvectors U of M H Mᵀ: no root is formed. They are found by block subspace iteration (Halko et al. 0909.4061,
+    4.4), in products of width r + `oversample`. H is damped by `FACTOR_DAMP`; without one it is the identity.
+
+    Returns:
+        A, with A H Aᵀ the identity, but for rows of zeros past the rank of `matrix`.
     """
-    root, _ = cholesky(hessian, FACTOR_DAMP)
-    _, _, vh = randomized_svd(matrix @ root, rank, generator, iterations=iterations)
-    return torch.linalg.solve_triangular(root, vh, upper=False, left=False)
+    m, n = matrix.shape
+    ridge = None if hessian is None else damping(hessian, FACTOR_DAMP)
+
+    def moved(x: Tensor) -> Tensor:
+        return x if hessian is None or ridge is None else torch.addmm(ridge * x, hessian, x)
+
+    basis = matrix @ moved(_normal((n, min(rank + oversample, m, n)), matrix, generator))
+    for _ in range(iterations):
+        basis = matrix @ moved(matrix.T @ torch.linalg.qr(basis).Q)
+    inner = torch.linalg.qr(basis).Q.T @ matrix
+    squares, vectors = torch.linalg.eigh(inner @ moved(inner.T))
+    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    # Below, eigenvalues are rounding errors.
+    alive = squares > squares[:1] * torch.finfo(squares.dtype).eps
+    length = torch.where(alive, squares, 1.0).sqrt()
+    return torch.where(alive, vectors / length, 0.0).T @ inner
 
 
 def correction(
@@ -119,7 +124,7 @@ def correction(
 def fit_up(error: Tensor, hessian: Tensor, down: Tensor) -> Tensor:
     """Fit the up factor B (m, r) that minimises tr((E - B A) H (E - B A)ᵀ) for a given down factor A (r, n); H is
     damped as in `gram_components`."""
-    projected = down @ damped(hessian, FACTOR_DAMP)
+    projected = down @ hessian + damping(hessian, FACTOR_DAMP) * down
     normal = projected @ down.T
     normal.diagonal().add_((1e-6 * normal.diagonal().mean()).clamp_min(torch.finfo(normal.dtype).tiny))
     return torch.linalg.solve(normal, projected @ error.T).T

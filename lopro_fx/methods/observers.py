@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lopro_fx.errors import ConfigError
 
+# Columns of the Gram that are computed at once, from the diagonal on.
+_BLOCK = 256
+
 
 class Observer:
     """Statistic of one input, updated with every token, batch by batch.
@@ -47,11 +50,14 @@ class Gram(Observer):
             self._total = x.new_zeros(x.shape[1], x.shape[1])
         self._tokens += x.shape[0]
         rows = x if weights is None else x * weights.sqrt().unsqueeze(1)
-        self._total.addmm_(rows.T, rows)
+        for first in range(0, x.shape[1], _BLOCK):
+            block = rows[:, first : first + _BLOCK]
+            self._total[first : first + _BLOCK, first:].addmm_(block.T, rows[:, first:])
 
     def result(self) -> Tensor:
         assert self._total is not None
-        return self._total / max(self._tokens, 1)
+        upper = self._total / max(self._tokens, 1)
+        return upper.triu_().add_(upper.triu(1).T)
 
     def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
         return torch.eye(in_features, dtype=torch.float32, device=device)

@@ -13,12 +13,14 @@ from tests.huggingface.models import case, token_ids
 
 pytestmark = pytest.mark.gpu
 CONFIG = lopro_fx.LoPRo(bits=4, group_size=32, rank=4, importance="gradient", head_bits=8)
+TRELLIS = lopro_fx.LoPRo(bits=3, format="trellis", window=12, strip=32, rank=4, importance="gradient")
 
 
-def test_weights_stay_on_the_host_and_results_agree() -> None:
+@pytest.mark.parametrize("config", [CONFIG, TRELLIS], ids=["affine", "trellis"])
+def test_weights_stay_on_the_host_and_results_agree(config: lopro_fx.LoPRo) -> None:
     program, batches = case("tied").program, [token_ids(2, 24, seed) for seed in range(2)]
-    here = lopro_fx.calibrate(program, batches, CONFIG)
-    there = lopro_fx.calibrate(program, batches, CONFIG, device="cuda")
+    here = lopro_fx.calibrate(program, batches, config)
+    there = lopro_fx.calibrate(program, batches, config, device="cuda")
     assert {tensor.device.type for site in there.layers.values() for tensor in site.tensors.values()} == {"cpu"}
     for name, site in here.layers.items():
         other = there.layers[name]

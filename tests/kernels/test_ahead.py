@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 from benchmarks.ahead import compile_launch
 from benchmarks.kernel_resources import weights_per_thread
-from benchmarks.launches import launches, trellis_launches
+from benchmarks.launches import launches, solver_launches, trellis_launches
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -94,3 +96,12 @@ def test_trellis_kernels(capability: int, bits: float, columns: int, most: float
         assert 0 < resources.loop <= most * weights
         # Two byte dot products for each state, and two for the sum of each word of four columns.
         assert resources.instructions["IDP"] == 2 * weights // columns + 2 * launch.options["UNROLL"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_solver_kernels_keep_their_columns_in_registers(capability: int) -> None:
+    # A third of them for each GPU: they take seconds to compile.
+    for name, launch in islice(solver_launches(), (80, 90, 100).index(capability), None, 3):
+        resources = compile_launch(launch, capability)
+        assert resources.spill_bytes <= 8, (name, resources)
+        assert resources.shared_bytes <= 16 * 1024, (name, resources)

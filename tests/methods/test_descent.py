@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopro_fx.kernels.formats.affine.descent import descend, fit_scales
+from lopro_fx.kernels.formats.affine.descent import descend
 from lopro_fx.kernels.formats.affine.rounded import AffineRounded
 from lopro_fx.methods.ldlq import feedback, proxy_loss, round_with_feedback
 from tests.helpers import damped, generator, gram_of, heavy_tailed
@@ -62,12 +62,25 @@ def test_no_single_code_can_be_improved_at_the_end() -> None:
     assert best < _loss(weight, norm, affine(3, -1, 4).nearest(weight, ()))
 
 
-def test_scales_that_are_off_are_found_again() -> None:
-    weight, gram = _problem(96, 5, rows=1030)
-    true = affine(4, 32, 4).nearest(weight, ())
-    off = AffineRounded(true.codes, (true.scales * 1.3).half().float(), true.zeros, true.bits, 32)
-    fitted = fit_scales(true.dense(), damped(gram, 0.01), off)
-    assert torch.allclose(fitted.scales, true.scales, rtol=2e-2)
+@given(st.sampled_from((2, 3, 4)), group_sizes, st.integers(2, 300), st.integers(0, 99))
+@settings(max_examples=20)
+def test_no_scale_can_be_improved_at_the_end(bits: int, size: int, width: int, seed: int) -> None:
+    """By least squares on its group alone, but for the rounding of the scale to 11 bits."""
+    weight, gram = _problem(width, seed)
+    norm = damped(gram, 0.01).double()
+    rounded = descend(weight, norm.float(), affine(bits, size, 4).nearest(weight, ()), 60)
+    error, level = (weight - rounded.dense()).double(), (rounded.dense() / _spread(rounded.scales, rounded)).double()
+    for group in range(rounded.scales.shape[1]):
+        own = torch.zeros(width, dtype=torch.float64)
+        own[group * size : (group + 1) * size if size > 0 else width] = 1
+        part = level * own
+        step = ((error @ norm) * part).sum(1) / ((part @ norm) * part).sum(1)
+        assert (step.abs() <= rounded.scales[:, group] * 2**-10 + 1e-6).all()
+
+
+def _spread(scales: torch.Tensor, rounded: AffineRounded) -> torch.Tensor:
+    width = rounded.codes.shape[1]
+    return scales.repeat_interleave(width if rounded.group_size == -1 else rounded.group_size, 1)[:, :width]
 
 
 def test_a_gram_of_rank_one_changes_nothing_for_the_worse() -> None:

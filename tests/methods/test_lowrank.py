@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lopro_fx.methods.lowrank import correction, fit_up, r1_sketch, randomized_svd, round_factor
-from tests.helpers import assert_close, generator, gram_of, heavy_tailed
+from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
+from lopro_fx.methods.prior import FACTOR_DAMP
+from tests.helpers import assert_close, damped, generator, gram_of, heavy_tailed
 
 
 def _outliers(m: int = 48, n: int = 80, seed: int = 0) -> Tensor:
@@ -55,8 +56,9 @@ def test_eight_iterations_are_within_two_per_cent_of_the_best(rank: int, seed: i
     matrix = _outliers(seed=seed)
     sketched = r1_sketch(matrix, rank, generator(seed), 8)
     assert _tail(matrix, rank) * (1 - 1e-12) <= _error(matrix, *sketched) <= 1.02 * _tail(matrix, rank)
-    u, sigma, vh = randomized_svd(matrix, rank, generator(seed), iterations=4)
-    assert _tail(matrix, rank) * (1 - 1e-12) <= _error(matrix, u * sigma, vh) <= 1.02 * _tail(matrix, rank)
+    down = gram_components(matrix, None, rank, generator(seed), iterations=4)
+    error = _error(matrix, matrix @ down.T, down)
+    assert _tail(matrix, rank) * (1 - 1e-12) <= error <= 1.02 * _tail(matrix, rank)
 
 
 def test_iterations_help() -> None:
@@ -73,19 +75,30 @@ def test_low_rank_matrices_are_exact(rank: int, more: int, seed: int) -> None:
     matrix = torch.randn(20, rank, generator=rng, dtype=torch.float64) @ torch.randn(rank, 30, generator=rng).double()
     left, right = r1_sketch(matrix, rank + more, generator(seed), 200)
     assert_close("R1-sketch", matrix, left @ right, 1e-10)
-    u, sigma, vh = randomized_svd(matrix, rank + more, generator(seed))
-    assert_close("block SVD", matrix, u * sigma @ vh, 1e-10)
+    down = gram_components(matrix, None, rank + more, generator(seed))
+    assert_close("block SVD", matrix, matrix @ down.T @ down, 1e-10)
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.integers(0, 99))
-def test_block_svd_has_orthonormal_factors(m: int, n: int, rank: int, seed: int) -> None:
+def test_components_are_orthonormal_in_the_gram_norm(m: int, n: int, rank: int, seed: int) -> None:
     matrix = torch.randn(m, n, generator=generator(seed), dtype=torch.float64)
-    u, sigma, vh = randomized_svd(matrix, rank, generator(seed))
+    gram = gram_of(heavy_tailed(4 * n, n, seed)).double()
+    down = gram_components(matrix, gram, rank, generator(seed))
     kept = min(m, n, rank)
-    assert (u.shape, sigma.shape, vh.shape) == ((m, kept), (kept,), (kept, n))
-    assert_close("Uᵀ U", torch.eye(kept), u.T @ u, 1e-12)
-    assert_close("Vᵀ V", torch.eye(kept), vh @ vh.T, 1e-12)
-    assert (sigma.diff() <= 1e-12).all()
+    assert down.shape == (kept, n)
+    assert_close("A H Aᵀ", torch.eye(kept), down @ damped(gram, FACTOR_DAMP) @ down.T, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_components_are_those_of_the_scaled_svd(seed: int) -> None:
+    """The loss is that of SVD_r(M L) L⁻¹ with H = L Lᵀ."""
+    matrix = torch.randn(40, 64, generator=generator(seed), dtype=torch.float64)
+    gram = damped(gram_of(heavy_tailed(512, 64, seed)).double(), FACTOR_DAMP)
+    root = torch.linalg.cholesky(gram)
+    down = gram_components(matrix, gram_of(heavy_tailed(512, 64, seed)).double(), 6, generator(seed), iterations=20)
+    best = torch.linalg.svd(matrix @ root).Vh[:6] @ torch.linalg.inv(root)
+    own, wanted = (a.T @ torch.linalg.solve(a @ gram @ a.T, a) for a in (down, best))
+    assert_close("projections", wanted, own, 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

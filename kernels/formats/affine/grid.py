@@ -13,6 +13,8 @@ from lopro_fx.kernels.formats.scales import MOST, rounded_scale
 # Bounds of a scale, for rows in units of their largest magnitude; a group of zeros gets the smallest.
 MIN_SCALE = 2.0**-60
 MAX_SCALE = MOST
+# Largest part of a group's range that is cut off.
+SHRINK = 0.6
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Grid:
 
     def round(self, x: Tensor) -> Tensor:
         """Codes of x (..., m), as fp32 integers in [0, levels)."""
-        return (x / self.scale + self.zero).round_().clamp_(0, self.levels - 1)
+        return (x * (1.0 / self.scale) + self.zero).round_().clamp_(0, self.levels - 1)
 
     def value(self, codes: Tensor) -> Tensor:
         """Dequantise codes."""
@@ -38,10 +40,10 @@ def _grid(low: Tensor, high: Tensor, levels: int) -> Grid:
     return Grid(scale, code + ZERO_OFFSET, levels)
 
 
-def fit_grid(block: Tensor, bits: int, weights: Tensor | None = None, steps: int = 24, shrink: float = 0.6) -> Grid:
+def fit_grid(block: Tensor, bits: int, weights: Tensor | None = None, steps: int = 24) -> Grid:
     """Fit the grid of each row of one group by a search over clipping ranges.
 
-    The range [min, max] of each row is shrunk towards zero in `steps` steps down to `1 - shrink` of itself; the range
+    The range [min, max] of each row is shrunk towards zero in `steps` steps down to `1 - SHRINK` of itself; the range
     with the least weighted squared error is kept.
 
     Args:
@@ -50,7 +52,6 @@ def fit_grid(block: Tensor, bits: int, weights: Tensor | None = None, steps: int
         weights: (g,) weight of each input column's error, or None for equal ones. GPTQ's own loss weighs the
             rounding error of column j by its pivot, so the pivots belong here.
         steps: candidate ranges; 0 keeps the full range.
-        shrink: largest part of the range that is cut off.
 
     Returns:
         The best `Grid`; a row of equal weights gets a grid that holds the value itself within one scale step.
@@ -63,7 +64,7 @@ def fit_grid(block: Tensor, bits: int, weights: Tensor | None = None, steps: int
         return best
     best_error = _error(block, best, weights)
     for step in range(1, steps + 1):
-        keep = 1 - shrink * step / steps
+        keep = 1 - SHRINK * step / steps
         grid = _grid(low * keep, high * keep, levels)
         error = _error(block, grid, weights)
         better = error < best_error

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.formats.affine.columns.choice import loops
 from lopro_fx.kernels.formats.affine.descent import descend
-from lopro_fx.kernels.formats.affine.grid import Grid, fit_grid
+from lopro_fx.kernels.formats.affine.grid import Grid
 from lopro_fx.kernels.formats.affine.packing.format import ZERO_OFFSET, group_count
 from lopro_fx.kernels.formats.affine.rounded import AffineRounded
 from lopro_fx.kernels.formats.quantizer import Quantizer, Rounded, Rounder
@@ -66,7 +67,7 @@ class AffineQuantizer(Quantizer):
     def nearest(self, weight: Tensor, rows: Sequence[int]) -> AffineRounded:  # noqa: ARG002
         codes, scales, zeros = [], [], []
         for block in weight.T.split(weight.shape[1] if self.group_size == -1 else self.group_size):
-            grid = fit_grid(block, self.bits, None, self.clip_steps)
+            grid = loops(block).fit_grid(block, self.bits, None, self.clip_steps)
             codes.append(grid.round(block))
             scales.append(grid.scale)
             zeros.append(grid.zero - ZERO_OFFSET)
@@ -99,18 +100,20 @@ class AffineRounder(Rounder):
     def __init__(
         self, quantizer: AffineQuantizer, weight: Tensor, order: Tensor | None, pivots: Tensor, static: bool
     ) -> None:
-        (m, n), self._quantizer, self._static = weight.shape, quantizer, static
+        (m, n), self._quantizer, self._loops = weight.shape, quantizer, loops(weight)
         size = n if quantizer.group_size == -1 else quantizer.group_size
+        # A group of all columns comes before any feedback.
+        self._static = static or size == n
         self._storage = torch.arange(n, dtype=torch.int64, device=weight.device) if order is None else order
         self._group = self._storage // size
-        self._codes = weight.new_empty(n, m)
+        self._codes = weight.new_empty(n, m, dtype=torch.uint8)
         self._scales = weight.new_empty(group_count(n, quantizer.group_size), m)
         self._zeros = torch.empty_like(self._scales)
         self._ranks = self._group.cpu()  # read once: each read waits for the device
-        if static:
+        if self._static:
             pivots = torch.empty_like(pivots).index_copy_(0, self._storage, pivots)
             for i, (block, weights) in enumerate(zip(weight.T.split(size), pivots.split(size), strict=True)):
-                self._set(i, fit_grid(block, quantizer.bits, weights, quantizer.clip_steps))
+                self._set(i, self._loops.fit_grid(block, quantizer.bits, weights, quantizer.clip_steps))
             self.cuts = [*range(0, n, _BLOCK), n]
         else:
             ends = torch.nonzero(self._ranks[1:] != self._ranks[:-1]).flatten() + 1
@@ -120,31 +123,21 @@ class AffineRounder(Rounder):
         self._scales[group], self._zeros[group] = grid.scale, grid.zero
 
     def round(self, part: slice, columns: Tensor, target: Tensor, upper: Tensor, pivots: Tensor) -> Tensor:
-        if not self._static:
-            grid = fit_grid(target, self._quantizer.bits, pivots, self._quantizer.clip_steps)
+        if self._static:
+            groups = self._group[part]
+            grid = Grid(self._scales[groups], self._zeros[groups], 1 << self._quantizer.bits)
+        else:
+            grid = self._loops.fit_grid(target, self._quantizer.bits, pivots, self._quantizer.clip_steps)
             self._set(int(self._ranks[part.start]), grid)
-        grid = Grid(self._scales[self._group[part]], self._zeros[self._group[part]], 1 << self._quantizer.bits)
-        return _round_block(columns, target, upper, grid, self._codes[part])
+        error, self._codes[part] = self._loops.round_columns(columns, target, upper, grid)
+        return error
 
     def rounded(self) -> AffineRounded:
         codes = torch.empty_like(self._codes).index_copy_(0, self._storage, self._codes)
         return AffineRounded(
-            codes.T.to(torch.uint8).contiguous(),
+            codes.T.contiguous(),
             self._scales.T.contiguous(),
             (self._zeros - ZERO_OFFSET).T.to(torch.uint8).contiguous(),
             self._quantizer.bits,
             self._quantizer.group_size,
         )
-
-
-def _round_block(columns: Tensor, target: Tensor, upper: Tensor, grid: Grid, codes: Tensor) -> Tensor:
-    """Fill `codes` (width, m) of consecutive columns, each with its row of `grid`; `target` is consumed."""
-    width = columns.shape[0]
-    inverse, error = 1.0 / grid.scale, torch.empty_like(columns)
-    for j in range(width):
-        code = (target[j] * inverse[j]).add_(grid.zero[j]).round_().clamp_(0, grid.levels - 1)
-        codes[j] = code
-        torch.sub(columns[j], (code - grid.zero[j]).mul_(grid.scale[j]), out=error[j])
-        if j + 1 < width:
-            target[j + 1 :].addr_(upper[j, j + 1 :], error[j])
-    return error

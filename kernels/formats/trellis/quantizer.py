@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels.formats.quantizer import Quantizer, Rounded, Rounder, blocks
-from lopro_fx.kernels.formats.scales import rounded_scale
+from lopro_fx.kernels.formats.scales import fit_row_scales, rounded_scale
 from lopro_fx.kernels.formats.trellis.code import table
-from lopro_fx.kernels.formats.trellis.encode.native import encode
+from lopro_fx.kernels.formats.trellis.encode.choice import search
 from lopro_fx.kernels.formats.trellis.rounded import TrellisRounded, strips_of
 
 # Columns whose feedback is applied one at a time before a GEMM updates the rest.
@@ -83,11 +83,7 @@ class TrellisQuantizer(Quantizer):
     def refine(self, weight: Tensor, gram: Tensor, rounded: Rounded, sweeps: int) -> TrellisRounded:  # noqa: ARG002
         """Fit each row's scale by least squares."""
         assert isinstance(rounded, TrellisRounded)
-        levels = rounded.levels()
-        moved = levels @ gram
-        best = (moved * weight).sum(1) / (moved * levels).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-        scales = torch.where(torch.isfinite(best) & (best > 0), rounded_scale(best), rounded.scales)
-        return replace(rounded, scales=scales)
+        return replace(rounded, scales=fit_row_scales(weight, rounded.levels(), gram, rounded.scales))
 
 
 class TrellisRounder(Rounder):
@@ -122,7 +118,7 @@ class TrellisRounder(Rounder):
             # A partner without weight: its value goes unused.
             columns, target = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (columns, target))
             upper, pivots = torch.nn.functional.pad(upper, (0, 1, 0, 1)), torch.nn.functional.pad(pivots, (0, 1))
-        error, states = encode(
+        error, states = search(columns)(
             columns, target, upper, pivots, self._importance, self._strips, round(quantizer.bits * quantizer.columns),
             quantizer.columns, quantizer.window,
         )  # fmt: skip

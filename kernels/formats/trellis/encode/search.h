@@ -9,29 +9,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 
+#include "cpu/lanes.h"
 #include "encode.h"
 
 namespace lopro {
 namespace {
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-
-template <class T>
-__attribute__((always_inline)) inline T load(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof(T));
-  return value;
-}
-
-template <class T>
-__attribute__((always_inline)) inline void store(void* p, T value) {
-  std::memcpy(p, &value, sizeof(T));
-}
 
 // Element (part * LANES + i) >> STEP of `all` in each lane i.
 template <int STEP, int PART, int... I>

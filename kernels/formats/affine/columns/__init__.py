@@ -1,0 +1,1 @@
+"""Loops over columns: rounding with feedback, coordinate descent, and the fit of a group's grid."""
