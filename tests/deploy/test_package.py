@@ -62,10 +62,11 @@ def model():
     return model
 
 
-@pytest.fixture(scope="module")
-def state(model):
+@pytest.fixture(scope="module", params=["affine", "trellis"])
+def state(model, request):
     ids = torch.randint(3, VOCAB, (4, 32), generator=generator())
-    config = lopro_fx.LoPRo(bits=3, group_size=32, rank=4, refits=0, head_bits=8)
+    settings = {"affine": {"group_size": 32}, "trellis": {"window": 12, "strip": 32}}[request.param]
+    config = lopro_fx.LoPRo(format=request.param, bits=3, rank=4, refits=0, head_bits=8, **settings)
     return lopro_fx.calibrate(export_causal_lm(model), [(ids,)], config)
 
 
