@@ -41,8 +41,9 @@ class LoPRo(Rounding):
         factor_bits: 8 (int8, one fp16 scale a component) or 16 (fp16).
         transforms: candidates among "identity" (no permutation, no rotation), "act_order" (columns by energy, not
             rotated), "partial" (permuted by importance, the salient block not rotated) and "full" (random signs, every
-            column rotated). With several, each unit keeps the one of least proxy loss. "full" alone measured better:
-            the loss on calibration text misjudges "partial" (see benchmarks/results).
+            column rotated; where Hadamard blocks differ, permuted at random before). With several, each unit keeps the
+            one of least proxy loss. "full" alone measured better: the loss on calibration text misjudges "partial" (see
+            benchmarks/results).
         block_size: largest Hadamard block; the block used is the largest power of two that divides the width.
         salient: columns that "partial" leaves alone (the paper's b_I).
         signs: random signs before the Hadamard blocks of "partial".
@@ -224,7 +225,8 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
     signs = rotation.random_signs(n, generator, residual.device)
     if name == "full":
         block = rotation.largest_block(n, config.block_size)
-        return Transform(signs=signs if block > 1 else None, block=block)
+        order = rotation.mixing_order(residual, block, generator)
+        return Transform(None if order is None else rotation.as_index(order), signs if block > 1 else None, block)
     skip = min(config.salient, n)
     perm = rotation.as_index(rotation.importance_order(residual, gram))
     block = rotation.largest_block(n - skip, config.block_size)

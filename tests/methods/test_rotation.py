@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lopro_fx import LoPRo
 from lopro_fx.kernels.rotate.reference import unpack_signs
 from lopro_fx.layer import Transform
+from lopro_fx.methods import rotation
 from lopro_fx.methods.rotation import (
     as_index,
     energy_order,
     importance_order,
     largest_block,
+    mixing_order,
     random_signs,
 )
 from tests.helpers import assert_close, generator, gram_of, heavy_tailed
-from tests.methods.problems import affine
+from tests.methods.problems import affine, run
 
 
 @st.composite
@@ -124,6 +129,42 @@ def test_signs_are_random_and_repeatable() -> None:
     assert 400 < (signs < 0).sum() < 600
     assert torch.equal(random_signs(1000, generator(1)), random_signs(1000, generator(1)))
     assert not torch.equal(random_signs(1000, generator(1)), random_signs(1000, generator(2)))
+
+
+@given(st.integers(1, 4), st.integers(2, 9), st.sampled_from((16, 64)), st.booleans(), st.integers(0, 99))
+def test_columns_are_mixed_where_blocks_differ(rows: int, blocks: int, block: int, zeros: bool, seed: int) -> None:
+    weight = torch.randn(64 * rows, blocks * block, generator=generator(seed))
+    if zeros:
+        weight[::2] = 0
+    assert mixing_order(weight, block, generator(seed)) is None
+    weight[:, :block] *= 2
+    order = mixing_order(weight * 2.0 ** (seed - 50), block, generator(seed))
+    assert order is not None
+    assert torch.equal(order.sort().values, torch.arange(blocks * block))
+    before, after = (w.square().unflatten(1, (-1, block)).mean((0, 2)).var() for w in (weight, weight[:, order]))
+    assert after < before
+
+
+def test_what_one_block_covers_is_not_mixed() -> None:
+    weight = torch.randn(8, 64, generator=generator()) * torch.arange(64)
+    assert mixing_order(weight, 64, generator()) is None
+    assert mixing_order(weight, 1, generator()) is None
+    assert mixing_order(torch.zeros(8, 64), 16, generator()) is None
+
+
+@pytest.mark.parametrize("format", ["affine", "trellis"])
+def test_mixing_lowers_the_loss_of_heads_that_differ(format: str) -> None:
+    """Heads that write much and are read with large weights, as in attention's output."""
+    head = torch.linspace(0.25, 2, 8).repeat_interleave(16)
+    x = torch.randn(512, 128, generator=generator(1)) * head
+    weight = torch.randn(96, 128, generator=generator(2)) * head
+    config = LoPRo(bits=3, rank=0, block_size=16, format=format, window=12 if format == "trellis" else None)
+    mixed = run(([weight], x), config)
+    assert mixed.transform.perm is not None
+    with mock.patch.object(rotation, "_SPREAD", torch.inf):
+        plain = run(([weight], x), config)
+    assert plain.transform.perm is None
+    assert mixed.relative < 0.9 * plain.relative
 
 
 def test_the_identity_returns_its_input() -> None:
