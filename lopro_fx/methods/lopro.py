@@ -21,6 +21,7 @@ from lopro_fx.methods.base import setting
 from lopro_fx.methods.ldlq import Feedback, damped, feedback, proxy_loss, round_with_feedback
 from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
 from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.prior import shrinkage
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided
@@ -52,7 +53,7 @@ class LoPRo(Rounding):
         refits: times the factors are solved again for the rounding error, with the weights rounded around them; the
             best iterate is kept. 0 is the paper: factors once, from the weights alone.
         sweeps: coordinate-descent passes over codes and scales after each rounding, one product E H each.
-        damp: as in GPTQ.
+        damp: as in GPTQ, beside what `prior.shrinkage` adds.
     """
 
     rank: int = setting(16, "of LoPRo's low-rank branch (default: 16)")
@@ -117,7 +118,8 @@ class LoPRo(Rounding):
 
 @dataclass(frozen=True)
 class _Problem:
-    """One candidate transform: W T, Tᵀ H T, its feedback, the rounding order of columns, the scale of rows.
+    """One candidate transform: W T, Tᵀ H T, its feedback, the damping without `shrinkage` that it needed, the rounding
+    order of columns, the scale of rows.
 
     Rows of the weight are in units of their own; `share` (m, 1) takes them to the unit of the up factors.
     """
@@ -127,6 +129,7 @@ class _Problem:
     weight: Tensor
     gram: Tensor
     fb: Feedback
+    damp: float
     order: Tensor
     share: Tensor
     rows: Tensor
@@ -241,8 +244,10 @@ def _row_scale(stats: Statistics, share: Tensor) -> Tensor:
 def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor) -> _Problem:
     moved = transform.gram(stats.gram)
     order = config.quantizer.order(moved)
-    fb = feedback(moved[order][:, order], config.damp)
-    return _Problem(name, transform, transform.forward(joint), moved, fb, order, share, _row_scale(stats, share))
+    wanted = (1 + config.damp) * (1 + shrinkage(stats)) - 1
+    fb = feedback(moved[order][:, order], wanted)
+    damp = config.damp if fb.damp == wanted else fb.damp
+    return _Problem(name, transform, transform.forward(joint), moved, fb, damp, order, share, _row_scale(stats, share))
 
 
 def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
@@ -275,4 +280,4 @@ def _attempt(
     left = error if branch is None else error - branch.dense(problem.share)
     loss = proxy_loss(left * problem.rows, problem.gram)
     down, ups = (branch.down, branch.ups) if branch else (None, ())
-    return GroupSolution(problem.transform, rounded, down, ups, loss, 0.0, problem.fb.damp, problem.name)
+    return GroupSolution(problem.transform, rounded, down, ups, loss, 0.0, problem.damp, problem.name)

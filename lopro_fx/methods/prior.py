@@ -18,6 +18,7 @@ from lopro_fx.methods.observers import Gram, Statistics
 # Damping of both low-rank factors, as a part of the mean diagonal. It is ten times that of the rounding: with less, a
 # factor grows without bound in directions that calibration hardly saw, and other text uses them.
 FACTOR_DAMP = 0.1
+_MOST = 0.1
 
 
 def informed(stats: Statistics) -> Statistics:
@@ -30,6 +31,16 @@ def informed(stats: Statistics) -> Statistics:
     if stats.tokens:
         gram.diagonal().add_((n / max(stats.distinct, 1)) ** 2 * gram.diagonal().mean())
     return _with(stats, gram)
+
+
+def shrinkage(stats: Statistics) -> float:
+    """Part of the mean diagonal that error feedback adds to the Gram of n features and t distinct tokens: n / t.
+
+    Feedback takes what the tokens of calibration share by chance for a property of text. On SmolLM2 the loss on
+    held-out text falls by 1 to 4 % with this part, near the best for 576 and for 1536 features; more than `_MOST` was
+    not measured.
+    """
+    return min(stats.gram.shape[0] / max(stats.distinct, 1), _MOST) if stats.tokens else 0.0
 
 
 def _with(stats: Statistics, gram: Tensor) -> Statistics:

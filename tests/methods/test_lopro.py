@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx import GPTQ, LoPRo
+from lopro_fx.methods import lopro
 from lopro_fx.methods.ldlq import proxy_loss
 from lopro_fx.methods.lopro import column_scale, initial_factors, transform_for
-from tests.helpers import assert_close, generator
+from lopro_fx.methods.prior import shrinkage
+from tests.helpers import assert_close, generator, heavy_tailed
 from tests.methods.problems import approximation, check, ordinary, run, same, statistics
 
 CONFIG = LoPRo(
@@ -126,3 +129,17 @@ def test_the_branch_goes_to_the_rows_that_matter(low_rank: str) -> None:
     assert heavy[0] < even[0]
     assert heavy[1] > even[1]
     assert losses(torch.ones(48)) == pytest.approx(even, rel=1e-4)
+
+
+def test_feedback_is_damped_by_features_over_tokens() -> None:
+    weights, x = [torch.randn(8, 20, generator=generator())], heavy_tailed(400, 20, 0)
+    assert shrinkage(statistics(x)) == pytest.approx(0.05, rel=0.02)
+    assert shrinkage(statistics(x[:30])) == 0.1
+    assert shrinkage(replace(statistics(x), tokens=0)) == 0
+    config = LoPRo(bits=3, group_size=32, rank=0, sweeps=0, transforms="identity")
+    with mock.patch.object(lopro, "shrinkage", lambda stats: 0.0):
+        wanted = run((weights, x), replace(config, damp=1.01 * (1 + shrinkage(statistics(x))) - 1))
+    found = run((weights, x), config)
+    assert torch.equal(found.rounded.dense(), wanted.rounded.dense())
+    # It is no sign of a Gram close to singular.
+    assert found.damp == config.damp
