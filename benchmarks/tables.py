@@ -27,10 +27,8 @@ _SETTINGS = {
     "lopro-3-g64": '**LoPRo, rank 19, 3 bits g64, `importance="gradient"`**',
     "trellis-4": '`format="trellis"`, no branch, 4 bits',
     "trellis-3": '**`format="trellis"`, no branch, 3 bits**',
-    "trellis-3-rank16": '`format="trellis"`, rank 16, 3 bits',
     "hadamard-2-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 2 bits g32",
     "lopro-2-g64": '**LoPRo, rank 19, 2 bits g64, `importance="gradient"`**',
-    "trellis-2": '**`format="trellis"`, no branch, 2 bits**',
 }
 _SERVING = {
     "decode-smollm2-4": "SmolLM2-135M, decode of 64 tokens, 4 bits against Q4_0",
@@ -47,7 +45,7 @@ _SERVING = {
 }
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
 _BEST = (
-    "fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "trellis-4", "trellis-3", "lopro-2-g64", "trellis-2",
+    "fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "trellis-4", "trellis-3", "lopro-2-g64",
 )  # fmt: skip
 _TASKS = ("hellaswag", "piqa", "arc_easy")
 
@@ -99,28 +97,6 @@ def families() -> str:
     return _table(("step / head bits", "as transformers", "others"), lines)
 
 
-def trellis() -> str:
-    """Loss and time of each choice of the trellis format."""
-    lines = [
-        (row["case"], *(f"{100 * loss:.3f} %" for loss in row["losses"]), f"{row['seconds']:.0f} s")
-        for row in _rows("trellis")
-        if "case" in row
-    ]
-    return _table(("choice", "q/k/v", "o", "gate/up", "down", "time"), lines)
-
-
-def search() -> str:
-    """Speed of the trellis search."""
-    rows = [row for row in _rows("trellis") if "search" in row]
-    windows = sorted({row["window"] for row in rows})
-    found = {(row["search"], row["bits"], row["window"]): row["weights_per_second"] for row in rows}
-    lines = [
-        (path, str(bits), *(f"{found[path, bits, window] / 1e6:.2f}" for window in windows))
-        for path, bits in dict.fromkeys((path, bits) for path, bits, _ in found)
-    ]
-    return _table(("instructions", "bits", *(f"window {window}" for window in windows)), lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality-brief": lambda: quality(_BEST),
@@ -128,8 +104,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-brief": lambda: serving(_BRIEF),
     "linears": linears,
     "families": families,
-    "trellis": trellis,
-    "search": search,
 }
 
 

@@ -137,7 +137,7 @@ def test_feedback_is_damped_by_features_over_tokens() -> None:
     assert shrinkage(statistics(x[:30])) == 0.1
     assert shrinkage(replace(statistics(x), tokens=0)) == 0
     config = LoPRo(bits=3, group_size=32, rank=0, sweeps=0, transforms="identity")
-    with mock.patch.object(lopro, "shrinkage", lambda stats: 0.0):
+    with mock.patch.object(lopro, "shrinkage", return_value=0.0):
         wanted = run((weights, x), replace(config, damp=1.01 * (1 + shrinkage(statistics(x))) - 1))
     found = run((weights, x), config)
     assert torch.equal(found.rounded.dense(), wanted.rounded.dense())
