@@ -139,7 +139,7 @@ def _version(compiler: str) -> str:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     except OSError as error:
         raise BuildError(f"{command[0]} can't be run ({error}): install g++ or clang++, or set CXX to one") from error
     if done.returncode:
