@@ -28,7 +28,9 @@ from benchmarks.gpu_sites import (
     packed_matmul,
     random_input,
     random_sites,
+    random_trellis,
     rounded_site,
+    trellis_site,
     whole_site,
 )
 from benchmarks.gpu_timing import copy_bandwidth, measure, save
@@ -168,11 +170,21 @@ def crossover(run: Run) -> None:
         print(f"{bits} bits, faster by tokens: {', '.join(f'{m} {name}' for m, name in faster)}")
 
 
+def trellis(run: Run) -> None:
+    """The trellis format beside the affine one, for one token, a few and many."""
+    k, n = LARGE
+    sites = {bits: random_trellis(k, n, bits) for bits in BARS[LARGE]}
+    for m in (1, 16, 2048):
+        x = random_input(m, k)
+        run.time(f"trellis {m}", [dense(x, n), *(trellis_site(f"site {bits}", x, own) for bits, own in sites.items())])
+
+
 CASES: dict[str, Callable[[Run], None]] = {
     "decode-large": lambda run: decode(run, LARGE),
     "decode-small": lambda run: decode(run, SMALL),
     "batches": batches,
     "prefill": prefill,
+    "trellis": trellis,
     "crossover": crossover,
 }
 

@@ -17,8 +17,10 @@ from lopro_fx.kernels.formats.affine.decode import device as decode
 from lopro_fx.kernels.formats.affine.packed_int8.reference import packed_int8
 from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
 from lopro_fx.kernels.formats.registry import reference
+from lopro_fx.kernels.formats.trellis.code import code_words
 
 packed_linear = reference("affine", "linear")
+trellis_reference = reference("trellis", "site")
 packed_site = reference("affine", "site")
 
 DTYPE = torch.bfloat16
@@ -82,6 +84,19 @@ def random_sites(k: int, n: int, bits: int) -> list[Site]:
     return [first, *(random_site(k, n, bits) for _ in range(copies_for(first.codes.nbytes) - 1))]
 
 
+def random_trellis(k: int, n: int, bits: int) -> list[tuple[Any, ...]]:
+    """Operands of `lopro::trellis_site` after the activation, at the format's defaults; as many as have to be read."""
+    columns, window, strip = 2 if bits == 2 else 1, 14, 512
+
+    def operands() -> tuple[Any, ...]:
+        site = random_site(k, n, bits)
+        codes = random_words(code_words((n, k), bits * columns, columns, strip))
+        scales = (torch.rand(n, device=DEVICE) / 50 + 0.01).half()
+        return (*site[:6], scales, codes, None, site.up, site.up_scale, float(bits), columns, window, strip)
+
+    return [operands() for _ in range(copies_for(k * n * bits // 8))]
+
+
 def random_input(m: int, k: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(m, k, device=DEVICE).to(dtype)
 
@@ -105,6 +120,12 @@ def whole_site(name: str, x: Tensor, sites: Sequence[Site], dense_tokens: int | 
 
     calls = [lambda site=site: call(site) for site in sites]
     return Contender(name, calls, packed_site(x.float(), *sites[0]))
+
+
+def trellis_site(name: str, x: Tensor, sites: Sequence[tuple[Any, ...]]) -> Contender:
+    """`lopro::trellis_site`, with rotation and low-rank branch."""
+    calls = [lambda site=site: torch.ops.lopro.trellis_site(x, *site) for site in sites]
+    return Contender(name, calls, trellis_reference(x.float(), *sites[0]))
 
 
 def packed_matmul(name: str, x: Tensor, sites: Sequence[Site]) -> Contender:

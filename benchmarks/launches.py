@@ -79,7 +79,7 @@ def launches(
             decode.product, decode, words, steps, latent, *weight, None, scale, up, scale, bits, group_size, 1, dtype
         )[0],
     )
-    for tokens in packed_linear._SHAPES:
+    for tokens in (tokens for tokens in packed_linear._SHAPES if tokens or capability >= 90):
         rows = _empty(tokens or 2048, k, dtype=dtype)
         latent = _empty(16, tokens or 2048, rank, dtype=torch.float32)
         yield (

@@ -1,4 +1,4 @@
-"""Time to solve one 4096 x 11008 layer at 3 bits in groups of 64: LoPRo of rank 16 and plain GPTQ.
+"""Time to solve one 4096 x 11008 layer at 3 bits: LoPRo of rank 16 and plain GPTQ in groups of 64, and the trellis.
 
 Weights and activations are random with outlier columns. Each method runs once, in one process. The loss is that of what
 is stored, on the plain Gram, over that of the weights.
@@ -18,6 +18,12 @@ from lopro_fx.methods.ldlq import proxy_loss, relative_loss
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.solution import GroupSolution
 
+_CASES = {
+    "lopro, rank 16": LoPRo(bits=3, rank=16),
+    "gptq": GPTQ(bits=3),
+    "trellis": LoPRo(format="trellis", bits=3, rank=0),
+}
+
 
 def approximation(solution: GroupSolution) -> Tensor:
     """fp32 (m, n) in original coordinates, from what the solution stores."""
@@ -27,30 +33,41 @@ def approximation(solution: GroupSolution) -> Tensor:
     return solution.transform.inverse(dense)
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=11008)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    m, n = args.rows, args.columns
-    weight = torch.randn(m, n) * 0.02
-    x = torch.randn(args.tokens, n) * torch.rand(n).mul(3).exp()
+    m, n, device = args.rows, args.columns, torch.device(args.device)
+    weight = (torch.randn(m, n) * 0.02).to(device)
+    x = (torch.randn(args.tokens, n) * torch.rand(n).mul(3).exp()).to(device)
     stats = Statistics({"gram": x.T @ x / args.tokens, "magnitude": x.abs().mean(0)}, args.tokens, args.tokens)
     del x
 
     rows = []
-    for name, config in (("lopro, rank 16", LoPRo(bits=3, rank=16)), ("gptq", GPTQ(bits=3))):
-        started = time.perf_counter()
-        solution = config.solution([weight], stats, torch.Generator().manual_seed(0))
-        seconds = time.perf_counter() - started
+    for name, config in _CASES.items():
+        seconds = []
+        # The first run on a GPU compiles kernels.
+        for _ in range(2 if device.type == "cuda" else 1):
+            _wait(device)
+            started = time.perf_counter()
+            solution = config.solution([weight], stats, torch.Generator().manual_seed(0))
+            _wait(device)
+            seconds.append(time.perf_counter() - started)
         loss = relative_loss(proxy_loss(weight - approximation(solution), stats.gram), weight, stats.gram)
-        rows.append({"case": name, "seconds": seconds, "relative_loss": loss})
+        rows.append({"case": name, "seconds": min(seconds), "relative_loss": loss})
         print(rows[-1], flush=True)
-    save_result("solve_layer", rows, shape=[m, n], tokens=args.tokens)
+    save_result("solve_layer" if device.type == "cpu" else "gpu_solve_layer", rows, shape=[m, n], tokens=args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,96 @@
 """Packed codes as an operand of `tl.dot`, unpacked by each thread from whole words.
 
 Of 16 columns, a tensor core takes the pairs (2t, 2t + 1) and (2t + 8, 2t + 9) from thread t of four. A dot product may
-take columns in any order that both operands share. Here four neighbouring words belong to the four threads: pair p of
-word t, its codes p and p + PAIRS, goes to columns 8 p + 2 t. `in_order` reorders a weight, `reordered` an activation.
+take columns in any order that both operands share. Here each of the four threads reads a run of a row's words, a fourth
+of a step's: pair p of its word v, the codes p and p + PAIRS, goes to columns 8 (v PAIRS + p) + 2t. `in_order` reorders
+a weight; an activation comes in that order from the launch before (`reordered`, `ordered`), and goes from memory to the
+tensor cores as it is.
 Codes p and p + PAIRS lie 16 bits apart, so one shift and one mask unpack both, as mantissa bits of floating-point
-numbers with a fixed exponent. Names are those of `tiles.py`; PAIRS is 16 / WIDTH; a step has at least four words.
+numbers with a fixed exponent. Names are those of `tiles.py`; PAIRS is 16 / WIDTH; BLOCK_W is the words of a step, at
+least four.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def ordered_columns(columns: int, step: int) -> int:
+    """Columns of an activation in the order of `in_order`: filled up to whole steps."""
+    return triton.cdiv(columns, step) * step
+
+
+def ordered(x: Tensor, width: int, step: int) -> Tensor:
+    """x (M, K) in the order of `in_order` for steps of `step` columns, with zeros after column K, contiguous."""
+    x = torch.nn.functional.pad(x, (0, ordered_columns(x.shape[1], step) - x.shape[1]))
+    words = step * width // 128
+    return x.view(x.shape[0], -1, 4, words, 2, 16 // width).permute(0, 1, 3, 5, 2, 4).reshape(x.shape)
+
+
+@triton.jit
+def reordered(x, WIDTH: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr):
+    """`ordered` of whole steps x (SIZE,)."""
+    x = tl.reshape(x, (SIZE // STEP, 4, STEP * WIDTH // 128, 2, 16 // WIDTH))
+    return tl.reshape(tl.permute(x, (0, 2, 4, 1, 3)), (SIZE,))
 
 
 @triton.jit
 def load_words(
     tile_ptr,  # (BLOCK_N, ROW) int32, the first row of a tile
-    rows, tile, inside,
-    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    left, tile,
+    WORDS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Load words [tile * BLOCK_W, + BLOCK_W) of the main plane (BLOCK_N, BLOCK_W), and for 3 bits the high plane's.
 
-    A word of the high plane serves two of the main plane, shifted so that both find their bits in the same place.
+    A word of the high plane serves two of the main plane, shifted so that both find their bits in the same place. Rows
+    from `left` on are zero.
+
+    Each thread loads what it multiplies. Triton gives a warp 8 rows; of 16 rows of its fragment, a thread multiplies
+    two that lie 8 apart, so rows are loaded in another order and put back.
     """
-    row = tile_ptr + rows[:, None] * (WORDS * BITS // WIDTH)
-    w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
-    main = tl.load(row + w[None, :], mask=inside[:, None] & (w < WORDS)[None, :], other=0)
+    V: tl.constexpr = max(BLOCK_W // 4, 1)
+    W: tl.constexpr = min(WARPS, BLOCK_N // 16)
+    i = tl.arange(0, BLOCK_N)
+    row = i // (16 * W) * (16 * W) + i // 8 % W * 16 + i // (8 * W) % 2 * 8 + i % 8
+    inside = row < left
+    row_ptr = tile_ptr + row * (WORDS * BITS // WIDTH)
+    main = _load_runs(row_ptr, inside, tile * BLOCK_W + tl.arange(0, BLOCK_W), WORDS, V)
     high = main
-    if BITS == 3:
+    if BITS == 3 and V > 1:
         p = tile * (BLOCK_W // 2) + tl.arange(0, BLOCK_W // 2)
-        pairs = tl.load(row + WORDS + p[None, :], mask=inside[:, None] & (p < WORDS // 2)[None, :], other=0)
-        high = tl.interleave(pairs, pairs >> 4)
-    return main, high
+        high = _load_runs(row_ptr + WORDS, inside, p, WORDS // 2, V // 2)
+        high = tl.interleave(high, high >> 4)
+    elif BITS == 3:
+        # A thread has half a word: both threads load it.
+        w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
+        high = _load_runs(row_ptr + WORDS, inside, w >> 1, WORDS // 2, 1) >> (4 * (w & 1))[None, :]
+    return _by_row(main, W, BLOCK_N, BLOCK_W), _by_row(high, W, BLOCK_N, BLOCK_W)
+
+
+@triton.jit
+def _load_runs(row_ptr, inside, w, WORDS: tl.constexpr, RUN: tl.constexpr):
+    """Load words `w` (BLOCK_W,) of rows (BLOCK_N,), as (BLOCK_N, BLOCK_W) of which a thread has RUN neighbours.
+
+    Triton deals a tile's words out along the dimension in which addresses are contiguous, to each thread as many as are
+    aligned together; hints limit either. It makes layouts of one shape alike: a third dimension tells this one apart.
+    """
+    at = (row_ptr[:, None] + w[None, :])[:, :, None]
+    at = tl.max_contiguous(at, [1, max(RUN, 2), 1])
+    if RUN == 1:
+        at = tl.multiple_of(at, [4, 4, 4])
+    there = inside[:, None] & (w < WORDS)[None, :]
+    return tl.reshape(tl.load(at, mask=there[:, :, None], other=0), there.shape)
+
+
+@triton.jit
+def _by_row(words, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Words (BLOCK_N, BLOCK_W) of `load_words`, rows in its order, with rows in theirs."""
+    words = tl.permute(tl.reshape(words, (BLOCK_N // (16 * W), 2, W, 8, BLOCK_W)), (0, 2, 1, 3, 4))
+    return tl.reshape(words, (BLOCK_N, BLOCK_W))
 
 
 @triton.jit
@@ -115,16 +174,8 @@ def centred_codes(
 def in_order(weight, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
     """Reorder a weight (BLOCK_N, BLOCK_W, PAIRS, 2) into an operand (BLOCK_N, columns)."""
     PAIRS: tl.constexpr = 16 // WIDTH
-    weight = tl.permute(tl.reshape(weight, (BLOCK_N, BLOCK_W // 4, 4, PAIRS, 2)), (0, 1, 3, 2, 4))
+    weight = tl.permute(tl.reshape(weight, (BLOCK_N, 4, BLOCK_W // 4, PAIRS, 2)), (0, 2, 3, 1, 4))
     return tl.reshape(weight, (BLOCK_N, BLOCK_W * 2 * PAIRS))
-
-
-@triton.jit
-def reordered(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Reorder an activation (BLOCK_M, columns) as `in_order` does a weight."""
-    PAIRS: tl.constexpr = 16 // WIDTH
-    x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // 4, 4, 2, PAIRS)), (0, 1, 4, 2, 3))
-    return tl.reshape(x, (BLOCK_M, BLOCK_W * 2 * PAIRS))
 
 
 @triton.jit
@@ -150,14 +201,14 @@ def code_bytes(main, high, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.
         even = tl.join(codes, _field(main, high, 2, BITS, WIDTH))
         odd = tl.join(_field(main, high, 1, BITS, WIDTH), _field(main, high, 3, BITS, WIDTH))
         codes = tl.join(even, odd)
-    codes = tl.permute(tl.reshape(codes, (BLOCK_N, BLOCK_W // T, T, 4, FIELDS)), (0, 1, 4, 2, 3))
+    codes = tl.permute(tl.reshape(codes, (BLOCK_N, T, BLOCK_W // T, 4, FIELDS)), (0, 2, 4, 1, 3))
     return tl.reshape(codes, (BLOCK_N, BLOCK_W * 4 * FIELDS))
 
 
 @triton.jit
 def reordered_bytes(x, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Reorder (BLOCK_M, columns) int8: byte j of field i of word t of four goes to column 16 i + 4 t + j."""
+    """Reorder (BLOCK_M, columns) int8: byte j of field i of thread t's word v to column 16 (v FIELDS + i) + 4 t + j."""
     FIELDS: tl.constexpr = 8 // WIDTH
     T: tl.constexpr = min(BLOCK_W, 4)
-    x = tl.permute(tl.reshape(x, (BLOCK_M, BLOCK_W // T, T, 4, FIELDS)), (0, 1, 4, 2, 3))
+    x = tl.permute(tl.reshape(x, (BLOCK_M, T, BLOCK_W // T, 4, FIELDS)), (0, 2, 4, 1, 3))
     return tl.reshape(x, (BLOCK_M, BLOCK_W * 4 * FIELDS))

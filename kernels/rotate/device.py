@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from lopro_fx.kernels import dispatch, registry
+from lopro_fx.kernels.fragments import ordered_columns
 from lopro_fx.kernels.rotate.triton import rotate_kernel
 from lopro_fx.kernels.tiles import stand_in
 
@@ -17,20 +18,21 @@ _PARTS, _RANKS = 16, 16
 
 def launch(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, norm: Tensor | None = None,
-    eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
+    eps: float = 0.0, gate: Tensor | None = None, activation: str = "", width: int = 0, step: int = 0,
 ) -> Tensor:  # fmt: skip
     """`lopro::rotate` of x (M, K) with contiguous columns, after a prologue.
 
-    norm, eps, gate and activation are as in `launch_project`.
+    norm, eps, gate, activation, width and step are as in `launch_project`.
     """
-    y = x.new_empty(x.shape)
-    _run(x, perm, signs, block, skip, None, None, norm, eps, gate, activation, y, None, max(block, _CHUNK))
+    y = _result(x, width, step)
+    _run(x, perm, signs, block, skip, None, None, norm, eps, gate, activation, y, None, max(block, _CHUNK), width, step)
     return y
 
 
 def launch_project(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor, scale: Tensor | None,
     chunk: int, norm: Tensor | None = None, eps: float = 0.0, gate: Tensor | None = None, activation: str = "",
+    width: int = 0, step: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate an activation and project the result before it is rounded to x's dtype.
 
@@ -41,15 +43,21 @@ def launch_project(
         chunk: columns of one partial sum, a multiple of `block` and a power of two.
         norm, eps, gate, activation: prologue as in `prologue/reference.py`, with norm or gate, not both; gate (M, K)
             has contiguous columns.
+        width, step: where they aren't 0, x' is returned as by `fragments.ordered`; `skip` is then a multiple of `step`.
 
     Returns:
         x' (M, K) of x's dtype, and fp32 (parts, M, R), whose sum over the parts is the projection.
     """
     (m, k), rank = x.shape, down.shape[0]
-    y = x.new_empty(x.shape)
+    y = _result(x, width, step)
     latent = x.new_empty((_programs(k, skip, chunk), m, rank), dtype=torch.float32)
-    _run(x, perm, signs, block, skip, down, scale, norm, eps, gate, activation, y, latent, chunk)
+    _run(x, perm, signs, block, skip, down, scale, norm, eps, gate, activation, y, latent, chunk, width, step)
     return y, latent
+
+
+def _result(x: Tensor, width: int, step: int) -> Tensor:
+    m, k = x.shape
+    return x.new_empty((m, ordered_columns(k, step) if width else k))
 
 
 def _programs(columns: int, skip: int, chunk: int) -> int:
@@ -59,7 +67,7 @@ def _programs(columns: int, skip: int, chunk: int) -> int:
 def _run(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
     scale: Tensor | None, norm: Tensor | None, eps: float, gate: Tensor | None, activation: str, y: Tensor,
-    latent: Tensor | None, chunk: int,
+    latent: Tensor | None, chunk: int, width: int, step: int,
 ) -> None:  # fmt: skip
     m, k = x.shape
     absent = stand_in(signs, perm, down, norm, x)
@@ -68,7 +76,8 @@ def _run(
         absent if signs is None else signs, absent if down is None else down, absent if scale is None else scale, y,
         absent if latent is None else latent, m,
         K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1,
-        BLOCK_R=_RANKS, X_ROW=x.stride(0), GATE_ROW=0 if gate is None else gate.stride(0), EPS=eps,
+        BLOCK_R=_RANKS, WIDTH=width, STEP=step, X_ROW=x.stride(0), Y_ROW=y.shape[1],
+        GATE_ROW=0 if gate is None else gate.stride(0), EPS=eps,
         ACTIVATION="" if gate is None else activation, HAS_NORM=norm is not None, HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lopro_fx.kernels.fragments import reordered
 from lopro_fx.kernels.tiles import load_rotated
 
 
@@ -17,11 +18,12 @@ def rotate_kernel(
     signs_ptr,  # (ceil(K / 8),) uint8
     down_ptr,  # (R, K) int8 or fp16
     down_scale_ptr,  # (R,) fp16
-    y_ptr,  # (M, K)
+    y_ptr,  # (M, Y_ROW), in the order of `fragments.py` for WIDTH and STEP, or as it is for WIDTH 0
     latent_ptr,  # (PARTS, M, R) fp32
     M,
     K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, X_ROW: tl.constexpr, GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, X_ROW: tl.constexpr, Y_ROW: tl.constexpr,
+    GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, either of the SKIP leading ones or of those after them."""
@@ -41,7 +43,6 @@ def rotate_kernel(
         x_ptr + m * X_ROW, norm_ptr, gate_ptr + m * GATE_ROW, perm_ptr, signs_ptr, start, limit, rotated,
         K, EPS, CHUNK, LOG_BLOCK, ACTIVATION, HAS_NORM, HAS_PERM, HAS_SIGNS,
     )  # fmt: skip
-    tl.store(y_ptr + m * K + k, y.to(y_ptr.dtype.element_ty), mask=k < limit)
     for first in tl.static_range(0, R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         rows = a.to(tl.float32)
@@ -52,3 +53,8 @@ def rotate_kernel(
         if HAS_SCALE:
             part *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
         tl.store(latent_ptr + (chunk * M + m) * R + r, part, mask=r < R)
+    result, end = y.to(y_ptr.dtype.element_ty), limit
+    if WIDTH > 0:
+        # Chunks and the leading columns are whole steps; zeros fill the last one up.
+        result, end = reordered(result, WIDTH, STEP, CHUNK), tl.cdiv(limit, STEP) * STEP
+    tl.store(y_ptr + m * Y_ROW + k, result, mask=k < end)

@@ -204,6 +204,7 @@ def _rotate_device(device: str) -> Samples:
         "whole": (x, perm, signs, block, 0),
         "columns left alone": (x, None, None, block, 64),
         "norm": (x, None, signs, block, 0, x[0], 1e-5, None, ""),
+        "in the order of a product": (x, perm, signs, block, 0, None, 0.0, None, "", 2, 128),
     }
 
 
@@ -214,6 +215,7 @@ def _rotate_project(device: str) -> Samples:
         "no scale": (x, None, None, block, 64, down, None, 256),
         "fp32 scale": (x, perm, signs, block, 0, down, scale.float(), 64),
         "gate": (x, perm, signs, block, 0, down, scale, 64, None, 0.0, x + 1, "silu"),
+        "in the order of a product": (x, perm, signs, block, 0, down, scale, 64, None, 0.0, None, "", 4, 64),
     }
 
 

@@ -40,6 +40,16 @@ def test_few_instructions_a_weight(name: str, bits: int, most: float) -> None:
     assert 0 < resources.loop <= most * weights
 
 
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("tokens", ["16", "64", "many"])
+def test_codes_reach_tensor_cores_through_registers(tokens: str, bits: int, group_size: int) -> None:
+    resources = compile_launch(dict(launches(bits, group_size))[f"matmul, {tokens} tokens"], 90)
+    # A detour through shared memory would take 8 or more of either in each step; these are the epilogue's.
+    assert resources.instructions.get("LDSM", 0) <= 1, resources
+    assert resources.instructions.get("STS", 0) <= 8, resources
+
+
 def test_the_dense_int8_product_scales_and_little_else() -> None:
     launch = dict(launches(4))["int8, dense matmul"]
     resources, options = compile_launch(launch, 90), launch.options
@@ -87,7 +97,7 @@ def test_trellis_kernels(capability: int, bits: float, columns: int, most: float
     for name, launch in trellis_launches(bits, columns):
         resources = compile_launch(launch, capability)
         assert resources.spill_bytes == 0, (name, resources)
-        assert resources.shared_bytes <= 20 * 1024, (name, resources)
+        assert resources.shared_bytes <= 40 * 1024, (name, resources)
         if "decode" not in name:
             continue
         # Registers of eight programs of four warps on a multiprocessor: they hide the latency of each other's loads.

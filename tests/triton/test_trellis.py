@@ -141,11 +141,12 @@ def test_parts_of_the_columns(device: torch.device) -> None:
 
 
 def test_splits_fill_the_device() -> None:
-    assert choose_splits(1 << 20, 64, 132) == 1
-    assert choose_splits(128, 4, 132) == 1
-    # Each of four warps keeps a group.
-    assert choose_splits(128, 64, 132) == 16
-    assert 4 * 132 <= 224 * choose_splits(28672, 64, 132) < 8 * 132
+    for columns, programs in ((1, 4), (2, 16)):
+        assert choose_splits(1 << 20, 64, columns, 132) == 1
+        assert choose_splits(128, 4, columns, 132) == 1
+        # Each of four warps keeps a group.
+        assert choose_splits(128, 64, columns, 132) == 16
+        assert programs * 132 <= 224 * choose_splits(28672, 64, columns, 132) < 2 * programs * 132
 
 
 def test_sums_of_a_group_fit_an_integer(device: torch.device) -> None:

@@ -30,7 +30,6 @@ def product(
     `residual` (M, N), contiguous, is added to the result.
     """
     from lopro_fx.kernels.formats.affine.decode.device import choose_splits, decode_prepare, decode_product
-    from lopro_fx.kernels.formats.affine.linear.device import packed_linear_device, tile_for
     from lopro_fx.kernels.formats.affine.packing.device import dequantize_device
 
     (m, k), n = x.shape, scales.shape[0]
@@ -44,13 +43,29 @@ def product(
             residual,
         )  # fmt: skip
     if dispatch.at_most(m, dispatch.DENSE_TOKENS):
-        tokens, splits = tile_for(m, n, k, count)
-        return packed_linear_device(
-            x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, tokens, splits, residual
-        )
+        from lopro_fx.kernels.formats.affine.linear.device import step_of
+        from lopro_fx.kernels.fragments import ordered
+        from lopro_fx.kernels.tiles import main_width
+
+        x = ordered(x, main_width(bits), step_of(x.dtype, bits, group_size))
+        return few(x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, residual)
     weight = dequantize_device(codes, scales, zeros, bits, group_size, k, x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
     if latent is not None and up is not None:
         latent = (latent.squeeze(0) if latent.shape[0] == 1 else latent.sum(0)).to(x.dtype)
         y = y + torch.nn.functional.linear(latent, dense_factor(up, up_scale, 1).to(x.dtype))
     return y if residual is None else y + residual
+
+
+def few(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, latent: Tensor | None,
+    up: Tensor | None, up_scale: Tensor | None, bits: int, group_size: int, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`product` for more than one token and at most `DENSE_TOKENS`, of x as `packed_linear_device` takes it."""
+    from lopro_fx.kernels.formats.affine.linear.device import packed_linear_device, tile_for
+
+    device = (dispatch.processors(x.device), dispatch.capability(x.device))
+    tokens, splits = tile_for(x.shape[0], scales.shape[0], x.shape[1], *device)
+    return packed_linear_device(
+        x, codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, tokens, splits, residual
+    )

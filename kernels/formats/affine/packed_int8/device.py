@@ -86,7 +86,8 @@ def matmul(
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups,
         ACT_GROUP=WHOLE_ROW if act_group == -1 else act_group, ACT_GROUPS=steps.shape[0], BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=columns(group_size, act_group), BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        GROUP_M=8, HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, num_warps=warps, num_stages=stages,
+        GROUP_M=8, HAS_BIAS=bias is not None, HAS_SCALES=up_scale is not None, WARPS=warps,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 

@@ -64,7 +64,7 @@ def int8_matmul_kernel(
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, WEIGHT_GROUPS: tl.constexpr,
     ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
+    HAS_SCALES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens by BLOCK_N output features; BLOCK_K columns share a scale and a step."""
     first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -93,7 +93,7 @@ def int8_matmul_kernel(
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=m_inside[:, None] & (k < K)[None, :], other=0)
         x = tl.trans(reordered_bytes(x, WIDTH, BLOCK_M, BLOCK_W))
-        main, high = load_words(codes_ptr, cols, tile, n_inside, WORDS, BITS, WIDTH, BLOCK_W)
+        main, high = load_words(codes_ptr, N - first_n, tile, WORDS, BITS, WIDTH, BLOCK_N, BLOCK_W, WARPS)
         codes = code_bytes(main, high, BITS, WIDTH, BLOCK_N, BLOCK_W)
         product = tl.dot(codes, x).to(tl.float32)
         if ACT_GROUPS > 1:

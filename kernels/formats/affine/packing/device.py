@@ -12,7 +12,7 @@ from lopro_fx.kernels.formats.affine.packing.format import WORD
 from lopro_fx.kernels.formats.affine.packing.triton import dequantize_kernel
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width
 
-_BLOCK_N, _BLOCK_K = 64, 128
+_BLOCK_N, _BLOCK_K, _WARPS = 64, 128, 4
 
 
 def launch(
@@ -35,14 +35,14 @@ def launch(
     width, rank = main_width(bits), 0 if up is None else up.shape[1]
     parts = up_scale.shape[0] if up_scale is not None and up_scale.dim() == 2 else 1
     y = codes.new_empty((n, in_features), dtype=dtype)
-    wrap_triton(dequantize_kernel)[(triton.cdiv(n, _BLOCK_N), triton.cdiv(in_features, _BLOCK_K))](
+    wrap_triton(dequantize_kernel)[(triton.cdiv(in_features, _BLOCK_K), triton.cdiv(n, _BLOCK_N))](
         codes, scales, zeros, codes if up is None else up, codes if up_scale is None else up_scale,
         codes if down is None else down, codes if down_scale is None else down_scale, y,
         N=n, K=in_features, R=rank, PART_ROWS=n // parts, WORDS=-(-in_features // WORD) * width, BITS=bits, WIDTH=width,
         GROUP=WHOLE_ROW if group_size == -1 else group_size, WEIGHT_GROUPS=weight_groups, BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K, BLOCK_R=max(16, triton.next_power_of_2(rank)), HAS_UP_SCALE=up_scale is not None,
         HAS_DOWN_SCALE=down_scale is not None, DOUBLED=dtype == torch.int8,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=_WARPS,
     )  # fmt: skip
     return y
 

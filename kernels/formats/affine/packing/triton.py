@@ -23,8 +23,11 @@ def dequantize_kernel(
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HAS_UP_SCALE: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr,
     DOUBLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows by BLOCK_K columns; DOUBLED writes twice the centred codes, without scale."""
-    first, start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
+    """One program: BLOCK_N rows by BLOCK_K columns; DOUBLED writes twice the centred codes, without scale.
+
+    Neighbouring programs write neighbouring columns.
+    """
+    first, start = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
     codes_ptr += first.to(tl.int64) * (WORDS * BITS // WIDTH)
     y_ptr += first.to(tl.int64) * K
     rows = tl.arange(0, BLOCK_N)

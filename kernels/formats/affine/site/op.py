@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lopro_fx.kernels import dispatch
-from lopro_fx.kernels.formats.affine.linear.op import product
+from lopro_fx.kernels.formats.affine.linear.op import few, product
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.prologue.reference import prologue
 
@@ -52,19 +52,24 @@ def packed_site(
         weight = dequantize_device(codes, scales, zeros, bits, group_size, rows.shape[1], rows.dtype, *branch)
         y = functional.linear(rows, weight, bias)
         return (y if residual is None else y + residual).view(shape)
-    latent = None
-    if rotates and down is not None:
-        from lopro_fx.kernels.rotate.device import chunk_for, rotate_project
+    latent, in_order = None, False
+    if rotates:
+        from lopro_fx.kernels.formats.affine.linear.device import step_of
+        from lopro_fx.kernels.rotate.device import chunk_for, rotate_device, rotate_project
+        from lopro_fx.kernels.tiles import main_width
 
-        chunk = chunk_for(rows.shape[0], rows.shape[1], block)
-        rows, latent = rotate_project(rows, perm, signs, block, skip, down, down_scale, chunk, *before)
-    elif rotates:
-        from lopro_fx.kernels.rotate.device import rotate_device
-
-        rows = rotate_device(rows, perm, signs, block, skip, *before)
+        step = step_of(rows.dtype, bits, group_size)
+        in_order = not dispatch.at_most(rows.shape[0], dispatch.DECODE_TOKENS) and skip % step == 0
+        order = (main_width(bits), step) if in_order else (0, 0)
+        if down is None:
+            rows = rotate_device(rows, perm, signs, block, skip, *before, *order)
+        else:
+            chunk = chunk_for(rows.shape[0], rows.shape[1], block)
+            rows, latent = rotate_project(rows, perm, signs, block, skip, down, down_scale, chunk, *before, *order)
     elif down is not None:
         latent = project(rows, down, down_scale).unsqueeze(0)
-    y = product(rows.contiguous(), codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, residual)
+    multiply = few if in_order else product
+    y = multiply(rows.contiguous(), codes, scales, zeros, bias, latent, up, up_scale, bits, group_size, residual)
     return y.view(shape)
 
 

@@ -17,8 +17,9 @@ from lopro_fx.kernels.tiles import NATIVE
 _GROUPS = 4
 # States that a thread loads before it waits for any.
 _AHEAD = 16
-# Programs of a multiprocessor that hide the latency of each other's loads.
-_PROGRAMS = 4
+# Programs of a multiprocessor that hide the latency of each other's loads, by columns of a state: a pair has less to
+# compute on what it waits for.
+_PROGRAMS = {1: 4, 2: 16}
 
 
 def prepare(
@@ -74,9 +75,9 @@ def product(
 trellis_product = registry.register_triton("trellis_product", product)
 
 
-def choose_splits(rows: int, groups: int, processors: int) -> int:
+def choose_splits(rows: int, groups: int, columns: int, processors: int) -> int:
     """Parts of the columns: as many as fill the multiprocessors, with at least one group for each warp."""
     programs, splits = triton.cdiv(rows, BLOCK_N), 1
-    while programs * splits < _PROGRAMS * processors and groups >= 2 * splits * _GROUPS:
+    while programs * splits < _PROGRAMS[columns] * processors and groups >= 2 * splits * _GROUPS:
         splits *= 2
     return splits

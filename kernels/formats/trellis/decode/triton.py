@@ -4,7 +4,7 @@
 Spread over the bytes of a state's product, they make two byte dot products multiply one weight, or both of a pair:
 integers of 16 bits times those bytes are exact, where fp32 would take two operations more for each weight.
 
-Four rows of a string begin within 28 bits of a word and need at most 59 bits, so two words serve a thread's four rows.
+A thread takes four rows, as in `packing/triton.py`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lopro_fx.kernels.formats.trellis.packing.triton import UNIT, products, strings_of
+from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, four, products, strings_of
 from lopro_fx.kernels.tiles import dot4
 
-# Rows of a thread, and of a program: one warp's.
-_QUAD = tl.constexpr(4)
+# Rows of a program: one warp's.
 BLOCK_N = 128
 # Words of fixed point, of four columns each, in a group of one step.
 _WORDS_IN_GROUP = tl.constexpr(32)
-
-
-@triton.jit
-def _four(a, b, c, d):
-    """(…, 2, 2) whose entries in order are a, b, c, d."""
-    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
@@ -70,10 +63,10 @@ def product_kernel(
     IN_GROUP: tl.constexpr = _WORDS_IN_GROUP * IN_WORD
     EVEN: tl.constexpr = WORDS == GROUPS * _WORDS_IN_GROUP and PAIRS == GROUPS * IN_GROUP and GROUPS % BLOCK_G == 0
     tl.static_assert(28 + 3 * STEP + WINDOW <= 64)
-    first = tl.program_id(0) * (_QUAD * LANES)
+    first = tl.program_id(0) * (QUAD * LANES)
     split = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
-    n = first + tl.arange(0, _QUAD * LANES)
+    n = first + tl.arange(0, QUAD * LANES)
     n_last = (n < N) & (split == 0)
     # Operands of the epilogue are prefetched, in flight while the loop runs; only the first part adds them.
     if R > 0:
@@ -83,7 +76,7 @@ def product_kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + m * N + n, mask=n_last, other=0.0)
 
-    quad = first + _QUAD * tl.arange(0, LANES)
+    quad = first + QUAD * tl.arange(0, LANES)
     strip, length, bit = strings_of(quad, N, PAIRS, STEP, STRIP, STRIPS)
     word = bit // 32
     shift = (bit % 32).to(tl.int64)[None, :]
@@ -102,7 +95,7 @@ def product_kernel(
         g = tl.broadcast_to((tile * BLOCK_G + tl.arange(0, BLOCK_G))[:, None], (BLOCK_G, LANES))
         group = strings + (g * IN_GROUP).to(tl.int64) * length
         sum_high, sum_low = nothing, nothing
-        upper = _four(nothing, nothing, nothing, nothing)
+        upper = four(nothing, nothing, nothing, nothing)
         lower = upper
         for w in range(0, min(_WORDS_IN_GROUP, WORDS), UNROLL):
             for u in tl.static_range(UNROLL):
@@ -119,20 +112,20 @@ def product_kernel(
                     low = tl.load(group + pair * length, mask=there, other=0)
                     high = tl.load(group + pair * length + 1, mask=after, other=0)
                     both = low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
-                    states = _four(
+                    states = four(
                         (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
                         (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
                     )  # fmt: skip
                     product = products(states & ((1 << WINDOW) - 1))
                     top, bottom = _spread(x_high, s, COLUMNS, NATIVE), _spread(x_low, s, COLUMNS, NATIVE)
-                    upper = dot4(product, _four(top, top, top, top), upper, True, NATIVE)
-                    lower = dot4(product, _four(bottom, bottom, bottom, bottom), lower, False, NATIVE)
+                    upper = dot4(product, four(top, top, top, top), upper, True, NATIVE)
+                    lower = dot4(product, four(bottom, bottom, bottom, bottom), lower, False, NATIVE)
         # Bytes are centred by the sum of the group's integers: within 31 bits, though terms on the way may wrap round.
         centre = (sum_high * 256 + sum_low) * (510 // COLUMNS)
-        whole = upper * 256 + lower - _four(centre, centre, centre, centre)
+        whole = upper * 256 + lower - four(centre, centre, centre, centre)
         step = tl.load(steps_ptr + g, mask=g < GROUPS, other=0.0)
-        acc += whole.to(tl.float32) * _four(step, step, step, step)
-    y = tl.reshape(tl.sum(acc, axis=0), (_QUAD * LANES,))
+        acc += whole.to(tl.float32) * four(step, step, step, step)
+    y = tl.reshape(tl.sum(acc, axis=0), (QUAD * LANES,))
     y *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32) * UNIT
     if R > 0:
         latent = tl.sum(parts, axis=0)

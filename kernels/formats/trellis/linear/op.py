@@ -37,7 +37,7 @@ def product(
     if dispatch.at_most(m, dispatch.DECODE_TOKENS):
         words, steps, empty = prepare(x, None, None, 1, None)
         parts = empty if latent is None else latent.to(torch.float32)
-        splits = choose_splits(scales.shape[0], steps.shape[2], dispatch.processors(x.device))
+        splits = choose_splits(scales.shape[0], steps.shape[2], columns, dispatch.processors(x.device))
         return trellis_product(
             words, steps, parts, scales, codes, bias, None, up, up_scale, step, columns, window, strip, k, splits,
             x.dtype, residual,

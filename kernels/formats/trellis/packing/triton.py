@@ -1,5 +1,7 @@
 """Dequantise in one pass: read the bit strings with rows in lanes, write (N, K), and add the low-rank branch.
 
+Four rows of a string begin within 28 bits of a word and need at most 59 bits, so two words serve a thread's four rows.
+
 Names: STEP new bits of a step, COLUMNS of a state, PAIRS = ceil(K / COLUMNS) strings of a strip, WINDOW bits of a
 state, STRIP rows of each strip but the last of STRIPS.
 """
@@ -13,6 +15,8 @@ from lopro_fx.kernels.formats.trellis.code import MULTIPLIER as _MULTIPLIER
 from lopro_fx.kernels.formats.trellis.code import UNIT as _UNIT
 from lopro_fx.kernels.tiles import dot4
 
+# Rows of a thread.
+QUAD = tl.constexpr(4)
 MULTIPLIER = tl.constexpr(_MULTIPLIER)
 UNIT = tl.constexpr(_UNIT)
 
@@ -27,6 +31,12 @@ def strings_of(
     LAST: tl.constexpr = (N - (STRIPS - 1) * STRIP + 31) // 32 * STEP
     length = tl.where(strip == STRIPS - 1, LAST, WHOLE)
     return strip.to(tl.int64) * (WHOLE * PAIRS), length, (n - strip * STRIP) * STEP
+
+
+@triton.jit
+def four(a, b, c, d):
+    """(…, 2, 2) whose entries in order are a, b, c, d."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
@@ -57,22 +67,29 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
     HAS_DOWN_SCALE: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows by BLOCK_K columns."""
-    first, start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
+    """One program: BLOCK_N rows by BLOCK_K columns; neighbouring programs write neighbouring columns."""
+    tl.static_assert(28 + 3 * STEP + WINDOW <= 64)
+    first, start = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
     BLOCK_P: tl.constexpr = BLOCK_K // COLUMNS
     rows = tl.arange(0, BLOCK_N)
     n, k = first + rows, start + tl.arange(0, BLOCK_K)
     inside = n < N
-    strip, length, bit = strings_of(n, N, PAIRS, STEP, STRIP, STRIPS)
+    quad = first + QUAD * tl.arange(0, BLOCK_N // QUAD)
+    strip, length, bit = strings_of(quad, N, PAIRS, STEP, STRIP, STRIPS)
     # A tile starts at 64-bit addresses; inside it 32 bits are enough. Rows are the last dimension: neighbouring lanes.
     p = tl.arange(0, BLOCK_P)[:, None]
     word = bit // 32
     at = codes_ptr + (strip + (start // COLUMNS).to(tl.int64) * length + word)[None, :] + p * length[None, :]
-    there = inside[None, :] & (start // COLUMNS + p < PAIRS)
+    there = (quad < N)[None, :] & (start // COLUMNS + p < PAIRS)
     low = tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
     # Zeros follow the end of a string.
     high = tl.load(at + 1, mask=there & (word + 1 < length)[None, :], other=0).to(tl.int64)
-    states = ((low | (high << 32)) >> (bit % 32)[None, :]).to(tl.int32) & ((1 << WINDOW) - 1)
+    both, shift = low | (high << 32), (bit % 32).to(tl.int64)[None, :]
+    states = four(
+        (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
+        (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
+    )  # fmt: skip
+    states = tl.reshape(states, (BLOCK_P, BLOCK_N)) & ((1 << WINDOW) - 1)
     product = products(states)
     if COLUMNS == 1:
         weight = tl.trans(_value(product, 0x01010101, 510.0, NATIVE))

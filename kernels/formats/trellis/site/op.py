@@ -36,7 +36,7 @@ def trellis_site(
         from lopro_fx.kernels.formats.trellis.decode.device import choose_splits, prepare, trellis_product
 
         words, steps, latent = prepare(rows, perm, signs, block, down, *before)
-        splits = choose_splits(scales.shape[0], steps.shape[2], dispatch.processors(x.device))
+        splits = choose_splits(scales.shape[0], steps.shape[2], columns, dispatch.processors(x.device))
         y = trellis_product(
             words, steps, latent, scales, codes, bias, down_scale, up, up_scale, step, columns, window, strip,
             rows.shape[1], splits, x.dtype, residual,
