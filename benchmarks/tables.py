@@ -43,6 +43,24 @@ _SERVING = {
     "memory-smollm2-3": "SmolLM2-135M, peak memory of generation, 3 bits against eager bf16",
     "memory-wide-3": "wide, peak memory of generation, 3 bits against eager bf16",
 }
+_GPU = {
+    "decode 8192x28672": "28672×8192, 1",
+    "decode 4096x14336": "14336×4096, 1",
+    "trellis 1": "28672×8192, 1, trellis",
+    "trellis 2048": "28672×8192, 2048, trellis",
+    "prefill 2048": "28672×8192, 2048",
+    "prefill 8192": "28672×8192, 8192",
+}
+_CONTENDERS = {
+    "bf16": "bf16",
+    "site 2": "2 bits, rotation, rank 16",
+    "site 3": "3 bits, rotation, rank 16",
+    "site 4": "4 bits, rotation, rank 16",
+    "matmul 4": "4 bits",
+    "int4pack": "`aten::_weight_int4pack_mm`, 4 bits",
+    "dense 4": "4 bits, rotation, rank 16",
+    "w4a8, step a token": "4 bits, int8 activations, rotation",
+}
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
 _BEST = (
     "fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "trellis-4", "trellis-3", "lopro-2-g64",
@@ -85,6 +103,29 @@ def linears() -> str:
     return _table(("weight", "tokens", "kernel", "time", "times bf16"), lines)
 
 
+def gpu(cases: Iterable[str] = _GPU) -> str:
+    """Products on a GPU: microseconds, and how many times faster than bf16."""
+    lines = []
+    for case in cases:
+        found = {row["contender"]: row for row in _rows("gpu_linear") if row["case"] == case and "microseconds" in row}
+        for name, row in found.items():
+            if (label := _CONTENDERS.get(name)) and "form" not in row:
+                times = f"{row['speed_beside_bf16']:.2f}"
+                lines.append((_GPU[case], label, f"{row['microseconds']:.1f} us", times))
+    return _table(("weight, tokens", "product", "time", "times bf16"), lines)
+
+
+def solving() -> str:
+    """Time to solve one layer, on the CPU and on the GPU."""
+    here, there = ({row["case"]: row for row in _rows(name)} for name in ("solve_layer", "gpu_solve_layer"))
+    lines = [
+        (name, *(f"{rows[name]['seconds']:.{digits}f} s" for rows, digits in ((here, 0), (there, 2))),
+         *(f"{rows[name]['relative_loss']:.5f}" for rows in (here, there)))
+        for name in here if name in there
+    ]  # fmt: skip
+    return _table(("method", "CPU", "H100", "loss, CPU", "loss, H100"), lines)
+
+
 def families() -> str:
     """What became of every architecture, by step."""
     columns = [name for name in _rows("families")[0] if name not in ("architecture", "seconds")]
@@ -104,6 +145,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-brief": lambda: serving(_BRIEF),
     "linears": linears,
     "families": families,
+    "gpu": gpu,
+    "solving": solving,
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
 
@@ -62,6 +63,9 @@ def test_a_few_tokens_compile_to_the_fused_product(dtype: torch.dtype) -> None:
     assert_close("compiled", run(program, x), got, TOLERANCE[dtype])
 
 
+@pytest.mark.xfail(
+    TorchVersion(torch.__version__) < "2.12", reason="Inductor of torch 2.11 gives other values, on a CPU too"
+)
 def test_a_free_length_is_compiled_once() -> None:
     program = on_cuda(optimized(torch.bfloat16, (2, 9), dynamic=True))
     compiled = torch.compile(program.module(), fullgraph=True, dynamic=True)

@@ -99,8 +99,8 @@ def test_a_few_tokens(plain, optimized) -> None:
     packed = row(report, "packed_linear", "blocks.0.gate")
     # Where no rotation writes it so, the activation is reordered on its own.
     assert packed["kernels"] == ["aten", "packed_linear_device"]
-    assert packed["read"] == {"x": 1024, "intermediate": 2048, "codes": 48 * 12, "scales": 96, "zeros": 24, "bias": 192, "latent": 64,
-                              "up": 96, "up_scale": 4}  # fmt: skip
+    assert packed["read"] == {"x": 1024, "intermediate": 2048, "codes": 48 * 12, "scales": 96, "zeros": 24,
+                              "bias": 192, "latent": 64, "up": 96, "up_scale": 4}  # fmt: skip
     assert packed["written"] == {"intermediate": 2048, "output": 8 * 192}
     assert report.totals["flops"] == 8 * FLOPS
     whole = lopro_fx.backend_report(optimized, tokens=8)
