@@ -3,7 +3,8 @@
 Protocol: dequantised fp32 model; calibration on the first 32 x 512 tokens of c4_calib.txt; perplexity of the first 24
 windows of 512 tokens of wikitext2_test.txt, no BOS, no overlap, computed by the rewritten program on packed weights;
 zero-shot `acc` on the first 400 items of HellaSwag, PIQA and ARC-easy. Bits per weight count everything that replaced
-the weights. Rows are added to the result file as they finish; run with names of rows to redo only those.
+the weights. "perplexity_int8" is that of the CPU's kernels, which round activations to int8. Rows are added to the
+result file as they finish; run with names of rows to redo only those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.export import ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
 from benchmarks.common import DATA, RESULTS, save_result
-from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState, apply, calibrate
+from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState, apply, calibrate, optimize
 from lopro_fx.evaluation.perplexity import perplexity
 from lopro_fx.evaluation.text import read_text, token_windows
 from lopro_fx.evaluation.zeroshot import read_task, zero_shot
@@ -118,7 +119,10 @@ def main() -> None:
             state = calibrate(program, list(calibration.split(1)), ROWS[name])
             row |= {"config": state.config, "seconds": time.perf_counter() - started}
             row |= {"bits_per_weight": state.bits_per_weight, "packed_bytes": state.packed_bytes}
-            row["perplexity"] = perplexity(apply(program, state).module(), windows).ppl
+            quantised = apply(program, state)
+            row["perplexity"] = perplexity(quantised.module(), windows).ppl
+            rounding = optimize(quantised, target="cpu", activations="int8")
+            row["perplexity_int8"] = perplexity(rounding.module(), windows).ppl
         row["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print({key: value for key, value in row.items() if key != "config"}, flush=True)
         if name in args.tasks and name != TORCHAO:

@@ -8,6 +8,8 @@ weights, get the same token ids, and choose greedily.
     python -m benchmarks.serving prepare --llama-python PYTHON [names of files, e.g. wide/3.pt2]
     python -m benchmarks.serving run --llama-python PYTHON [names of rows]
 
+With `--llama-bench`, that program of ik_llama.cpp times its trellis types: decoding without a prompt, its own clock.
+
 Every side is a process of its own. All sides of a row are warm at once and their repetitions alternate, in turn
 forwards and backwards, so that what else happens on the machine hits them alike; a ratio is one of medians of one run.
 Decoding: 64 tokens after a prompt of 32, which is not timed. Prefill: 512 tokens, logits of the last. llama.cpp runs
@@ -34,8 +36,18 @@ from benchmarks.common import RESULTS, ROOT, save_result
 from benchmarks.serving_child import Child
 from benchmarks.serving_models import build, folder
 
-GGUF = {"smollm2": ("Q4_0",), "wide": ("Q2_K", "Q3_K_S", "Q4_0")}
-BITS = {"smollm2": (3, 4), "wide": (2, 3, 4)}
+GGUF = {
+    "smollm2": ("Q4_0",),
+    "wide": ("Q2_K", "Q3_K_S", "Q4_0", "IQ2_XXS", "IQ3_XXS", "IQ2_KT.ik", "IQ3_KT.ik"),
+}
+RANDOM = ("IQ2_XXS", "IQ3_XXS", "IQ2_KT.ik", "IQ3_KT.ik")
+PACKAGES = {
+    "smollm2": {"3": ("affine", 3), "4": ("affine", 4)},
+    "wide": {
+        "2": ("affine", 2), "3": ("affine", 3), "4": ("affine", 4),
+        "trellis-2": ("trellis", 2), "trellis-3": ("trellis", 3), "trellis-4": ("trellis", 4),
+    },
+}  # fmt: skip
 GROUP, RANK, HEAD = 128, 16, 8
 CACHE, DECODED, PROMPT, LONG_PROMPT = 640, 64, 32, 512
 
@@ -61,6 +73,14 @@ ROWS = {
     "decode-wide-2-bf16": Row("wide", "decode", "2.pt2", "bf16", 2.0),
     "decode-wide-3-bf16": Row("wide", "decode", "3.pt2", "bf16", 2.0),
     "decode-wide-4-bf16": Row("wide", "decode", "4.pt2", "bf16", 2.0),
+    "decode-wide-2-trellis": Row("wide", "decode", "trellis-2.pt2", "2.pt2", 0.85),
+    "decode-wide-3-trellis": Row("wide", "decode", "trellis-3.pt2", "3.pt2", 0.65),
+    "decode-wide-4-trellis": Row("wide", "decode", "trellis-4.pt2", "4.pt2", 0.8),
+    "prefill-wide-3-trellis": Row("wide", "prefill", "trellis-3.pt2", "3.pt2", 0.9),
+    "decode-wide-2-iq": Row("wide", "decode", "trellis-2.pt2", "IQ2_XXS.gguf", 1.0),
+    "decode-wide-3-iq": Row("wide", "decode", "trellis-3.pt2", "IQ3_XXS.gguf", 1.0),
+    "decode-wide-2-kt": Row("wide", "decode", "trellis-2.pt2", "IQ2_KT.ik.gguf", 1.0),
+    "decode-wide-3-kt": Row("wide", "decode", "trellis-3.pt2", "IQ3_KT.ik.gguf", 1.0),
     "memory-smollm2-3": Row("smollm2", "memory", "3.pt2", "bf16", 0.5),
     "memory-wide-3": Row("wide", "memory", "3.pt2", "bf16", 0.5),
 }
@@ -71,6 +91,7 @@ def main() -> None:
     parser.add_argument("command", choices=("prepare", "run"))
     parser.add_argument("names", nargs="*", help=f"files, or rows out of {', '.join(ROWS)}; default all")
     parser.add_argument("--llama-python", required=True, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--llama-bench", help="that program of ik_llama.cpp, for rows that end in -kt")
     parser.add_argument("--work", help="folder of models and packages; default in lopro_fx's cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
@@ -96,7 +117,7 @@ def prepare(name: str, args: argparse.Namespace) -> None:
     place = folder(name, args.work)
     place.mkdir(parents=True, exist_ok=True)
     ggufs = [place / f"{kind}.gguf" for kind in GGUF[name]]
-    packages = {place / f"{bits}.pt2": bits for bits in BITS[name]}
+    packages = {place / f"{stem}.pt2": kind for stem, kind in PACKAGES[name].items()}
     missing = [path for path in (*ggufs, *packages, place / "bf16") if not path.exists()]
     if args.names:
         missing = [path for path in missing if f"{name}/{path.name}" in args.names]
@@ -106,7 +127,11 @@ def prepare(name: str, args: argparse.Namespace) -> None:
     for path in missing:
         started = time.perf_counter()
         if path in packages:
-            _package(model, packages[path], path)
+            _package(model, *packages[path], path)
+        elif path.stem in RANDOM:
+            from benchmarks.serving_gguf import write_random
+
+            write_random(model, path, path.name.partition(".")[0])
         elif path.suffix == ".gguf":
             _quantize_gguf(model, path, args.llama_python)
         else:
@@ -114,11 +139,12 @@ def prepare(name: str, args: argparse.Namespace) -> None:
         print(f"{path}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def _package(model: Any, bits: int, path: Path) -> None:
+def _package(model: Any, format: str, bits: int, path: Path) -> None:
     import lopro_fx
     from benchmarks.serving_state import rounded_state
 
-    config = lopro_fx.LoPRo(bits=bits, group_size=GROUP, rank=RANK, head_bits=HEAD)
+    group = {"group_size": GROUP} if format == "affine" else {}
+    config = lopro_fx.LoPRo(format=format, bits=bits, rank=RANK, head_bits=HEAD, **group)
     programs = lopro_fx.export_for_generation(model, max_cache_len=CACHE)
     state = rounded_state(programs.decode, config)
     lopro_fx.package(programs.map(lambda program: lopro_fx.apply(program, state)), path)
@@ -167,7 +193,31 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "tokens_per_second": rates, "ratio": rates[0] / rates[1]}
 
 
-def _start(path: Path, mode: str, args: argparse.Namespace) -> Child:
+class LlamaBench:
+    """llama-bench of ik_llama.cpp on one model: a `Child` that can only decode."""
+
+    def __init__(self, program: str, path: Path, threads: int) -> None:
+        self._command = [program, "-m", str(path), "-t", str(threads), "-p", "0", "-r", "1", "-o", "json"]
+        self._info: dict[str, Any] = {}
+
+    def ask(self, task: str, tokens: int = 0, **request: Any) -> dict[str, Any]:  # noqa: ARG002
+        if task == "info":
+            return self._info
+        done = subprocess.run([*self._command, "-n", str(tokens)], stdout=subprocess.PIPE, check=True)
+        (found,) = json.loads(done.stdout)
+        self._info = {key: found[key] for key in ("build_commit", "build_number", "model_type")}
+        return {"seconds": found["avg_ns"] / 1e9}
+
+    def __enter__(self) -> LlamaBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _start(path: Path, mode: str, args: argparse.Namespace) -> Child | LlamaBench:
+    if path.name.endswith(".ik.gguf"):
+        return LlamaBench(args.llama_bench, path, args.threads)
     common = [str(path), "--threads", str(args.threads)]
     if path.suffix == ".gguf":
         command = [args.llama_python, "-m", "benchmarks.serving_llama", "serve", *common, "--cache", str(CACHE)]
@@ -183,7 +233,7 @@ def _start(path: Path, mode: str, args: argparse.Namespace) -> Child:
 def _size(path: Path) -> dict[str, Any]:
     from benchmarks.serving_gguf import contents
 
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.name.endswith(".ik.gguf"):
         return contents(path)
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return {"bytes": sum(file.stat().st_size for file in files)}

@@ -1,4 +1,4 @@
-"""Writes a transformers Llama model as a float32 GGUF, and says what a GGUF holds."""
+"""Writes a transformers Llama model as a float32 GGUF or with random codes, and says what a GGUF holds."""
 
 from __future__ import annotations
 
@@ -22,10 +22,70 @@ _LAYER = {
     "post_attention_layernorm": "ffn_norm",
 }
 
+# Number of a type, bytes of a row's fp32 scale and of 256 weights, and the place of their fp16 scale. The last two are
+# ik_llama.cpp's.
+_TYPES = {
+    "IQ2_XXS": (16, 0, 66, 0),
+    "IQ3_XXS": (18, 0, 98, 0),
+    "IQ2_KT": (153, 4, 68, None),
+    "IQ3_KT": (154, 4, 100, None),
+}
+_BLOCK = 256
+
 
 def write_gguf(model: Any, path: Path) -> None:
     """Writes `model` (LlamaForCausalLM, tied embeddings) to `path`, without a tokenizer: the benchmark gives ids."""
-    config = model.config
+    writer = _writer(model.config, path)
+    _add(writer, "token_embd", model.model.embed_tokens.weight)
+    _add(writer, "output_norm", model.model.norm.weight)
+    for index, layer in enumerate(model.model.layers):
+        for name, short in _LAYER.items():
+            weight = layer.get_submodule(name).weight
+            if short in ("attn_q", "attn_k"):
+                weight = _interleaved(weight, model.config.head_dim)
+            _add(writer, f"blk.{index}.{short}", weight)
+    _write(writer)
+
+
+def write_random(model: Any, path: Path, kind: str) -> None:
+    """Writes random weights of the shapes of `model` to `path`: Linears of the type `kind`, the rest as Q8_0 or fp32.
+
+    For timings of types whose quantisers need an importance matrix: every bit pattern but those of the scales is one of
+    their weights.
+    """
+    rng = np.random.default_rng(0)
+    writer = _writer(model.config, path)
+    table = model.model.embed_tokens.weight.detach().numpy()
+    writer.add_tensor("token_embd.weight", gguf.quantize(table, gguf.GGMLQuantizationType.Q8_0),
+                      raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
+    _add(writer, "output_norm", model.model.norm.weight)
+    for index, layer in enumerate(model.model.layers):
+        for name, short in _LAYER.items():
+            weight = layer.get_submodule(name).weight
+            if weight.dim() == 1:
+                _add(writer, f"blk.{index}.{short}", weight)
+            else:
+                _add_random(writer, f"blk.{index}.{short}.weight", tuple(weight.shape), kind, rng)
+    _write(writer)
+
+
+def _add_random(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], kind: str, rng: np.random.Generator
+) -> None:
+    number, head, size, place = _TYPES[kind]
+    rows, blocks = shape[0], shape[1] // _BLOCK
+    data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    if place is not None:
+        data[:, :, place : place + 2] = np.full(1, 0.002, np.float16).view(np.uint8)
+    data = data.reshape(rows, -1)
+    if head:
+        data = np.concatenate([np.full((rows, 1), 0.002, np.float32).view(np.uint8), data], 1)
+    # As int8, the shape is taken as it is: the writer does not know every type.
+    writer.add_tensor_info(name, shape, np.dtype(np.int8), data.nbytes, raw_dtype=number)
+    writer.tensors[-1][name].tensor = data
+
+
+def _writer(config: Any, path: Path) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -39,14 +99,10 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
-    _add(writer, "token_embd", model.model.embed_tokens.weight)
-    _add(writer, "output_norm", model.model.norm.weight)
-    for index, layer in enumerate(model.model.layers):
-        for name, short in _LAYER.items():
-            weight = layer.get_submodule(name).weight
-            if short in ("attn_q", "attn_k"):
-                weight = _interleaved(weight, config.head_dim)
-            _add(writer, f"blk.{index}.{short}", weight)
+    return writer
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

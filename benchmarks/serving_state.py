@@ -1,18 +1,24 @@
 """A quantised state made in a minute, for timings: all that LoPRo stores, without its search for accuracy.
 
 Random signs and Hadamard blocks, a rank-16 branch from the weights' own singular vectors, the rest rounded to nearest,
-the output projection in 8 bits: shapes, types and operators are those of a calibrated state, so the time is too.
+the output projection in 8 bits: shapes, types and operators are those of a calibrated state, so the time is too. The
+codes of the format "trellis" are drawn at random, since every string of bits is one of its weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx import RTN, LoPRo, QuantState
+from lopro_fx.kernels.formats.packed import Packed
+from lopro_fx.kernels.formats.quantizer import Rounded
+from lopro_fx.kernels.formats.trellis.code import code_words
+from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
 from lopro_fx.layer import Transform
 from lopro_fx.methods.base import Unit
 from lopro_fx.methods.lowrank import gram_components, round_factor
@@ -57,5 +63,29 @@ def _solve(weights: list[Tensor], config: LoPRo, generator: torch.Generator) -> 
     rows = [weight.shape[0] for weight in weights]
     ups = tuple(round_factor(part, config.factor_bits, 1) for part in (rotated @ directions.T).split(rows))
     rest = rotated - torch.cat([up.dense() for up in ups]) @ down.dense()
-    rounded = replace(config, clip_steps=0).quantizer.nearest(rest, rows)
+    quantizer = config.quantizer
+    if isinstance(quantizer, TrellisQuantizer):
+        rounded: Rounded = _RandomCodes(rest.square().mean(1).sqrt(), width, quantizer, generator)
+    else:
+        rounded = replace(config, clip_steps=0).quantizer.nearest(rest, rows)
     return GroupSolution(transform, rounded, down, ups, 0.0, 0.0, 0.0, "full")
+
+
+@dataclass(frozen=True)
+class _RandomCodes(Rounded):
+    """Random weights (m, width) in the format "trellis", with `scales` fp32 (m,)."""
+
+    scales: Tensor
+    width: int
+    quantizer: TrellisQuantizer
+    generator: torch.Generator
+
+    def split(self, rows: Sequence[int]) -> list[_RandomCodes]:
+        return [replace(self, scales=scales) for scales in self.scales.split(list(rows))]
+
+    def packed(self) -> Packed:
+        own, shape = self.quantizer, (len(self.scales), self.width)
+        count = code_words(shape, round(own.bits * own.columns), own.columns, own.strip)
+        codes = torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, generator=self.generator)
+        spec = {"bits": float(own.bits), "columns": own.columns, "window": own.window, "strip": own.strip}
+        return Packed("trellis", shape, spec, {"scales": self.scales.to(torch.float16), "codes": codes})

@@ -1,7 +1,8 @@
 """Time to solve one 4096 x 11008 layer at 3 bits: LoPRo of rank 16 and plain GPTQ in groups of 64, and the trellis.
 
 Weights and activations are random with outlier columns. Each method runs once, in one process. The loss is that of what
-is stored, on the plain Gram, over that of the weights.
+is stored, on the plain Gram, over that of the weights. With --gptqmodel, GPTQ of GPTQModel (with its own defaults) does
+the same, in an environment that has it; nothing in lopro_fx needs it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,22 @@ def approximation(solution: GroupSolution) -> Tensor:
     return solution.transform.inverse(dense)
 
 
+def by_gptqmodel(weight: Tensor, x: Tensor) -> tuple[Tensor, float]:
+    """Weight (m, n) rounded to 3 bits in groups of 64 on the tokens x (t, n), and seconds without those of the Gram."""
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ as Theirs
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+    linear.weight.data.copy_(weight)
+    solver = Theirs(linear, QuantizeConfig(bits=3, group_size=64, sym=False))
+    solver.quantizer.configure(perchannel=True)
+    for part in x.split(512):
+        solver.add_batch(part.unsqueeze(0), part[:, :1])
+    started = time.perf_counter()
+    rounded = solver.quantize()[0]
+    return rounded.to(torch.float32), time.perf_counter() - started
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -45,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gptqmodel", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -52,9 +70,14 @@ def main() -> None:
     weight = (torch.randn(m, n) * 0.02).to(device)
     x = (torch.randn(args.tokens, n) * torch.rand(n).mul(3).exp()).to(device)
     stats = Statistics({"gram": x.T @ x / args.tokens, "magnitude": x.abs().mean(0)}, args.tokens, args.tokens)
+    rows = []
+    if args.gptqmodel:
+        rounded, seconds = by_gptqmodel(weight, x)
+        loss = relative_loss(proxy_loss(weight - rounded, stats.gram), weight, stats.gram)
+        rows.append({"case": "gptq of GPTQModel", "seconds": seconds, "relative_loss": loss})
+        print(rows[-1], flush=True)
     del x
 
-    rows = []
     for name, config in _CASES.items():
         seconds = []
         # The first run on a GPU compiles kernels.

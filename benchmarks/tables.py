@@ -26,9 +26,11 @@ _SETTINGS = {
     "lopro-3-g64-unweighted": "LoPRo, rank 19, 3 bits g64, tokens count the same",
     "lopro-3-g64": '**LoPRo, rank 19, 3 bits g64, `importance="gradient"`**',
     "trellis-4": '`format="trellis"`, no branch, 4 bits',
+    "trellis-3-rank16": '`format="trellis"`, rank 16, 3 bits',
     "trellis-3": '**`format="trellis"`, no branch, 3 bits**',
     "hadamard-2-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 2 bits g32",
     "lopro-2-g64": '**LoPRo, rank 19, 2 bits g64, `importance="gradient"`**',
+    "trellis-2": '**`format="trellis"`, no branch, 2 bits**',
 }
 _SERVING = {
     "decode-smollm2-4": "SmolLM2-135M, decode of 64 tokens, 4 bits against Q4_0",
@@ -64,6 +66,7 @@ _CONTENDERS = {
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
 _BEST = (
     "fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "trellis-4", "trellis-3", "lopro-2-g64",
+    "trellis-2",
 )  # fmt: skip
 _TASKS = ("hellaswag", "piqa", "arc_easy")
 
@@ -117,13 +120,39 @@ def gpu(cases: Iterable[str] = _GPU) -> str:
 
 def solving() -> str:
     """Time to solve one layer, on the CPU and on the GPU."""
-    here, there = ({row["case"]: row for row in _rows(name)} for name in ("solve_layer", "gpu_solve_layer"))
+    sides = [{row["case"]: row for row in _rows(name)} for name in ("solve_layer", "gpu_solve_layer")]
+
+    def cells(case: str, column: str, formats: tuple[str, str]) -> list[str]:
+        return [
+            format(rows[case][column], form) if case in rows else "" for rows, form in zip(sides, formats, strict=True)
+        ]
+
     lines = [
-        (name, *(f"{rows[name]['seconds']:.{digits}f} s" for rows, digits in ((here, 0), (there, 2))),
-         *(f"{rows[name]['relative_loss']:.5f}" for rows in (here, there)))
-        for name in here if name in there
+        (case, *cells(case, "seconds", (".0f", ".2f")), *cells(case, "relative_loss", (".5f", ".5f")))
+        for case in sides[0]
+    ]
+    return _table(("method", "CPU, s", "H100, s", "loss, CPU", "loss, H100"), lines)
+
+
+def trellis() -> str:
+    """Relative loss of one layer's units by choice of the trellis format, and seconds to solve them."""
+    lines = [
+        (row["case"], *(f"{100 * loss:.3f} %" for loss in row["losses"]), f"{row['seconds']:.0f} s")
+        for row in _rows("trellis") if "case" in row
     ]  # fmt: skip
-    return _table(("method", "CPU", "H100", "loss, CPU", "loss, H100"), lines)
+    return _table(("choice", "q/k/v", "o", "gate/up", "down", "time"), lines)
+
+
+def searching() -> str:
+    """Microseconds a weight of the trellis's search, by instruction set, bits and window."""
+    rows = [row for row in _rows("trellis") if "search" in row]
+    times = {(row["search"], row["bits"], row["window"]): f"{1e6 / row['weights_per_second']:.2f} us" for row in rows}
+    sizes = sorted({row["window"] for row in rows})
+    lines = [
+        (path, str(bits), *(times[path, bits, window] for window in sizes))
+        for path, bits in dict.fromkeys((row["search"], row["bits"]) for row in rows)
+    ]
+    return _table(("instructions", "bits", *(f"window {window}" for window in sizes)), lines)
 
 
 def families() -> str:
@@ -147,6 +176,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "gpu": gpu,
     "solving": solving,
+    "trellis": trellis,
+    "searching": searching,
 }
 
 
