@@ -17,7 +17,7 @@ from lopro_fx.layer import dense_weight
 from lopro_fx.models.export import export_view
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.lookups import size_ranges, user_placeholders
-from lopro_fx.quantize import select
+from lopro_fx.selection import select
 
 STEPS = ("quantises", "program", "generates", "folder")
 COLUMNS = ("exports", *(f"{step}/{bits}" for bits in (0, 8) for step in STEPS))

@@ -8,7 +8,8 @@ weights, get the same token ids, and choose greedily.
     python -m benchmarks.serving prepare --llama-python PYTHON [names of files, e.g. wide/3.pt2]
     python -m benchmarks.serving run --llama-python PYTHON [names of rows]
 
-With `--llama-bench`, that program of ik_llama.cpp times its trellis types: decoding without a prompt, its own clock.
+With `--llama-bench`, that program of ik_llama.cpp times types that need an importance matrix, with random codes:
+decoding without a prompt, by its own clock.
 
 Every side is a process of its own. All sides of a row are warm at once and their repetitions alternate, in turn
 forwards and backwards, so that what else happens on the machine hits them alike; a ratio is one of medians of one run.
@@ -36,11 +37,11 @@ from benchmarks.common import RESULTS, ROOT, save_result
 from benchmarks.serving_child import Child
 from benchmarks.serving_models import build, folder
 
+RANDOM = ("IQ2_XXS.ik", "IQ3_XXS.ik", "IQ2_KT.ik", "IQ3_KT.ik")
 GGUF = {
     "smollm2": ("Q4_0",),
-    "wide": ("Q2_K", "Q3_K_S", "Q4_0", "IQ2_XXS", "IQ3_XXS", "IQ2_KT.ik", "IQ3_KT.ik"),
+    "wide": ("Q2_K", "Q3_K_S", "Q4_0", *RANDOM),
 }
-RANDOM = ("IQ2_XXS", "IQ3_XXS", "IQ2_KT.ik", "IQ3_KT.ik")
 PACKAGES = {
     "smollm2": {"3": ("affine", 3), "4": ("affine", 4)},
     "wide": {
@@ -77,8 +78,8 @@ ROWS = {
     "decode-wide-3-trellis": Row("wide", "decode", "trellis-3.pt2", "3.pt2", 0.65),
     "decode-wide-4-trellis": Row("wide", "decode", "trellis-4.pt2", "4.pt2", 0.8),
     "prefill-wide-3-trellis": Row("wide", "prefill", "trellis-3.pt2", "3.pt2", 0.9),
-    "decode-wide-2-iq": Row("wide", "decode", "trellis-2.pt2", "IQ2_XXS.gguf", 1.0),
-    "decode-wide-3-iq": Row("wide", "decode", "trellis-3.pt2", "IQ3_XXS.gguf", 1.0),
+    "decode-wide-2-iq": Row("wide", "decode", "trellis-2.pt2", "IQ2_XXS.ik.gguf", 1.0),
+    "decode-wide-3-iq": Row("wide", "decode", "trellis-3.pt2", "IQ3_XXS.ik.gguf", 1.0),
     "decode-wide-2-kt": Row("wide", "decode", "trellis-2.pt2", "IQ2_KT.ik.gguf", 1.0),
     "decode-wide-3-kt": Row("wide", "decode", "trellis-3.pt2", "IQ3_KT.ik.gguf", 1.0),
     "memory-smollm2-3": Row("smollm2", "memory", "3.pt2", "bf16", 0.5),
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("command", choices=("prepare", "run"))
     parser.add_argument("names", nargs="*", help=f"files, or rows out of {', '.join(ROWS)}; default all")
     parser.add_argument("--llama-python", required=True, help="interpreter that has llama-cpp-python")
-    parser.add_argument("--llama-bench", help="that program of ik_llama.cpp, for rows that end in -kt")
+    parser.add_argument("--llama-bench", help="that program of ik_llama.cpp, for rows that end in -iq or -kt")
     parser.add_argument("--work", help="folder of models and packages; default in lopro_fx's cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)

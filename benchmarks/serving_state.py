@@ -28,7 +28,7 @@ from lopro_fx.methods.rtn import solve_data_free
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.sites import Group, weight_of
-from lopro_fx.quantize import select
+from lopro_fx.selection import select
 
 
 def rounded_state(program: ExportedProgram, config: LoPRo) -> QuantState:

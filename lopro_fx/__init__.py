@@ -6,6 +6,7 @@ from typing import Any
 
 import lopro_fx.kernels.ops  # registers the lopro:: operators
 from lopro_fx.__about__ import __version__
+from lopro_fx.budget import Budget, Plan
 from lopro_fx.errors import CalibrationError, CheckpointError, ConfigError, GraphError, LoProError, ModelError
 from lopro_fx.generation.export import export_for_generation
 from lopro_fx.generation.generate import generate
@@ -19,6 +20,7 @@ from lopro_fx.methods.rtn import RTN
 from lopro_fx.packages.aoti import export_aoti
 from lopro_fx.packages.package import load_package, package
 from lopro_fx.passes.optimize import optimize
+from lopro_fx.plan import plan
 from lopro_fx.quantize import apply, calibrate, quantize
 from lopro_fx.report import BackendReport, Explanation, Report, backend_report, explain, report
 from lopro_fx.state import QuantState
@@ -28,6 +30,7 @@ __all__ = [
     "GPTQ",
     "RTN",
     "BackendReport",
+    "Budget",
     "CacheSpec",
     "CalibrationError",
     "CheckpointError",
@@ -40,6 +43,7 @@ __all__ = [
     "LoProError",
     "Method",
     "ModelError",
+    "Plan",
     "QuantState",
     "Report",
     "__version__",
@@ -56,6 +60,7 @@ __all__ = [
     "optimize",
     "pack_model",
     "package",
+    "plan",
     "quantize",
     "report",
     "save",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,27 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx import __about__
+from lopro_fx.budget import Budget
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.importance import measure_importance
+from lopro_fx.calibration.importance import Importance, measure_importance
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
-from lopro_fx.errors import CalibrationError, ConfigError, GraphError, LoProError, first_line
+from lopro_fx.errors import CalibrationError, ConfigError, LoProError, first_line
 from lopro_fx.kernels.formats.registry import format_of
 from lopro_fx.layer import Activation, Input, Layer, stored_bytes
-from lopro_fx.methods.base import Context, Method, Solved, Unit
+from lopro_fx.methods.base import Context, Method, Solved, Unit, seed_of
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import pack_solution
-from lopro_fx.methods.rtn import RTN, solve_data_free
+from lopro_fx.methods.rtn import RTN, head_method, solve_data_free
 from lopro_fx.methods.verify import verified
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.passes.record import Record, is_quantised, require_program
+from lopro_fx.passes.record import Record, require_program
 from lopro_fx.passes.rewrite import RewritePass
-from lopro_fx.passes.sites import Group, Selection, find_sites, weight_of
+from lopro_fx.passes.sites import Group, Selection, weight_of
+from lopro_fx.plan import PLANNED, plannable, planned
 from lopro_fx.progress import Progress, bar
+from lopro_fx.selection import require_finite, select, warn_of_patterns
 from lopro_fx.state import QuantState
 from lopro_fx.store.journal import Journal
 
@@ -44,6 +45,7 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     config: Method | None = None,
     *,
+    budget: Budget | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
@@ -55,6 +57,8 @@ def quantize(
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
         config: `LoPRo` (default), `GPTQ`, `RTN`, or another method.
+        budget: size of all packed tensors; bits, group size and format of every Linear are then chosen to fit it with
+            the least predicted loss, see `plan`.
         resume: folder that keeps each finished unit, so that a stopped run continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
         device: where to measure and solve; by default the device of the program's tensors. They stay there: each weight
@@ -65,12 +69,12 @@ def quantize(
         the linear operator of another format. With `head_bits`, a tied embedding is `lopro::packed_embedding`.
 
     Raises:
-        ConfigError: torch can't compute on `device`.
+        ConfigError: torch can't compute on `device`, or `budget` can't be met.
         GraphError: no Linear to quantise, or a weight holds NaN or infinity in fp32.
         CalibrationError: a batch doesn't fit the program, or an activation is not finite.
         CheckpointError: `resume` holds another run, or can't be written.
     """
-    state = calibrate(program, calibration, config, resume=resume, progress=progress, device=device)
+    state = calibrate(program, calibration, config, budget=budget, resume=resume, progress=progress, device=device)
     return apply(program, state)
 
 
@@ -81,6 +85,7 @@ def calibrate(
     calibration: Iterable[Any] | None = None,
     config: Method | None = None,
     *,
+    budget: Budget | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
@@ -92,9 +97,14 @@ def calibrate(
         raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
     place, home = home_of(program) if device is None else available(device), home_of(program)
     program = as_linears(program)
+    if budget is not None:
+        plannable(config)
+        if calibration is None:
+            raise ConfigError("a budget is divided by what calibration measures; pass batches of real text")
     selection = select(program, config)
-    _warn_of_patterns(selection, config)
-    _require_finite(program, selection)
+    warn_of_patterns(selection, config)
+    settings = _settings(selection, config)
+    require_finite(program, selection)
     batches = None if calibration is None else flatten_batches(program, calibration, place)
     if batches is None and config.needs_data and config.observers():
         warnings.warn(
@@ -103,18 +113,21 @@ def calibrate(
             stacklevel=3,
         )
     started = time.monotonic()
-    journal = Journal(resume, program, config, batches) if resume else None
+    journal = Journal(resume, program, config, batches, budget) if resume else None
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         result = _Result(selection, progress or stack.enter_context(bar("quantise")))
         importance = None
         if batches and selection.groups and config.importance == "gradient":
             importance = measure_importance(program, selection.groups, batches, config.seed, result.progress, place)
+        if budget is not None and batches is not None:
+            config = _planned(program, selection, batches, config, budget, importance, journal, result.progress, place)
+            settings = _settings(selection, config)
         replay = Replay(program, selection.groups, batches, config, importance, place)
         for unit, seen in replay.units():
             solved = journal and journal.read(unit.name)
             if solved is None:
-                solved = _at_home(_solve(unit, seen, config, place), home)
+                solved = _at_home(_solve(unit, seen, settings[unit.name], place), home)
                 if journal:
                     journal.write(solved)
             result.add(solved, seen)
@@ -158,44 +171,33 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
     return RewritePass(state.inputs, state.layers, record)(as_linears(program))
 
 
-def select(program: ExportedProgram, config: Method) -> Selection:
-    """Select the Linears to quantise in a program after `as_linears`.
-
-    Raises:
-        GraphError: none is taken.
-    """
-    selection = find_sites(program, config.include, config.exclude, heads=config.head_bits > 0)
-    if not selection.sites:
-        if is_quantised(program):
-            raise GraphError("this program is quantised already: take the one before lopro_fx.quantize")
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in selection.skipped[:3]) or "it has no aten.linear"
-        raise GraphError(f"nothing to quantise in this program ({reasons})")
-    return selection
+def _settings(selection: Selection, config: Method) -> dict[str, Method]:
+    """The method of each unit, with its overrides."""
+    return {group.name: config.for_unit([site.name for site in group.sites]) for group in selection.groups}
 
 
-def _warn_of_patterns(selection: Selection, config: Method) -> None:
-    """Warn of patterns that match no Linear: a mistyped one takes nothing, or excludes nothing."""
-    names = [*(site.name for site in selection.sites), *(item.name for item in selection.skipped)]
-    for what in ("include", "exclude"):
-        for pattern in getattr(config, what):
-            if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
-                warnings.warn(f"{what}='{pattern}' matches no Linear of this program", stacklevel=4)
-
-
-def _require_finite(program: ExportedProgram, selection: Selection) -> None:
-    most = torch.finfo(torch.float32).max
-    for site in selection.sites:
-        # False for NaN too.
-        if not weight_of(program, site).abs().amax() <= most:
-            raise GraphError(
-                f"the weight of '{site.name}' holds NaN, infinity or more than fp32 can hold; exclude it or repair the "
-                "model"
-            )
-
-
-def seed_of(name: str, seed: int) -> int:
-    """Derive the seed of the unit `name` in a run with `seed`: the same in every process and version."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+def _planned(
+    program: ExportedProgram,
+    selection: Selection,
+    batches: Sequence[Sequence[Any]],
+    config: Method,
+    budget: Budget,
+    importance: Mapping[str, Importance] | None,
+    journal: Journal | None,
+    progress: Progress,
+    place: torch.device,
+) -> Method:
+    """Return the method with a plan's overrides; a run that continues follows the plan that it began with."""
+    found = journal.read_overrides() if journal else None
+    if found is None:
+        if importance is None:
+            importance = measure_importance(program, selection.groups, batches[:PLANNED], config.seed, progress, place)
+        found = planned(
+            program, selection, batches, plannable(config), budget, importance, progress, place
+        ).method.overrides
+        if journal:
+            journal.write_overrides(found)
+    return replace(config, overrides=found)
 
 
 def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) -> Solved:
@@ -239,8 +241,7 @@ def _rounding(solved: Solved, config: Method) -> Solved:
 def _round_head(head: Group, weight: Tensor, config: Method) -> Solved:
     """Round an output projection to nearest; the embeddings that share its weight will read it too."""
     started = time.monotonic()
-    shared = {name: getattr(config, name, None) for name in ("group_size", "clip_steps")}
-    rtn = RTN(bits=config.head_bits, **{name: value for name, value in shared.items() if value is not None})
+    rtn = head_method(config)
     unit = Unit(head.name, tuple(site.name for site in head.sites), [weight])
     solved = pack_solution(unit, solve_data_free(weight, rtn.quantizer))
     layers = tuple(replace(layer, embedding=True) for layer in solved.layers)

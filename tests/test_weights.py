@@ -15,7 +15,7 @@ from lopro_fx import RTN, LoPRo
 from lopro_fx.commands.target import Target
 from lopro_fx.layer import dense_weight
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.quantize import select
+from lopro_fx.selection import select
 from tests.helpers import TOLERANCE, assert_close
 from tests.programs import WIDTH, export, rows, seeded
 

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 import lopro_fx
+from lopro_fx.budget import Budget
 from lopro_fx.commands import data, output, target
 from lopro_fx.commands.method import add_method, method_of
 from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
@@ -23,9 +24,10 @@ from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.models.positions import configured_limit
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.linears import as_linears
+from lopro_fx.plan import plannable
 from lopro_fx.progress import reporting
-from lopro_fx.quantize import select
 from lopro_fx.report.table import render
+from lopro_fx.selection import select
 from lopro_fx.state import state_of
 from lopro_fx.store.files import same_place
 from lopro_fx.tokens import require_known, require_length
@@ -43,6 +45,14 @@ def add(parser: ArgumentParser) -> None:
     )
     add_device(parser)
     add_method(parser)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--budget",
+        type=float,
+        metavar="N",
+        help="bits per weight in all; each layer gets the bits that lower the loss most",
+    )
+    size.add_argument("--max-bytes", type=int, metavar="N", help="the same in bytes of packed tensors")
     parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
     data.positive(parser, "--calib-samples", 32, "calibration windows")
     parser.add_argument("--eval", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
@@ -56,7 +66,7 @@ def add(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     started = time.monotonic()
-    config, device = method_of(args), device_of(args)
+    config, device, budget = method_of(args), device_of(args), _budget(args, method_of(args))
     output.check_json_path(args.json)
     if args.out and args.json:
         for folder in (Path(args.out), target.journal_of(Path(args.out))):
@@ -81,9 +91,9 @@ def run(args: Namespace) -> None:
     require_length(source.program, args.seq_len, "--seq-len")
     selection = select(as_linears(source.program), config)
     if out is not None:
-        out.require_space(source.program, selection, config)
+        out.require_space(source.program, selection, config, budget)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows, device)
-    quantized, seconds = _quantize(source, samples, config, out, device)
+    quantized, seconds = _quantize(source, samples, config, budget, out, device)
     tokenizer, name, origin, settings = source.tokenizer, source.name, source.origin, source.settings
     # Without this, the original weights would stay in memory during the second evaluation.
     del source
@@ -98,6 +108,9 @@ def run(args: Namespace) -> None:
         "device": device_name(device),
         **figures,
         "config": config.to_dict(),
+        "budget": None
+        if budget is None
+        else {name: value for name, value in vars(budget).items() if value is not None},
         "calibration": {"text": texts[0].name, "windows": len(samples), "seq_len": args.seq_len},
         "evaluation": {
             "text": texts[1].name,
@@ -121,8 +134,21 @@ def run(args: Namespace) -> None:
         output.deliver(args.json, result, _table(result, args.out))
 
 
+def _budget(args: Namespace, config: Method) -> Budget | None:
+    """Read the budget, and refuse a method that has no options."""
+    if args.budget is None and args.max_bytes is None:
+        return None
+    plannable(config)
+    return Budget(bits_per_weight=args.budget, max_bytes=args.max_bytes)
+
+
 def _quantize(
-    source: Source, samples: torch.Tensor, config: Method, out: target.Target | None, device: torch.device
+    source: Source,
+    samples: torch.Tensor,
+    config: Method,
+    budget: Budget | None,
+    out: target.Target | None,
+    device: torch.device,
 ) -> tuple[ExportedProgram, float]:
     started = time.monotonic()
     with reporting("quantise") as progress:
@@ -130,6 +156,7 @@ def _quantize(
             source.program,
             list(samples.split(1)),
             config,
+            budget=budget,
             resume=None if out is None else out.journal,
             progress=progress,
             device=device,
@@ -192,5 +219,5 @@ def _table(result: dict[str, Any], out: str | None) -> str:
         ("files before", "not known" if before is None else f"{before:,} bytes"),
         ("files after", size),
     ]
-    bits = f", {result['config']['bits']} bits" if "bits" in result["config"] else ""
+    bits = f", {result['config']['bits']} bits" if "bits" in result["config"] and not result["budget"] else ""
     return render(result["method"] + bits, ("", ""), rows, width=120)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from lopro_fx.budget import Budget
 from lopro_fx.commands.output import write_result
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.layer import stored_bytes
@@ -52,7 +53,9 @@ class Target:
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"--out {first_line(error)}") from error
 
-    def require_space(self, program: ExportedProgram, selection: Selection, config: Method) -> None:
+    def require_space(
+        self, program: ExportedProgram, selection: Selection, config: Method, budget: Budget | None = None
+    ) -> None:
         """Refuse a disk that can't hold the journal and the result.
 
         Raises:
@@ -61,10 +64,12 @@ class Target:
         taken = {identity(tensor_of(program, site.weight)) for site in selection.sites}
         kept = stored_bytes(tensor for _, tensor in unique(program.state_dict) if identity(tensor) not in taken)
         heads = {site.name for head in selection.heads for site in head.sites}
-        # Packed tensors are in the journal and in the result.
         packed = sum(site.out_features * site.in_features
-                     * (config.head_bits + 1 if site.name in heads else config.most_bits()) / 8
+                     * (config.head_bits + 1 if site.name in heads else config.for_unit([site.name]).most_bits()) / 8
                      for site in selection.sites)  # fmt: skip
+        if budget is not None:
+            packed = budget.bytes_for(sum(site.out_features * site.in_features for site in selection.sites))
+        # Packed tensors are in the journal and in the result.
         needed = kept + 2 * math.ceil(packed)
         free = shutil.disk_usage(self.journal.parent).free
         if free < needed:

@@ -6,13 +6,16 @@ value and the allowed range.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lopro_fx.errors import ConfigError
 from lopro_fx.kernels.activation.reference import BITS
 from lopro_fx.layer import Input, Layer, Transform
 from lopro_fx.methods import checks
@@ -22,6 +25,10 @@ HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
 ACT_BITS = (0, *BITS)
 ACT_GROUPS = (0, 32, 64, 128, -1)
+# Settings of a whole run, which no Linear can have for itself.
+_OF_RUN = (
+    "include", "exclude", "head_bits", "token_clip", "importance", "sequential", "seed", "overrides",
+)  # fmt: skip
 # Keys of a setting's help text, and of what reads its flag, in its field's metadata.
 HELP, KIND = "help", "kind"
 
@@ -66,6 +73,11 @@ class Context:
     generator: torch.Generator
 
 
+def seed_of(name: str, seed: int) -> int:
+    """Derive the seed of the unit `name` in a run with `seed`: the same in every process and version."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
 @dataclass(frozen=True)
 class Solved:
     """Result of a unit: its input, and its layers in the unit's order.
@@ -102,6 +114,9 @@ class Method:
         act_group: columns that share a step: 32, 64, 128, -1 for all of a token's, or 0 for the size that compiled
             kernels take: 128 for a rotated input, else 32, limited by the weight's column groups.
         seed: seed of every random choice (signs, sketches).
+        overrides: settings of some Linears, by fnmatch pattern on the fully qualified name, such as
+            `{"*.down_proj": {"bits": 4}}`; of several patterns that match, the last one counts. Linears that read one
+            tensor are solved together and must get the same.
     """
 
     include: tuple[str, ...] = setting(("*",), "Linears to take (repeatable)")
@@ -117,6 +132,7 @@ class Method:
     act_bits: int = setting(0, "of a rounded activation: 8, 4, or 0 to keep it (default: 0)")
     act_group: int = 0
     seed: int = setting(0, "of every random choice (default: 0)")
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     # Key in the registry, in files and on the command line.
     name: ClassVar[str]
     # Whether it loses accuracy without calibration.
@@ -134,6 +150,50 @@ class Method:
         checks.choice(self, "act_group", ACT_GROUPS)
         checks.whole(self, "seed", 0, 2**63 - 1)
         checks.flag(self, "sequential")
+        checks.mapping(self, "overrides")
+        for pattern, values in self.overrides.items():
+            self._overridden(pattern, values)
+
+    def changed(self, values: Mapping[str, Any]) -> Method:
+        """Return the method with other settings, without overrides.
+
+        Raises:
+            ConfigError: a setting is unknown, or a value is not allowed.
+        """
+        known = {field.name for field in fields(self)}
+        for name in values:
+            if name not in known or name in _OF_RUN:
+                reason = "is a setting of the whole run" if name in known else "is no such setting"
+                own = ", ".join(sorted(known.difference(_OF_RUN)))
+                raise ConfigError(f"'{name}' {reason}; a Linear's own are {own}")
+        return replace(self, **{"overrides": {}, **values})
+
+    def for_unit(self, names: Sequence[str]) -> Method:
+        """Return the method with the settings of these Linears, which read one tensor.
+
+        Raises:
+            ConfigError: `overrides` gives them different settings.
+        """
+        found = {name: self._override(name) for name in names}
+        first = found[names[0]]
+        for name, values in found.items():
+            if values != first:
+                raise ConfigError(
+                    f"overrides: '{names[0]}' and '{name}' read one tensor and are solved together, but get {first} "
+                    f"and {values}; give both the same"
+                )
+        return self.changed(first) if self.overrides else self
+
+    def _override(self, name: str) -> Mapping[str, Any]:
+        patterns = [pattern for pattern in self.overrides if fnmatchcase(name, pattern)]
+        return self.overrides[patterns[-1]] if patterns else {}
+
+    def _overridden(self, pattern: str, values: Mapping[str, Any]) -> None:
+        """Require that `values` can replace the method's own."""
+        try:
+            self.changed(values)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"overrides[{pattern!r}] = {values!r}: {error}") from error
 
     def observers(self) -> Sequence[Observer]:
         """Return the observers to run on each input; () for a method without data."""

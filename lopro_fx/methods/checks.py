@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lopro_fx.errors import ConfigError
@@ -39,3 +40,16 @@ def patterns(config: object, name: str) -> None:
     if not isinstance(patterns, (tuple, list, set, frozenset)) or not all(isinstance(item, str) for item in patterns):
         raise ConfigError(f"{type(config).__name__}({name}={value!r}): must be names or patterns, as strings")
     object.__setattr__(config, name, tuple(patterns))
+
+
+def mapping(config: object, name: str) -> None:
+    """Make a plain dict of settings by pattern."""
+    value = getattr(config, name)
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key, str) and isinstance(settings, Mapping) for key, settings in value.items()
+    ):
+        raise ConfigError(
+            f"{type(config).__name__}({name}={value!r}): must be settings by pattern, such as "
+            "{'*.down_proj': {'bits': 4}}"
+        )
+    object.__setattr__(config, name, {key: dict(settings) for key, settings in value.items()})

@@ -39,6 +39,11 @@ class GPTQ(Rounding):
         checks.at_least(self, "damp", 0, 10)
         checks.choice(self, "act_order", ("none", "group", "static", "column"))
 
+    def pivots(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> tuple[Tensor, Transform]:
+        transform, order = self._order(stats.gram)
+        moved = transform.gram(stats.gram)
+        return feedback(moved if order is None else moved[order][:, order], self.damp).pivots, transform
+
     def solve_rows(
         self,
         joint: Tensor,
@@ -48,11 +53,7 @@ class GPTQ(Rounding):
         generator: torch.Generator,
     ) -> GroupSolution:
         gram = stats.gram
-        transform, order = Transform(), None
-        if self.act_order == "column":
-            transform = Transform(perm=as_index(energy_order(gram)))
-        elif self.act_order in ("static", "group"):
-            order = self.quantizer.order(gram, self.act_order == "static")
+        transform, order = self._order(gram)
         target, moved = transform.forward(joint), transform.gram(gram)
         fb = feedback(moved if order is None else moved[order][:, order], self.damp)
         static = self.act_order == "static"
@@ -64,3 +65,11 @@ class GPTQ(Rounding):
         loss = proxy_loss((target - rounded.dense()) * share, moved)
         relative = relative_loss(loss, joint * share, gram)
         return GroupSolution(transform, rounded, None, (), loss, relative, fb.damp, f"act_order={self.act_order}")
+
+    def _order(self, gram: Tensor) -> tuple[Transform, Tensor | None]:
+        """Transform of the input, and the rounding order of its columns; None is storage order."""
+        if self.act_order == "column":
+            return Transform(perm=as_index(energy_order(gram))), None
+        if self.act_order in ("static", "group"):
+            return Transform(), self.quantizer.order(gram, self.act_order == "static")
+        return Transform(), None

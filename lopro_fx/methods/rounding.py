@@ -12,7 +12,7 @@ from torch import Tensor
 from lopro_fx.errors import ConfigError
 from lopro_fx.kernels.formats.quantizer import Quantizer
 from lopro_fx.kernels.formats.registry import known_format
-from lopro_fx.layer import Factor, Layer
+from lopro_fx.layer import Factor, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.base import Context, Method, Solved, Unit, number, setting
 from lopro_fx.methods.lowrank import in_unit
@@ -66,6 +66,12 @@ class Rounding(Method):
             checks.choice(self, name, tuple(allowed))
         checks.whole(self, "clip_steps", 0, 1000)
 
+    def changed(self, values: Mapping[str, Any]) -> Method:
+        if values.get("format", self.format) != self.format:
+            # Another format has defaults of its own.
+            values = {**dict.fromkeys(_OF_FORMAT), **values}
+        return super().changed(values)
+
     @property
     def quantizer(self) -> Quantizer:
         """What rounds to the format, with the method's settings."""
@@ -95,6 +101,25 @@ class Rounding(Method):
         units = row_units(joint)
         joint, unit = divided(joint, units), units.amax().item() or 1.0
         return _in_units(self.solve_rows(joint, units / unit, rows, informed(stats), generator), units, unit)
+
+    def response(
+        self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator
+    ) -> tuple[Tensor, Transform]:
+        """Predict the loss of each row, without rounding, for errors whose mean square is that of the row.
+
+        Returns:
+            fp32 (m,): that row's part of tr(E H Eᵀ), and the transform of the shared input.
+        """
+        joint = torch.cat([weight.to(torch.float32) for weight in weights])
+        known = informed(stats)
+        pivots, transform = self.pivots(joint, known, generator)
+        # Back from the unit of `informed`.
+        size = stats.gram.diagonal().mean() / known.gram.diagonal().mean()
+        return joint.square().mean(1) * (pivots.sum() * size), transform
+
+    def pivots(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> tuple[Tensor, Transform]:
+        """Return the weights (n,) of the squared rounding errors of columns, and the transform; see `response`."""
+        return stats.gram.diagonal(), Transform()
 
     def solve_rows(
         self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator

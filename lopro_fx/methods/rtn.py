@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lopro_fx.kernels.formats.quantizer import Quantizer
 from lopro_fx.layer import Transform
+from lopro_fx.methods.base import Method
 from lopro_fx.methods.ldlq import proxy_loss, relative_loss
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import Rounding
@@ -39,6 +40,12 @@ class RTN(Rounding):
         loss = proxy_loss((joint - rounded.dense()) * share, stats.gram)
         relative = relative_loss(loss, joint * share, stats.gram)
         return GroupSolution(Transform(), rounded, None, (), loss, relative, 0.0, "identity")
+
+
+def head_method(method: Method) -> RTN:
+    """Return what rounds output projections, with the settings of `method` that it has too."""
+    shared = {name: getattr(method, name, None) for name in ("group_size", "clip_steps")}
+    return RTN(bits=method.head_bits, **{name: value for name, value in shared.items() if value is not None})
 
 
 def solve_data_free(weight: Tensor, quantizer: Quantizer) -> GroupSolution:

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
+from lopro_fx.budget import Budget
 from lopro_fx.errors import CheckpointError
 from lopro_fx.methods.base import Method, Solved
 from lopro_fx.passes.fingerprint import Digest
@@ -27,6 +28,7 @@ from lopro_fx.store.files import replacing, write_json, write_tensors
 from lopro_fx.store.records import among, describe, restore, tensors_of
 
 _LONGEST = 100
+_PLAN = "plan.json"
 _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
@@ -38,10 +40,16 @@ class Journal:
     """
 
     def __init__(
-        self, folder: str | Path, program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None
+        self,
+        folder: str | Path,
+        program: ExportedProgram,
+        config: Method,
+        batches: Sequence[Sequence[Any]] | None,
+        budget: Budget | None = None,
     ) -> None:
         self._folder = Path(folder)
-        fingerprint = {"fingerprint": _fingerprint(program, config, batches), "config": config.to_dict()}
+        found = _fingerprint(program, config, batches, budget)
+        fingerprint = {"fingerprint": found, "config": config.to_dict()}
         marker = self._folder / "run.json"
         if marker.exists():
             try:
@@ -77,6 +85,17 @@ class Journal:
         with replacing(self._path(solved.input.name)) as temporary:
             write_tensors(temporary, tensors_of([solved.input], solved.layers), {"record": record})
 
+    def read_overrides(self) -> dict[str, dict[str, Any]] | None:
+        """Read the settings of a plan, or None; a damaged file counts as no plan."""
+        try:
+            return json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_overrides(self, overrides: Mapping[str, Mapping[str, Any]]) -> None:
+        with replacing(self._folder / _PLAN) as temporary:
+            write_json(temporary, {name: dict(values) for name, values in overrides.items()})
+
     def _path(self, name: str) -> Path:
         """Path for any module's name, also on a case-insensitive file system."""
         if not _PLAIN.fullmatch(name):
@@ -93,8 +112,11 @@ def _source(method: type[Method]) -> str:
         return ""
 
 
-def _fingerprint(program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None) -> str:
+def _fingerprint(
+    program: ExportedProgram, config: Method, batches: Sequence[Sequence[Any]] | None, budget: Budget | None
+) -> str:
     digest = Digest()
+    digest.text("" if budget is None else json.dumps(vars(budget), sort_keys=True))
     digest.text(json.dumps(config.to_dict(), sort_keys=True), __version__, torch.__version__, _source(type(config)))
     digest.program(program)
     digest.text("data-free" if batches is None else len(batches))

@@ -1,0 +1,172 @@
+"""Budget of a whole model, and its best division among the inputs that Linears share.
+
+An input has a few options, each with bytes and a predicted loss. On the lower convex hull of an input's options, each
+step to more bytes lowers the loss by less per byte. The steps of all inputs, taken by falling gain a byte until the
+budget is spent, have the least sum of all choices of their size (Shoham and Gersho 1988).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+from itertools import pairwise
+from typing import Any
+
+from lopro_fx.errors import ConfigError
+from lopro_fx.methods.base import Method
+from lopro_fx.report.table import render
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Size that the packed tensors of all quantised Linears may have; give one of the two.
+
+    Args:
+        bits_per_weight: everything counted, as in `QuantState.bits_per_weight`.
+        max_bytes: as in `QuantState.packed_bytes`.
+
+    Raises:
+        ConfigError: neither or both are given, or a value is not positive.
+    """
+
+    bits_per_weight: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError("Budget: give bits_per_weight or max_bytes, one of them")
+        ((name, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConfigError(f"Budget({name}={value!r}): must be a positive number")
+
+    def bytes_for(self, weights: int) -> int:
+        """Bytes for this number of weights."""
+        return int(self.bits_per_weight * weights / 8) if self.bits_per_weight is not None else int(self.max_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings that the Linears of one input can get, bytes of all their tensors, and loss in nats a token."""
+
+    settings: Mapping[str, Any]
+    bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the Linears `names`, which read one tensor, get."""
+
+    names: tuple[str, ...]
+    weights: int
+    option: Option
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of every Linear under a budget, before anything is solved.
+
+    Args:
+        method: with the settings as its overrides; `quantize` and `calibrate` take it as `config`.
+        choices: by input, in graph order.
+        kept_bytes: of output projections, which are rounded as `head_bits` says.
+        kept_weights: their number of weights.
+        uniform: the best setting that is the same for all and fits the budget, None if none does.
+    """
+
+    method: Method
+    choices: tuple[Choice, ...]
+    kept_bytes: int
+    kept_weights: int
+    uniform: Option | None
+
+    @property
+    def loss(self) -> float:
+        """Predicted rise of the loss in nats a token."""
+        return sum(choice.option.loss for choice in self.choices)
+
+    @property
+    def bytes(self) -> int:
+        return self.kept_bytes + sum(choice.option.bytes for choice in self.choices)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / (self.kept_weights + sum(choice.weights for choice in self.choices))
+
+    def __str__(self) -> str:
+        rows = [
+            (", ".join(choice.names), _text(choice.option.settings), 8 * choice.option.bytes / choice.weights,
+             choice.option.loss)
+            for choice in self.choices
+        ]  # fmt: skip
+        title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted loss {self.loss:.4f}"
+        if self.uniform is not None:
+            title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.4f})"
+        return render(title, ("Linears", "settings", "bits per weight", "predicted loss"), rows)
+
+
+def hull(options: Sequence[Option]) -> list[Option]:
+    """Return the options on the lower convex hull of loss over bytes, by rising bytes, to the one of least loss."""
+    found: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.loss)):
+        if found and option.loss >= found[-1].loss:
+            continue
+        while len(found) > 1 and _gain(found[-2], found[-1]) <= _gain(found[-1], option):
+            found.pop()
+        found.append(option)
+    return found
+
+
+def divide(options: Sequence[Sequence[Option]], limit: int) -> list[Option]:
+    """Choose an option for each input, of least total loss, with at most `limit` bytes in all.
+
+    The step that would exceed the limit ends the search: a smaller step taken instead could not be taken with more
+    bytes, and the loss would rise.
+
+    Raises:
+        ConfigError: the smallest options exceed the limit.
+    """
+    hulls = [hull(each) for each in options]
+    spent = sum(each[0].bytes for each in hulls)
+    if spent > limit:
+        raise ConfigError(f"the budget is {limit:,} bytes, and the least possible here is {spent:,}")
+    steps = sorted(
+        ((_gain(low, high), index, place) for index, each in enumerate(hulls)
+         for place, (low, high) in enumerate(pairwise(each))),
+        key=lambda step: (-step[0], step[1], step[2]),
+    )  # fmt: skip
+    chosen = [0] * len(hulls)
+    for _, index, place in steps:
+        more = hulls[index][place + 1].bytes - hulls[index][place].bytes
+        if spent + more > limit:
+            break
+        spent, chosen[index] = spent + more, place + 1
+    return [each[place] for each, place in zip(hulls, chosen, strict=True)]
+
+
+def overrides_of(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
+    """Return the choices as overrides of a method, by the exact names of the Linears."""
+    return {escape(name): dict(choice.option.settings) for choice in choices for name in choice.names}
+
+
+def best_uniform(options: Sequence[Sequence[Option]], limit: int) -> Option | None:
+    """Return the setting of least loss that is the same for every input and fits the limit, with its totals."""
+    totals = []
+    for setting in options[0] if options else ():
+        same = [next((own for own in each if own.settings == setting.settings), None) for each in options]
+        found = [own for own in same if own is not None]
+        total = Option(setting.settings, sum(own.bytes for own in found), sum(own.loss for own in found))
+        if len(found) == len(same) and total.bytes <= limit:
+            totals.append(total)
+    return min(totals, key=lambda total: total.loss, default=None)
+
+
+def _gain(low: Option, high: Option) -> float:
+    """Fall of the loss for a byte."""
+    return (low.loss - high.loss) / (high.bytes - low.bytes)
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,0 +1,116 @@
+"""Plan the settings of every Linear under one budget, before anything is solved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lopro_fx.budget import Budget, Choice, Option, Plan, best_uniform, divide, overrides_of
+from lopro_fx.calibration.batches import flatten_batches
+from lopro_fx.calibration.importance import Importance, measure_importance
+from lopro_fx.calibration.sensitivity import OPTIONS, options_of, packed_bytes, sensitivities
+from lopro_fx.devices import available, full_precision, home_of
+from lopro_fx.errors import ConfigError
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.rounding import Rounding
+from lopro_fx.methods.rtn import head_method
+from lopro_fx.passes.linears import as_linears
+from lopro_fx.passes.record import require_program
+from lopro_fx.passes.sites import Selection
+from lopro_fx.progress import Progress, bar, silent
+from lopro_fx.selection import require_finite, select
+
+# Batches that sensitivities are measured on.
+PLANNED = 8
+
+
+@torch.inference_mode(False)
+def plan(
+    program: ExportedProgram,
+    calibration: Iterable[Any],
+    budget: Budget,
+    config: Method | None = None,
+    *,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Choose bits, group size and format of every Linear, so that the predicted loss is least under `budget`.
+
+    `print(plan(...))` shows the choices; `quantize(program, calibration, plan(...).method)` follows them.
+
+    Args:
+        program, calibration, config, progress, device: as `quantize` takes them. Sensitivities are measured on the
+            first eight batches, by a forward and backward run and a forward run.
+        budget: of all quantised Linears, output projections included.
+
+    Raises:
+        ConfigError: the method is not one that rounds to a format with options, or the budget is too small.
+    """
+    require_program(program)
+    config = LoPRo() if config is None else config
+    method = plannable(config)
+    place = home_of(program) if device is None else available(device)
+    program = as_linears(program)
+    selection = select(program, method)
+    require_finite(program, selection)
+    batches = flatten_batches(program, calibration, place)[:PLANNED]
+    with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        shown = progress or stack.enter_context(bar("plan"))
+        importance = measure_importance(program, selection.groups, batches, method.seed, shown, place)
+        return planned(program, selection, batches, method, budget, importance, shown, place)
+
+
+def plannable(config: Method) -> Rounding:
+    """Require a method that a plan can be made for.
+
+    Raises:
+        ConfigError: it does not round to a format with options, or has overrides.
+    """
+    if not isinstance(config, Rounding) or config.format not in OPTIONS:
+        raise ConfigError(
+            f"a budget needs a method that rounds to one of the formats {', '.join(OPTIONS)}, not {config!r}"
+        )
+    if config.overrides:
+        raise ConfigError("a budget chooses the settings of every Linear: give a method without overrides")
+    return config
+
+
+def planned(
+    program: ExportedProgram,
+    selection: Selection,
+    batches: Sequence[Sequence[Any]],
+    method: Rounding,
+    budget: Budget,
+    importance: Mapping[str, Importance],
+    progress: Progress = silent,
+    device: torch.device | None = None,
+) -> Plan:
+    """Make the plan of `plan` with the importance that was measured on `batches`, flattened inputs on `device`."""
+    some = batches[:PLANNED]
+    known = {name: replace(each, tokens=each.tokens[: len(some)]) for name, each in importance.items()}
+    groups, options = [], []
+    walk = sensitivities(program, selection.groups, some, method, known, device or home_of(program))
+    for group, sensitivity in walk:
+        groups.append(group)
+        options.append(options_of(group, sensitivity, method))
+        progress(len(groups), len(selection.groups), "prediction of losses")
+    heads = [site for head in selection.heads for site in head.sites[:1]]
+    kept = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
+    head_weights = sum(site.out_features * site.in_features for site in heads)
+    weights = [sum(site.out_features * site.in_features for site in group.sites) for group in groups]
+    limit = budget.bytes_for(sum(weights) + head_weights) - kept
+    chosen: list[Option] = divide(options, limit)
+    choices = tuple(
+        Choice(tuple(site.name for site in group.sites), count, option)
+        for group, count, option in zip(groups, weights, chosen, strict=True)
+    )
+    return Plan(
+        replace(method, overrides=overrides_of(choices)), choices, kept, head_weights, best_uniform(options, limit)
+    )

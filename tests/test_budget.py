@@ -1,0 +1,229 @@
+"""One budget for a model: the division among inputs, overrides of single Linears, and the sizes that come out."""
+
+from __future__ import annotations
+
+import functools
+import json
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.export import ExportedProgram
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lopro_fx
+from lopro_fx import GPTQ, RTN, Budget, LoPRo
+from lopro_fx.budget import Option, divide, hull
+from lopro_fx.calibration.sensitivity import gaussian_error
+from lopro_fx.errors import ConfigError
+from lopro_fx.methods.base import Method
+from lopro_fx.methods.ldlq import proxy_loss
+from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.registry import from_dict
+from lopro_fx.methods.rounding import Rounding
+from lopro_fx.models import export_causal_lm
+from tests.helpers import generator, gram_of, heavy_tailed
+
+TRELLIS = LoPRo(format="trellis", window=12, strip=32, rank=0, importance="gradient", head_bits=8)
+METHODS: dict[str, Rounding] = {
+    "trellis": TRELLIS,
+    "affine": LoPRo(rank=2, group_size=32),
+    "gptq": GPTQ(act_order="column"),
+    "rtn": RTN(),
+}
+
+options = st.lists(
+    st.builds(Option, st.just({}), st.integers(1, 40), st.integers(0, 1000).map(float)), min_size=1, max_size=5
+)
+
+
+@functools.cache
+def _model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def _program() -> ExportedProgram:
+    return export_causal_lm(_model())
+
+
+def _batches(count: int = 3) -> list[Tensor]:
+    return [torch.randint(97, (4, 32), generator=generator(seed)) for seed in range(count)]
+
+
+@given(options)
+def test_no_option_lies_below_the_hull(every: list[Option]) -> None:
+    found = hull(every)
+    assert found[-1].loss == min(option.loss for option in every)
+    assert found[0].bytes == min(option.bytes for option in every)
+    assert all(low.bytes < high.bytes and low.loss > high.loss for low, high in pairwise(found))
+    for option in every:
+        for low, high in pairwise(found):
+            part = (option.bytes - low.bytes) / (high.bytes - low.bytes)
+            if 0 <= part <= 1:
+                assert option.loss >= low.loss + part * (high.loss - low.loss) - 1e-9
+
+
+@given(st.lists(options, min_size=1, max_size=4), st.integers(0, 120))
+def test_a_division_is_the_best_of_its_size(each: list[list[Option]], limit: int) -> None:
+    least = sum(min(option.bytes for option in own) for own in each)
+    if limit < least:
+        with pytest.raises(ConfigError, match="the least possible here is"):
+            divide(each, limit)
+        return
+    chosen = divide(each, limit)
+    spent, loss = sum(option.bytes for option in chosen), sum(option.loss for option in chosen)
+    assert spent <= limit
+    for other in product(*each):
+        if sum(option.bytes for option in other) <= spent:
+            assert loss <= sum(option.loss for option in other) + 1e-9
+
+
+@given(st.lists(options, min_size=1, max_size=4), st.integers(0, 120), st.integers(0, 40))
+def test_more_bytes_never_give_a_higher_loss(each: list[list[Option]], limit: int, more: int) -> None:
+    least = sum(min(option.bytes for option in own) for own in each)
+    first, second = (divide(each, max(limit, least) + extra) for extra in (0, more))
+    assert sum(option.loss for option in second) <= sum(option.loss for option in first)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "one of them"),
+        ({"bits_per_weight": 3, "max_bytes": 1000}, "one of them"),
+        ({"bits_per_weight": -1}, r"bits_per_weight=-1\): must be a positive number"),
+        ({"max_bytes": True}, "max_bytes=True"),
+        ({"bits_per_weight": float("nan")}, "nan"),
+    ],
+)
+def test_budgets_without_sense_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Budget(**values)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_size_is_the_planned_one_and_fits(name: str) -> None:
+    method, budget = METHODS[name], Budget(bits_per_weight=4.2)
+    plan = lopro_fx.plan(_program(), _batches(), budget, method)
+    state = lopro_fx.calibrate(_program(), _batches(), method, budget=budget)
+    assert state.packed_bytes == plan.bytes
+    assert state.bits_per_weight == pytest.approx(plan.bits_per_weight)
+    assert state.bits_per_weight <= 4.2
+    assert len({(layer.weight.format, json.dumps(dict(layer.weight.spec))) for layer in state.layers.values()}) > 1
+    assert plan.uniform is not None
+    assert plan.loss <= plan.uniform.loss
+    for shared in state.inputs.values():
+        assert len({json.dumps(dict(state.layers[reader].weight.spec)) for reader in shared.readers}) == 1
+    shown = str(plan)
+    assert "model.layers.0.self_attn.q_proj" in shown
+    assert "for all" in shown
+
+
+def test_a_stopped_run_follows_its_plan(tmp_path: Path) -> None:
+    budget = Budget(max_bytes=40_000)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(done: int, total: int, label: str) -> None:
+        if "layers.1" in label:
+            raise Stop
+
+    with pytest.raises(Stop):
+        lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=tmp_path / "run", progress=stopping)
+    resumed = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=tmp_path / "run")
+    whole = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget)
+    assert resumed.config == whole.config
+    for name, layer in whole.layers.items():
+        for key, tensor in layer.tensors.items():
+            assert torch.equal(tensor, resumed.layers[name].tensors[key])
+    with pytest.raises(lopro_fx.CheckpointError, match="another"):
+        lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=Budget(max_bytes=41_000), resume=tmp_path / "run")
+
+
+def test_a_planned_program_is_saved_and_loaded(tmp_path: Path) -> None:
+    program = lopro_fx.quantize(_program(), _batches(), TRELLIS, budget=Budget(bits_per_weight=3.5))
+    lopro_fx.save(program, tmp_path / "out")
+    loaded = lopro_fx.load(tmp_path / "out")
+    ids = _batches()[0]
+    assert torch.equal(loaded.module()(ids), program.module()(ids))
+    optimised = lopro_fx.optimize(program, target="cpu", activations="float")
+    torch.testing.assert_close(optimised.module()(ids), program.module()(ids), rtol=1e-3, atol=1e-3)
+    rows = lopro_fx.report(program).rows
+    assert len({row["bits"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "message"),
+    [
+        (TRELLIS, Budget(bits_per_weight=0.5), "the least possible here is"),
+        (LoPRo(overrides={"*": {"bits": 4}}), Budget(bits_per_weight=4), "without overrides"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(method: Method, budget: Budget, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lopro_fx.calibrate(_program(), _batches(1), method, budget=budget)
+    with pytest.raises(ConfigError, match=message):
+        lopro_fx.plan(_program(), _batches(1), budget, method)
+
+
+def test_a_budget_needs_calibration() -> None:
+    with pytest.raises(ConfigError, match="pass batches of real text"):
+        lopro_fx.calibrate(_program(), None, TRELLIS, budget=Budget(bits_per_weight=4))
+
+
+def test_overrides_give_linears_settings_of_their_own() -> None:
+    config = LoPRo(
+        rank=0, overrides={"*.mlp.*": {"bits": 4}, "*.down_proj": {"format": "trellis", "bits": 2, "window": 12}}
+    )
+    state = lopro_fx.calibrate(_program(), _batches(1), config)
+    kinds = {name: (layer.weight.format, layer.weight.spec["bits"]) for name, layer in state.layers.items()}
+    for name, kind in kinds.items():
+        wanted = ("trellis", 2.0) if "down_proj" in name else ("affine", 4) if "mlp" in name else ("affine", 3)
+        assert kind == wanted, name
+    assert from_dict(json.loads(json.dumps(state.config))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"*": {"bits": 5}}, r"overrides\['\*'\] = \{'bits': 5\}: LoPRo\(bits=5\)"),
+        ({"*": {"seed": 5}}, "setting of the whole run"),
+        ({"*": {"bit": 5}}, "no such setting"),
+        ({"*": 4}, "must be settings by pattern"),
+        ([("*", {"bits": 4})], "must be settings by pattern"),
+    ],
+)
+def test_overrides_without_sense_are_refused(overrides: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoPRo(overrides=overrides)  # pyright: ignore[reportArgumentType]
+
+
+def test_linears_that_read_one_tensor_get_the_same() -> None:
+    with pytest.raises(ConfigError, match=r"q_proj' and '.*v_proj' read one tensor"):
+        lopro_fx.calibrate(_program(), _batches(1), RTN(overrides={"*.v_proj": {"bits": 8}}))
+    with pytest.warns(UserWarning, match=r"overrides='\*v_porj' matches no Linear"):
+        lopro_fx.calibrate(_program(), _batches(1), RTN(overrides={"*v_porj": {"bits": 8}}))
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.sampled_from(sorted(METHODS)), st.integers(0, 9))
+def test_the_predicted_loss_is_that_of_rounding(name: str, seed: int) -> None:
+    """On Gaussian weights, whose rounding error is that of the Gaussian source."""
+    method = METHODS[name]
+    weight, x = torch.randn(256, 128, generator=generator(seed)), heavy_tailed(4096, 128, seed)
+    stats = Statistics({"gram": gram_of(x), "magnitude": x.abs().mean(0)}, 4096, 4096)
+    energy, _ = method.response([weight], stats, generator(seed))
+    found = method.solution([weight], stats, generator(seed))
+    predicted = energy.sum().item() * gaussian_error(method.quantizer)
+    loss = found.relative * proxy_loss(weight, stats.gram)
+    assert 0.5 < loss / predicted < 1.6
