@@ -33,7 +33,7 @@ from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 
 _LOPRO = LoPRo(rank=19, importance="gradient")
-_TRELLIS = LoPRo(format="trellis", rank=0, importance="gradient")
+TRELLIS = LoPRo(format="trellis", rank=0, importance="gradient")
 ROWS: dict[str, Method] = {
     "rtn-3-g64": RTN(bits=3),
     "gptq-3-g64": GPTQ(bits=3),
@@ -47,13 +47,13 @@ ROWS: dict[str, Method] = {
     "lopro-2-g64-unweighted": replace(_LOPRO, bits=2, importance="none"),
     "lopro-3-g64-guard": replace(_LOPRO, transforms=("act_order", "partial", "full")),
     "lopro-2-g64-partial": replace(_LOPRO, bits=2, transforms=("partial",)),
-    "trellis-4": replace(_TRELLIS, bits=4),
-    "trellis-3": _TRELLIS,
-    "trellis-3-rank16": replace(_TRELLIS, rank=16),
-    "trellis-2": replace(_TRELLIS, bits=2),
-    "trellis-2-rank16": replace(_TRELLIS, bits=2, rank=16),
-    "trellis-2.5": replace(_TRELLIS, bits=2.5),
-    "trellis-1.5": replace(_TRELLIS, bits=1.5),
+    "trellis-4": replace(TRELLIS, bits=4),
+    "trellis-3": TRELLIS,
+    "trellis-3-rank16": replace(TRELLIS, rank=16),
+    "trellis-2": replace(TRELLIS, bits=2),
+    "trellis-2-rank16": replace(TRELLIS, bits=2, rank=16),
+    "trellis-2.5": replace(TRELLIS, bits=2.5),
+    "trellis-1.5": replace(TRELLIS, bits=1.5),
     "lopro-paper-3-g64": LoPRo.paper(bits=3, group_size=64),
 }
 # Rounding to nearest by torchao, 3 bits in groups of 64 with 16-bit scales and zeros of 3 bits: what both store.

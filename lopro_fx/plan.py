@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,6 @@ from torch.export import ExportedProgram
 
 from lopro_fx.budget import Budget, Choice, Option, Plan, best_uniform, divide, overrides_of
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.importance import Importance, measure_importance
 from lopro_fx.calibration.sensitivity import OPTIONS, options_of, packed_bytes, sensitivities
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError
@@ -23,11 +22,11 @@ from lopro_fx.methods.rtn import head_method
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import require_program
 from lopro_fx.passes.sites import Selection
-from lopro_fx.progress import Progress, bar, silent
+from lopro_fx.progress import Progress, bar
 from lopro_fx.selection import require_finite, select
 
 # Batches that sensitivities are measured on.
-PLANNED = 8
+_BATCHES = 5
 
 
 @torch.inference_mode(False)
@@ -40,13 +39,13 @@ def plan(
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> Plan:
-    """Choose bits, group size and format of every Linear, so that the predicted loss is least under `budget`.
+    """Choose bits, group size and format of every Linear, so that the predicted divergence is least under `budget`.
 
     `print(plan(...))` shows the choices; `quantize(program, calibration, plan(...).method)` follows them.
 
     Args:
         program, calibration, config, progress, device: as `quantize` takes them. Sensitivities are measured on the
-            first eight batches, by a forward and backward run and a forward run.
+            first five batches: each input takes a run of the layers after it on one of them.
         budget: of all quantised Linears, output projections included.
 
     Raises:
@@ -59,12 +58,11 @@ def plan(
     program = as_linears(program)
     selection = select(program, method)
     require_finite(program, selection)
-    batches = flatten_batches(program, calibration, place)[:PLANNED]
+    batches = flatten_batches(program, calibration, place)
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         shown = progress or stack.enter_context(bar("plan"))
-        importance = measure_importance(program, selection.groups, batches, method.seed, shown, place)
-        return planned(program, selection, batches, method, budget, importance, shown, place)
+        return planned(program, selection, batches, method, budget, shown, place)
 
 
 def plannable(config: Method) -> Rounding:
@@ -88,19 +86,15 @@ def planned(
     batches: Sequence[Sequence[Any]],
     method: Rounding,
     budget: Budget,
-    importance: Mapping[str, Importance],
-    progress: Progress = silent,
-    device: torch.device | None = None,
+    progress: Progress,
+    device: torch.device,
 ) -> Plan:
-    """Make the plan of `plan` with the importance that was measured on `batches`, flattened inputs on `device`."""
-    some = batches[:PLANNED]
-    known = {name: replace(each, tokens=each.tokens[: len(some)]) for name, each in importance.items()}
+    """Make the plan of `plan` on `batches`, flattened inputs on `device`."""
     groups, options = [], []
-    walk = sensitivities(program, selection.groups, some, method, known, device or home_of(program))
-    for group, sensitivity in walk:
+    for group, sensitivity in sensitivities(program, selection.groups, batches[:_BATCHES], method, device):
         groups.append(group)
         options.append(options_of(group, sensitivity, method))
-        progress(len(groups), len(selection.groups), "prediction of losses")
+        progress(len(groups), len(selection.groups), "sensitivity")
     heads = [site for head in selection.heads for site in head.sites[:1]]
     kept = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
     head_weights = sum(site.out_features * site.in_features for site in heads)

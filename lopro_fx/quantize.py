@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from lopro_fx import __about__
 from lopro_fx.budget import Budget
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.importance import Importance, measure_importance
+from lopro_fx.calibration.importance import measure_importance
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import CalibrationError, ConfigError, LoProError, first_line
@@ -33,7 +33,7 @@ from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import Record, require_program
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, weight_of
-from lopro_fx.plan import PLANNED, plannable, planned
+from lopro_fx.plan import plannable, planned
 from lopro_fx.progress import Progress, bar
 from lopro_fx.selection import require_finite, select, warn_of_patterns
 from lopro_fx.state import QuantState
@@ -117,12 +117,12 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         result = _Result(selection, progress or stack.enter_context(bar("quantise")))
+        if budget is not None and batches is not None:
+            config = _planned(program, selection, batches, config, budget, journal, result.progress, place)
+            settings = _settings(selection, config)
         importance = None
         if batches and selection.groups and config.importance == "gradient":
             importance = measure_importance(program, selection.groups, batches, config.seed, result.progress, place)
-        if budget is not None and batches is not None:
-            config = _planned(program, selection, batches, config, budget, importance, journal, result.progress, place)
-            settings = _settings(selection, config)
         replay = Replay(program, selection.groups, batches, config, importance, place)
         for unit, seen in replay.units():
             solved = journal and journal.read(unit.name)
@@ -182,7 +182,6 @@ def _planned(
     batches: Sequence[Sequence[Any]],
     config: Method,
     budget: Budget,
-    importance: Mapping[str, Importance] | None,
     journal: Journal | None,
     progress: Progress,
     place: torch.device,
@@ -190,11 +189,7 @@ def _planned(
     """Return the method with a plan's overrides; a run that continues follows the plan that it began with."""
     found = journal.read_overrides() if journal else None
     if found is None:
-        if importance is None:
-            importance = measure_importance(program, selection.groups, batches[:PLANNED], config.seed, progress, place)
-        found = planned(
-            program, selection, batches, plannable(config), budget, importance, progress, place
-        ).method.overrides
+        found = planned(program, selection, batches, plannable(config), budget, progress, place).method.overrides
         if journal:
             journal.write_overrides(found)
     return replace(config, overrides=found)

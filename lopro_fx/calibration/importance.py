@@ -35,14 +35,10 @@ _FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Importance:
-    """Weights with mean 1: `tokens`, fp32 (tokens,) for each batch, and `rows`, fp32 (out_features of all layers,).
-
-    `squares` holds the mean of |g|² over tokens for each layer, in units of the loss.
-    """
+    """Weights with mean 1: `tokens`, fp32 (tokens,) for each batch, and `rows`, fp32 (out_features of all layers,)."""
 
     tokens: list[Tensor]
     rows: Tensor
-    squares: tuple[float, ...]
 
 
 def measure_importance(
@@ -178,16 +174,15 @@ def _weights(group: Group, squared: list[list[Tensor]]) -> Importance:
     """Combine `squared`, for each Linear `_Recorder`'s sums of each batch, to weights."""
     widths = [site.out_features for site in group.sites]
     sizes = [len(batch) - widths[0] for batch in squared[0]]
-    tokens, rows, squares = squared[0][0].new_zeros(sum(sizes)), [], []
+    tokens, rows = squared[0][0].new_zeros(sum(sizes)), []
     for site, width in zip(squared, widths, strict=True):
         every = torch.cat([batch[:-width] for batch in site])
         if not torch.isfinite(every).all():
             raise CalibrationError(f"the gradient at '{group.name}' is not finite; use importance='none' or float32")
         mean = every.mean()
         tokens += every / mean if mean > 0 else 1.0
-        squares.append(mean.item())
         rows.append(torch.stack([batch[-width:] for batch in site]).sum(0))
-    return Importance(list(_tempered(tokens).split(sizes)), _tempered(torch.cat(rows)), tuple(squares))
+    return Importance(list(_tempered(tokens).split(sizes)), _tempered(torch.cat(rows)))
 
 
 def _tempered(squared: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Walk the graph once: measure each unit before it first runs, and run its replacement from there on."""
+"""Walk the graph once: measure each unit before it first runs, and run its replacement from there on.
+
+Where an observer needs the unquantised model's activations too, a second walk goes beside the first.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +57,16 @@ class Replay:
         runner = self._runner = LockstepRunner(self._program, self._batches, self._device)
         padding = [Padding(self._program, batch) for batch in self._batches]
         first = {group.sites[0].nodes[0]: group for group in self._groups}
-        for node, inputs in runner.stops(set(first)):
+        walks = [runner]
+        if self._method.sequential and any(observer.paired for observer in self._method.observers()):
+            walks.append(LockstepRunner(self._program, self._batches, self._device))
+        for (node, inputs), *unquantised in zip(*(walk.stops(set(first)) for walk in walks), strict=True):
             group = first[node]
             weight = self._importance[group.name] if self._importance else None
             visible = [pads.visible(value.shape[:-1]) for pads, value in zip(padding, inputs, strict=True)]
             seen = measure(
                 inputs, group.name, group.source.name, self._method.observers(), self._method.token_clip,
-                weight.tokens if weight else None, visible,
+                weight.tokens if weight else None, visible, unquantised[0][1] if unquantised else None,
             )  # fmt: skip
             yield self._unit(group), replace(seen, rows=weight.rows if weight else None)
 

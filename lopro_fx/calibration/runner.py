@@ -8,6 +8,7 @@ results. It may run on another device than that of the weights, which are then c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ class LockstepRunner:
         self._mutates = any(is_mutable(node.target) for node in self._nodes)
         self._shared: dict[Node, Any] = {}
         self._values: list[dict[Node, Any]] = [{} for _ in batches]
+        self._last_use = _last_uses(self._nodes)
+        # Nodes before this one have run.
+        self._next = 0
         self._bind(batches)
 
     def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Any]]]:
         """Yield (node, its first operand for every batch) before each node in `at` runs; stop at the last of them."""
         remaining = len(at)
-        last_use = _last_uses(self._nodes)
-        for node in self._nodes:
+        for index, node in enumerate(self._nodes):
+            self._next = index
             if node in at:
                 source = node.args[0]
                 assert isinstance(source, Node)
@@ -57,18 +61,33 @@ class LockstepRunner:
                 if not remaining:
                     return
             self._run(node)
-            self._free(last_use.get(node, ()))
+            self._free(self._last_use.get(node, ()))
 
     def outputs(self) -> list[Any]:
-        """Run everything and return the program's outputs for every batch."""
-        last_use = _last_uses(self._nodes)
-        for node in self._nodes:
+        """Run what has not run yet and return the program's outputs for every batch."""
+        for node in self._nodes[self._next :]:
             if node.op == "output":
                 brought = self._brought(node)
                 return [self._resolve(node.args[0], values, brought) for values in self._values]
             self._run(node)
-            self._free(last_use.get(node, ()))
+            self._free(self._last_use.get(node, ()))
         raise AssertionError("a graph without an output")
+
+    def fork(self) -> LockstepRunner:
+        """Return a runner that goes on from the present stop by itself; it shares what this one has computed.
+
+        Raises:
+            CalibrationError: the graph writes to its values in place, which the two would both see.
+        """
+        if self._mutates:
+            raise CalibrationError(
+                "a budget can't be planned on a program that writes buffers, such as one with a cache"
+            )
+        forked = copy(self)
+        forked.replaced = dict(self.replaced)
+        forked._shared = dict(self._shared)
+        forked._values = [dict(values) for values in self._values]
+        return forked
 
     def _bind(self, batches: Sequence[Sequence[Any]]) -> None:
         program = self._program

@@ -26,8 +26,11 @@ def measure(
     token_clip: float = 0,
     importance: Sequence[Tensor] | None = None,
     visible: Sequence[Tensor | None] | None = None,
+    clean: Sequence[Tensor] | None = None,
 ) -> Statistics:
     """Show every token to the observers; each input is a batch (..., n) of any float dtype.
+
+    `clean` holds the same batches of the unquantised model, for observers that are paired; None where `inputs` do.
 
     `importance`, fp32 (tokens,) for each batch, weighs tokens. Then each token whose weighted squared norm exceeds
     `token_clip` times the median gets a lower weight, which brings it to that (0: none does). One attention-sink token
@@ -56,7 +59,10 @@ def measure(
     limit = token_clip * (every[every > 0].median() if every.any() else 0)
     tokens = 0
     directions = _Directions(n)
-    for index, (batch, text, norm, weight) in enumerate(zip(inputs, seen, norms, weights, strict=True)):
+    unquantised = inputs if clean is None else clean
+    for index, (batch, before, text, norm, weight) in enumerate(
+        zip(inputs, unquantised, seen, norms, weights, strict=True)
+    ):
         if not torch.isfinite(norm).all():
             row = int((~torch.isfinite(norm)).nonzero()[0])
             raise CalibrationError(
@@ -68,8 +74,12 @@ def measure(
         tokens += rows.shape[0]
         if token_clip:
             weight = weight * (limit / (norm * weight).clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+        weight = weight if token_clip or importance else None
         for observer in observers:
-            observer.update(rows, weight if token_clip or importance else None)
+            if observer.paired:
+                observer.update_pair(rows, tokens_of(before, text), weight)
+            else:
+                observer.update(rows, weight)
     return Statistics({observer.name: observer.result() for observer in observers}, tokens, directions.count)
 
 

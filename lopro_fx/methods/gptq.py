@@ -39,10 +39,13 @@ class GPTQ(Rounding):
         checks.at_least(self, "damp", 0, 10)
         checks.choice(self, "act_order", ("none", "group", "static", "column"))
 
-    def pivots(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> tuple[Tensor, Transform]:
+    def spread(
+        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
+    ) -> tuple[Tensor, Transform]:
         transform, order = self._order(stats.gram)
         moved = transform.gram(stats.gram)
-        return feedback(moved if order is None else moved[order][:, order], self.damp).pivots, transform
+        fb = feedback(moved if order is None else moved[order][:, order], self.damp)
+        return transform.inverse(fb.spread(error, order)), transform
 
     def solve_rows(
         self,

@@ -110,10 +110,13 @@ class LoPRo(Rounding):
         }
         return cls(**{**choices, **changes})
 
-    def pivots(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> tuple[Tensor, Transform]:
+    def spread(
+        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
+    ) -> tuple[Tensor, Transform]:
         name = self.transforms[0]
         transform = transform_for(name, joint, stats.gram, self, generator)
-        return _pose(name, transform, joint, stats, self, torch.ones_like(joint[:, :1])).fb.pivots, transform
+        problem = _pose(name, transform, joint, stats, self, torch.ones_like(joint[:, :1]))
+        return transform.inverse(problem.fb.spread(error, problem.order)), transform
 
     def solve_rows(
         self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +18,19 @@ _BLOCK = 256
 class Observer:
     """Statistic of one input, updated with every token, batch by batch.
 
-    `name` is the key of its result in `Statistics.values`.
+    `name` is the key of its result in `Statistics.values`. An observer that is `paired` also takes the same tokens of
+    the unquantised model, which calibration then runs too.
     """
 
     name: str
+    paired: ClassVar[bool] = False
 
     def update(self, x: Tensor, weights: Tensor | None) -> None:
         """Take tokens x fp32 (tokens, n) with weights fp32 (tokens,), None for equal ones."""
+        raise NotImplementedError
+
+    def update_pair(self, x: Tensor, clean: Tensor, weights: Tensor | None) -> None:
+        """In place of `update`, if `paired`: take tokens, and those of the unquantised model, of one shape."""
         raise NotImplementedError
 
     def result(self) -> Any:
@@ -86,6 +92,31 @@ class Magnitude(Observer):
         return torch.ones(in_features, dtype=torch.float32, device=device)
 
 
+class Drift(Observer):
+    """E[(x0 - x) xᵀ], fp32 (n, n), each token with its weight, with x0 of the unquantised model; zero without data."""
+
+    name = "drift"
+    paired = True
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def update_pair(self, x: Tensor, clean: Tensor, weights: Tensor | None) -> None:
+        if self._total is None:
+            self._total = x.new_zeros(x.shape[1], x.shape[1])
+        self._tokens += x.shape[0]
+        drift = clean - x
+        self._total.addmm_((drift if weights is None else drift * weights.unsqueeze(1)).T, x)
+
+    def result(self) -> Tensor:
+        assert self._total is not None
+        return self._total / max(self._tokens, 1)
+
+    def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
+        return torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Calibration statistics of one input.
@@ -112,6 +143,11 @@ class Statistics:
     def magnitude(self) -> Tensor:
         """Result of `Magnitude`."""
         return self._of(Magnitude)
+
+    @property
+    def drift(self) -> Tensor:
+        """Result of `Drift`."""
+        return self._of(Drift)
 
     def _of(self, observer: type[Observer]) -> Any:
         if observer.name not in self.values:

@@ -14,9 +14,10 @@ from lopro_fx.kernels.formats.quantizer import Quantizer
 from lopro_fx.kernels.formats.registry import known_format
 from lopro_fx.layer import Factor, Layer, Transform
 from lopro_fx.methods import checks
+from lopro_fx.methods.asymmetric import compensated
 from lopro_fx.methods.base import Context, Method, Solved, Unit, number, setting
 from lopro_fx.methods.lowrank import in_unit
-from lopro_fx.methods.observers import Gram, Magnitude, Observer, Statistics
+from lopro_fx.methods.observers import Drift, Gram, Magnitude, Observer, Statistics
 from lopro_fx.methods.prior import informed
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided, row_units, stored_factor_scale
@@ -38,6 +39,8 @@ class Rounding(Method):
         clip_steps: affine: clipping ranges tried for each group by squared error; 0 keeps min and max.
         window: trellis: bits of a state, 12 to 16. Each more halves the speed of rounding.
         strip: trellis: rows of a bit string, a multiple of 32, or -1 for all rows.
+        asymmetry: part, 0 to 1, of the drift of quantised inputs that the weights make up for, see `asymmetric`. More
+            than 0 runs the unquantised model beside the quantised one.
     """
 
     format: str = setting("affine", "affine (scales by group) or trellis (default: affine)")
@@ -48,6 +51,7 @@ class Rounding(Method):
     clip_steps: int = 24
     window: int | None = None
     strip: int | None = None
+    asymmetry: float = setting(0.0, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0)")
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class Rounding(Method):
         for name, allowed in kind.allowed.items():
             checks.choice(self, name, tuple(allowed))
         checks.whole(self, "clip_steps", 0, 1000)
+        checks.at_least(self, "asymmetry", 0, 1)
 
     def changed(self, values: Mapping[str, Any]) -> Method:
         if values.get("format", self.format) != self.format:
@@ -83,7 +88,9 @@ class Rounding(Method):
         return self.quantizer.most_bits
 
     def observers(self) -> Sequence[Observer]:
-        return Gram(), Magnitude()
+        each = [self, *(self.changed(values) for values in self.overrides.values())]
+        paired = any(isinstance(method, Rounding) and method.asymmetry for method in each)
+        return Gram(), Magnitude(), *([Drift()] if paired else [])
 
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
         return pack_solution(unit, self.solution(unit.weights, seen, context.generator))
@@ -98,28 +105,31 @@ class Rounding(Method):
         """
         rows = [weight.shape[0] for weight in weights]
         joint = torch.cat([weight.to(torch.float32) for weight in weights])
+        if self.asymmetry:
+            joint = compensated(joint, stats, self.asymmetry)
         units = row_units(joint)
         joint, unit = divided(joint, units), units.amax().item() or 1.0
         return _in_units(self.solve_rows(joint, units / unit, rows, informed(stats), generator), units, unit)
 
-    def response(
+    def probe(
         self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator
     ) -> tuple[Tensor, Transform]:
-        """Predict the loss of each row, without rounding, for errors whose mean square is that of the row.
+        """Draw an error as rounding would leave it, without rounding.
 
         Returns:
-            fp32 (m,): that row's part of tr(E H Eᵀ), and the transform of the shared input.
+            fp32 (sum of m_i, n): in each row, rounding errors of the row's own mean square, with the method's feedback;
+            and the transform of the shared input.
         """
         joint = torch.cat([weight.to(torch.float32) for weight in weights])
-        known = informed(stats)
-        pivots, transform = self.pivots(joint, known, generator)
-        # Back from the unit of `informed`.
-        size = stats.gram.diagonal().mean() / known.gram.diagonal().mean()
-        return joint.square().mean(1) * (pivots.sum() * size), transform
+        signs = torch.randint(0, 2, joint.shape, generator=generator, dtype=torch.int8, device="cpu").to(joint.device)
+        error = (signs * 2 - 1) * joint.square().mean(1, keepdim=True).sqrt()
+        return self.spread(error, joint, informed(stats), generator)
 
-    def pivots(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> tuple[Tensor, Transform]:
-        """Return the weights (n,) of the squared rounding errors of columns, and the transform; see `response`."""
-        return stats.gram.diagonal(), Transform()
+    def spread(
+        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
+    ) -> tuple[Tensor, Transform]:
+        """Turn errors (m, n) of the rounding alone into errors of the weights `joint` (m, n); see `probe`."""
+        return error, Transform()
 
     def solve_rows(
         self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator
