@@ -1,8 +1,8 @@
 """Divergence that the rounding of each input's Linears will cause, measured before anything is solved.
 
 The weights of one input get a random error, shaped as the method's feedback shapes that of rounding, and the rest of
-the graph runs on. While errors are small, the KL divergence of the predictions grows with their mean square, and that of
-a rounding is known from a Gaussian source. The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14
+the graph runs on. While errors are small, the KL divergence of the predictions grows with their mean square, and a
+Gaussian source gives that of a rounding. The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14
 times too sensitive, where a few tokens have most of the gradient.
 """
 
