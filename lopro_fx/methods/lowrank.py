@@ -92,11 +92,14 @@ def block_components(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield components u (m,), v (n,) of the best approximations of the matrix (m, n) in the norm of the damped H.
 
-    `gram_components` finds `width` of them at once in the current remainder.
+    `gram_components` finds `width` of them at once in the current remainder, until nothing is left.
     """
     remainder = matrix.clone()
     for _ in range(0, min(matrix.shape), width):
         down = gram_components(remainder, hessian, width, generator, iterations)
+        down = down[down.any(1)]
+        if not len(down):
+            return
         up = fit_up(remainder, hessian, down)
         yield from zip(up.T, down, strict=True)
         remainder.addmm_(up, down, alpha=-1)
