@@ -54,7 +54,7 @@ def quantize(
         program: from `torch.export.export`, not decomposed. It is not changed.
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
-        config: `LoPRo` (default), `GPTQ`, `RTN`, or another method.
+        config: `LoPRo` (default), `FLRQ`, `GPTQ`, `RTN`, or another method.
         resume: folder that keeps each finished unit, so that a stopped run continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
         device: where to measure and solve; by default the device of the program's tensors. They stay there: each weight
@@ -89,7 +89,7 @@ def calibrate(
     require_program(program)
     config = LoPRo() if config is None else config
     if not isinstance(config, Method):
-        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
+        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...), FLRQ(...) or LoPRo(...)")
     place, home = home_of(program) if device is None else available(device), home_of(program)
     program = as_linears(program)
     selection = select(program, config)

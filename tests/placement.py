@@ -23,7 +23,8 @@ METHODS: dict[str, Method] = {
     **{f"gptq {order}": GPTQ(**_COMMON, act_order=order) for order in ("group", "static", "column")},
     "lopro": LoPRo(**_COMMON, rank=4, transforms=("full", "partial"), salient=16, importance="gradient", head_bits=4),
     "lopro paper": LoPRo.paper(**{**_COMMON, "rank": 4, "salient": 16}),
-    "flrq": FLRQ(**_COMMON, budget=1.0, least_gain=0),
+    # Each component is a read; the budget allows as many in both of the widths below.
+    "flrq": FLRQ(**_COMMON, budget=0.9, least_gain=0),
     "flrq paper": FLRQ.paper(**_COMMON),
     "lopro fp16 factors": LoPRo(**_COMMON, rank=4, factor_bits=16, sequential=False),
 }

@@ -94,9 +94,9 @@ def block_components(
 
     `gram_components` finds `width` of them at once in the current remainder, until nothing is left.
     """
-    remainder = matrix.clone()
-    for _ in range(0, min(matrix.shape), width):
-        down = gram_components(remainder, hessian, width, generator, iterations)
+    remainder, most = matrix.clone(), min(matrix.shape)
+    for first in range(0, most, width):
+        down = gram_components(remainder, hessian, min(width, most - first), generator, iterations)
         down = down[down.any(1)]
         if not len(down):
             return

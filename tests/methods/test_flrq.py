@@ -58,6 +58,14 @@ def _outliers(rank: int, rows: tuple[int, ...] = (96, 32), width: int = 128, see
     return weights, torch.randn(4 * width, width, generator=generator(seed + 70))
 
 
+def _layered(rows: tuple[int, ...] = (96, 32), seed: int = 0) -> Problem:
+    """Ordinary weights and activations, and twelve components of falling size that stretch every range."""
+    weights, x = ordinary(rows, seed=seed)
+    size = 2.0 ** -(torch.arange(12) / 2).unsqueeze(1)
+    right = torch.randn(12, 128, generator=generator(seed + 50)) * size
+    return [w + torch.randn(len(w), 12, generator=generator(seed + 60 + len(w))) @ right for w in weights], x
+
+
 def _walk(matrix: Tensor, stopping: Stopping, seed: int = 0) -> tuple[int, list[float]]:
     """The rank that is kept, and the sizes seen on the way."""
     sizes = [matrix.abs().amax().item()]
@@ -99,11 +107,11 @@ def test_more_iterations_find_the_largest_singular_value(seed: int) -> None:
     assert found[-1] == pytest.approx(1, rel=1e-9)
 
 
-@given(st.sampled_from((0.5, 1.0, 2.0)), seeds)
-def test_deflation_stays_near_the_tail_of_the_spectrum(power: float, seed: int) -> None:
-    matrix = _decaying(40, 64, seed, power)
+@given(seeds)
+def test_deflation_stays_near_the_tail_of_the_spectrum(seed: int) -> None:
+    matrix = _decaying(40, 64, seed, 0.5)
     tails = [torch.linalg.svdvals(matrix)[r:].square().sum().item() for r in range(11)]
-    for iterations, most in ((2, 1.15), (4, 1.08)):
+    for iterations, most in ((2, 1.25), (4, 1.12)):
         remainder, errors = matrix.clone(), [tails[0]]
         for u, v in islice(r1_components(matrix, generator(seed), iterations), 10):
             errors.append(remainder.addr_(u, v, alpha=-1).square().sum().item())
@@ -131,11 +139,12 @@ def test_a_constant_in_the_scale_changes_nothing(constant: float, seed: int) -> 
 
 @given(st.integers(1, 30), st.integers(1, 30), seeds)
 def test_blocks_give_every_component_in_turn(m: int, n: int, seed: int) -> None:
-    """Of a whole block, the squares fall; together they are the matrix, but for the damping of the up factor."""
-    matrix, gram = torch.randn(m, n, generator=generator(seed)), gram_of(heavy_tailed(4 * n, n, seed))
+    """Inside a block the squares fall; all components together are the matrix."""
+    matrix = torch.randn(m, n, generator=generator(seed), dtype=torch.float64)
+    gram = gram_of(heavy_tailed(4 * n, n, seed)).double()
     pairs = list(block_components(matrix, gram, generator(seed)))
     assert len(pairs) == min(m, n)
-    assert_close("matrix", matrix, torch.stack([torch.outer(u, v) for u, v in pairs]).sum(0), 1e-2)
+    assert_close("matrix", matrix, torch.stack([torch.outer(u, v) for u, v in pairs]).sum(0), 1e-5)
     squares = [u.square().sum().item() for u, _ in pairs[:8]]
     assert all(after <= before * (1 + 1e-3) for before, after in pairwise(squares))
 
@@ -226,16 +235,16 @@ def test_ranges_are_those_of_the_quantiser(m: int, n: int, size: int | None, see
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_branch_is_a_solution_of_its_own_rank(name: str) -> None:
-    solution = run(ordinary(), CONFIGS[name])
+    solution = run(_layered(), CONFIGS[name])
     assert _rank(solution) > 0
-    check(solution, ordinary())
+    check(solution, _layered())
     assert solution.transform.is_identity
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("budget", [0.0, 0.3, 0.7])
 def test_stored_factors_fit_the_budget(name: str, budget: float) -> None:
-    weights, _ = problem = ordinary((96, 32))
+    weights, _ = problem = _layered()
     config = replace(CONFIGS[name], budget=budget)
     solution = run(problem, config)
     solved = pack_solution(Unit("unit", ("first", "second"), weights), solution)
@@ -254,7 +263,7 @@ def test_stored_factors_fit_the_budget(name: str, budget: float) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_larger_budget_never_lowers_the_rank(name: str) -> None:
     config = replace(CONFIGS[name], epochs=1)
-    ranks = [_rank(run(ordinary(), replace(config, budget=budget))) for budget in (0, 0.2, 0.5, 1, 2)]
+    ranks = [_rank(run(_layered(), replace(config, budget=budget))) for budget in (0, 0.2, 0.5, 1, 2)]
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1]
 
@@ -267,11 +276,17 @@ def test_dear_factors_never_raise_the_rank(statistic: str) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("rank", [1, 3, 6])
-@pytest.mark.parametrize("paper", [False, True])
-def test_components_above_the_noise_are_counted(rank: int, seed: int, paper: bool) -> None:
-    config = FLRQ.paper(budget=8, scale_power=0) if paper else FLRQ(budget=8, statistic="range")
-    found = _rank(run(_outliers(rank, (192, 64), 256, seed), replace(config, epochs=1)))
+def test_components_above_the_noise_are_counted(rank: int, seed: int) -> None:
+    found = _rank(run(_outliers(rank, (192, 64), 256, seed), FLRQ(budget=8, statistic="range", epochs=1)))
     assert rank <= found <= rank + 4
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_largest_magnitude_may_miss_components_of_one_size(seed: int) -> None:
+    """It is one number of a matrix, where ranges are many: few of six components lower it by what they cost."""
+    problem = _outliers(6, (192, 64), 256, seed)
+    ranks = [_rank(run(problem, FLRQ(budget=8, statistic=each))) for each in ("range", "amax")]
+    assert ranks[0] >= ranks[1]
 
 
 @pytest.mark.parametrize("statistic", ["loss", "range", "amax"])
@@ -292,22 +307,23 @@ def test_no_weights_need_no_branch() -> None:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_epochs_never_cost(name: str, seed: int) -> None:
-    problem = ordinary(seed=seed)
+    problem = _layered(seed=seed)
     losses = [run(problem, replace(CONFIGS[name], epochs=epochs)).loss for epochs in (1, 2, 5)]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_one_epoch_of_the_paper_is_the_first_pair() -> None:
     """The sketches of the scaled weights, and what they leave rounded to nearest."""
-    weights, x = ordinary()
+    weights, x = _layered()
     config = replace(CONFIGS["paper"], epochs=1)
     solution = run((weights, x), config)
+    assert solution.down is not None
     low = torch.cat([up.dense() for up in solution.ups]) @ solution.down.dense()
     scale = column_scale(statistics(x).magnitude, config.scale_power)
     pairs = islice(r1_components(torch.cat(weights) * scale, generator(), 2), _rank(solution))
     assert_close("branch", torch.stack([torch.outer(u, v / scale) for u, v in pairs]).sum(0), low, 5e-3)
     nearest = run(
-        ([part - own for part, own in zip(weights, low.split([24, 8]), strict=True)], x), RTN(**_shared(config))
+        ([part - own for part, own in zip(weights, low.split([96, 32]), strict=True)], x), RTN(**_shared(config))
     )
     assert_close("rounded", nearest.rounded.dense(), solution.rounded.dense(), 2e-2)
 
@@ -325,7 +341,7 @@ def test_without_a_branch_it_is_the_method_that_it_rounds_by(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_branch_lowers_the_loss(bits: int, seed: int) -> None:
-    problem = ordinary(seed=seed)
+    problem = _layered(seed=seed)
     for name in ("loss", "range"):
         config = replace(CONFIGS[name], bits=bits)
         assert run(problem, config).loss < run(problem, replace(config, budget=0)).loss
@@ -353,10 +369,11 @@ def test_rounding_to_nearest_is_within_half_a_step(bits: int, seed: int) -> None
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_seed_decides_little(name: str) -> None:
-    """The same one gives the same bytes; others give ranks and losses near it."""
-    problem = ordinary((96, 32))
-    assert same(run(problem, CONFIGS[name], 1), run(problem, CONFIGS[name], 1))
-    config = replace(CONFIGS[name], budget=0.5)
+    """The same one gives the same bytes; others give ranks and losses near it, but by the largest magnitude alone."""
+    problem, config = _layered(), replace(CONFIGS[name], budget=0.5)
+    assert same(run(problem, config, 1), run(problem, config, 1))
+    if config.statistic == "amax":
+        return
     solutions = [run(problem, config, seed) for seed in range(4)]
     ranks, losses = [_rank(solution) for solution in solutions], [solution.loss for solution in solutions]
     assert max(ranks) - min(ranks) <= 3
@@ -364,7 +381,7 @@ def test_the_seed_decides_little(name: str) -> None:
 
 
 def test_rows_that_matter_get_the_branch() -> None:
-    (first, second), x = ordinary((24, 24))
+    (first, second), x = _layered((24, 24))
     stats = statistics(x)
 
     def losses(rows: Tensor | None) -> list[float]:
@@ -393,21 +410,25 @@ def test_a_program_of_two_linears_is_quantised_saved_and_resumed(name: str, tmp_
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.first(x), self.second(x)
 
-    torch.manual_seed(0)
-    module, x = Pair(), heavy_tailed(384, 128)
+    (first, second), x = _layered()
+    module = Pair()
+    module.first.weight.data.copy_(first)
+    module.second.weight.data.copy_(second)
     program = torch.export.export(module, (x,))
-    first, state = (lopro_fx.calibrate(program, [x], CONFIGS[name], resume=tmp_path / "journal") for _ in range(2))
-    assert first.layers["first"].metrics == state.layers["first"].metrics
-    assert {row["rank"] for row in lopro_fx.report(lopro_fx.apply(program, state)).rows} != {0}
+    solved, state = (lopro_fx.calibrate(program, [x], CONFIGS[name], resume=tmp_path / "journal") for _ in range(2))
+    # Only what was read, and not solved again, has the same time.
+    assert solved.layers["first"].metrics == state.layers["first"].metrics
     quantised = lopro_fx.apply(program, state)
-    lopro_fx.save(lopro_fx.optimize(quantised), tmp_path / "program")
+    assert {row["rank"] for row in lopro_fx.report(quantised).rows} == {state.inputs["first"].down.rank}
+    lopro_fx.save(quantised, tmp_path / "program")
     loaded = lopro_fx.load(tmp_path / "program")
     assert state_of(loaded).config == CONFIGS[name].to_dict()
     with torch.no_grad():
-        want, got, again = module(x), quantised.module()(x), loaded.module()(x)
-    for one, other, stored in zip(want, got, again, strict=True):
-        assert relative_rms(one, other) < 0.35
-        assert_close("loaded", other, stored, 1e-5)
+        forms = [each.module()(x) for each in (quantised, loaded, lopro_fx.optimize(loaded))]
+        for i, want in enumerate(module(x)):
+            assert relative_rms(want, forms[0][i]) < 0.35
+            for other in forms[1:]:
+                assert_close("the same program", forms[0][i], other[i], 1e-5)
 
 
 def test_data_free_it_still_chooses() -> None:
