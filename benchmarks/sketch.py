@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def decaying(m: int, n: int, seed: int = 0) -> Tensor:
     return (left * size) @ right.T + noise
 
 
-def by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def by_svd(matrix: Tensor, _: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :RANK] * s[:RANK], v[:RANK]
 
@@ -51,6 +50,9 @@ def by_r1(matrix: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     return r1_sketch(matrix, RANK, torch.Generator().manual_seed(0), iterations)
 
 
+SKETCHES = {"R1-sketch": by_r1, "block": by_block, "torch.svd_lowrank": by_svd_lowrank}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -63,19 +65,14 @@ def main() -> None:
         matrix = decaying(m, n)
         wide = matrix.double()
         best = torch.linalg.eigvalsh(wide @ wide.T)[: m - RANK].sum().item()
-        cases: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-        for its in (1, 2, 4):
-            cases[f"R1-sketch, {its} iterations"] = lambda its=its: by_r1(matrix, its)
-            cases[f"block, {its} iterations"] = lambda its=its: by_block(matrix, its)
-            cases[f"torch.svd_lowrank, {its} iterations"] = lambda its=its: by_svd_lowrank(matrix, its)
-        if m == n or args.svd:
-            cases["torch.linalg.svd"] = lambda: by_svd(matrix)
-        for name, solve in cases.items():
+        exact = [("torch.linalg.svd", by_svd, 0)] if m == n or args.svd else []
+        for name, solve, iterations in [*((*case, its) for its in (1, 2, 4) for case in SKETCHES.items()), *exact]:
             started = time.perf_counter()
-            left, right = solve()
+            left, right = solve(matrix, iterations)
             seconds = time.perf_counter() - started
             error = (wide - left.double() @ right.double()).square().sum().item() / best
-            rows.append({"shape": [m, n], "case": name, "seconds": seconds, "error_over_best": error})
+            row = {"shape": [m, n], "case": name, "iterations": iterations}
+            rows.append({**row, "seconds": seconds, "error_over_best": error})
             print(rows[-1], flush=True)
     save_result("sketch", rows, rank=RANK)
 
