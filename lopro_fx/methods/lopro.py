@@ -36,7 +36,7 @@ from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided
 
 # Exponent of the activation scale in the released code (LoPRo section 3.2).
-SCALE_POWER = 2.4
+_SCALE_POWER = 2.4
 FACTOR_BITS = (8, 16)
 TRANSFORMS = ("identity", "act_order", "partial", "full")
 LOW_RANK = ("block_svd", "r1_sketch")
@@ -193,7 +193,7 @@ def initial_factors(
         weighed = joint * stats.row_scale(torch.as_tensor(share, dtype=joint.dtype, device=joint.device))
         down = gram_components(weighed, stats.gram, config.rank, generator, config.power_iterations)
         return fit_up(joint, stats.gram, down), down
-    scale = column_scale(stats.magnitude, SCALE_POWER)
+    scale = column_scale(stats.magnitude, _SCALE_POWER)
     left, right = r1_sketch(
         joint * share * scale,
         config.rank,
