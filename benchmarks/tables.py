@@ -155,6 +155,19 @@ def searching() -> str:
     return _table(("instructions", "bits", *(f"window {window}" for window in sizes)), lines)
 
 
+def sketches() -> str:
+    """Seconds of a low-rank approximation, and its squared error over that of the best."""
+    cells = {(row["case"], row["iterations"], tuple(row["shape"])): row for row in _rows("sketch")}
+    shapes = list(dict.fromkeys(shape for _, _, shape in cells))
+    lines = []
+    for case, its in dict.fromkeys((case, its) for case, its, _ in cells):
+        rows = [cells[case, its, shape] for shape in shapes if (case, its, shape) in cells]
+        found = [text for row in rows for text in (f"{row['seconds']:.2f} s", f"{row['error_over_best']:.4f}")]
+        lines.append((case, str(its or ""), *found, *[""] * (2 * (len(shapes) - len(rows)))))
+    heads = [text for m, n in shapes for text in (f"{m}×{n}", "error")]
+    return _table(("approximation", "iterations", *heads), lines)
+
+
 def families() -> str:
     """What became of every architecture, by step."""
     columns = [name for name in _rows("families")[0] if name not in ("architecture", "seconds")]
@@ -178,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solving": solving,
     "trellis": trellis,
     "searching": searching,
+    "sketches": sketches,
 }
 
 

@@ -14,6 +14,7 @@ from lopro_fx.generation.generator import Generator
 from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.huggingface import pack_model, save_pretrained
 from lopro_fx.methods.base import Method
+from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rtn import RTN
@@ -27,6 +28,7 @@ from lopro_fx.state import QuantState
 from lopro_fx.store.checkpoint import load, load_state, save, save_state
 
 __all__ = [
+    "FLRQ",
     "GPTQ",
     "RTN",
     "BackendReport",

@@ -75,6 +75,8 @@ def plannable(config: Method) -> Rounding:
         raise ConfigError(
             f"a budget needs a method that rounds to one of the formats {', '.join(OPTIONS)}, not {config!r}"
         )
+    if not config.fixed_size:
+        raise ConfigError(f"a budget needs layers of known size, and {config.name} chooses ranks while it solves")
     if config.overrides:
         raise ConfigError("a budget chooses the settings of every Linear: give a method without overrides")
     return config

@@ -56,7 +56,7 @@ def quantize(
         program: from `torch.export.export`, not decomposed. It is not changed.
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
-        config: `LoPRo` (default), `GPTQ`, `RTN`, or another method.
+        config: `LoPRo` (default), `FLRQ`, `GPTQ`, `RTN`, or another method.
         budget: size of all packed tensors; bits, group size and format of every Linear are then chosen to fit it with
             the least predicted loss, see `plan`.
         resume: folder that keeps each finished unit, so that a stopped run continues there.
@@ -94,7 +94,7 @@ def calibrate(
     require_program(program)
     config = LoPRo() if config is None else config
     if not isinstance(config, Method):
-        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
+        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...), FLRQ(...) or LoPRo(...)")
     place, home = home_of(program) if device is None else available(device), home_of(program)
     program = as_linears(program)
     if budget is not None:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
-from lopro_fx import GPTQ, RTN, LoPRo, Method
+from lopro_fx import FLRQ, GPTQ, RTN, LoPRo, Method
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.models import export_causal_lm
 from tests.elsewhere import ELSEWHERE, placed
@@ -23,6 +23,9 @@ METHODS: dict[str, Method] = {
     **{f"gptq {order}": GPTQ(**_COMMON, act_order=order) for order in ("group", "static", "column")},
     "lopro": LoPRo(**_COMMON, rank=4, transforms=("full", "partial"), salient=16, importance="gradient", head_bits=4),
     "lopro paper": LoPRo.paper(**{**_COMMON, "rank": 4, "salient": 16}),
+    # Each component is a read; the budget allows as many in both of the widths below.
+    "flrq": FLRQ(**_COMMON, rank_budget=0.9, least_gain=0),
+    "flrq paper": FLRQ.paper(**_COMMON),
     "lopro fp16 factors": LoPRo(**_COMMON, rank=4, factor_bits=16, sequential=False),
 }
 # Checks of the weights where they lie, draws of random numbers, and moves.

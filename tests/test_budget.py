@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
-from lopro_fx import GPTQ, RTN, Budget, LoPRo
+from lopro_fx import FLRQ, GPTQ, RTN, Budget, LoPRo
 from lopro_fx.budget import Option, divide, hull
 from lopro_fx.calibration.sensitivity import gaussian_error
 from lopro_fx.errors import ConfigError
@@ -167,6 +167,7 @@ def test_a_planned_program_is_saved_and_loaded(tmp_path: Path) -> None:
     [
         (TRELLIS, Budget(bits_per_weight=0.5), "the least possible here is"),
         (LoPRo(overrides={"*": {"bits": 4}}), Budget(bits_per_weight=4), "without overrides"),
+        (FLRQ(), Budget(bits_per_weight=4), "flrq chooses ranks while it solves"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(method: Method, budget: Budget, message: str) -> None:

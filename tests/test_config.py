@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopro_fx import GPTQ, RTN, ConfigError, LoPRo, Method
+from lopro_fx import FLRQ, GPTQ, RTN, ConfigError, LoPRo, Method
 from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.methods.base import HEAD_BITS
+from lopro_fx.methods.flrq import STATISTICS
 from lopro_fx.methods.lopro import LOW_RANK, TRANSFORMS
 from lopro_fx.methods.registry import from_dict
 
@@ -30,9 +31,14 @@ def configs(draw: st.DrawFn) -> Method:
         "sequential": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**63 - 1)),
     }
-    kind = draw(st.sampled_from((RTN, GPTQ, LoPRo)))
+    kind = draw(st.sampled_from((RTN, GPTQ, FLRQ, LoPRo)))
     if kind is GPTQ:
         shared["act_order"] = draw(st.sampled_from(("none", "group", "static", "column")))
+    if kind is FLRQ:
+        shared["budget"] = draw(st.floats(0, 8))
+        shared["statistic"] = draw(st.sampled_from(STATISTICS))
+        shared["least_drop"] = draw(st.none() | st.floats(0, 0.99))
+        shared["scale_power"] = draw(st.floats(0, 8))
     if kind is LoPRo:
         shared["rank"] = draw(st.integers(0, 4096))
         shared["transforms"] = draw(st.lists(st.sampled_from(TRANSFORMS), min_size=1, max_size=4, unique=True))
@@ -46,7 +52,7 @@ def test_json_gives_the_same_settings_back(config: Method) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("config", [RTN(), GPTQ(), LoPRo(), LoPRo.paper()])
+@pytest.mark.parametrize("config", [RTN(), GPTQ(), FLRQ(), FLRQ.paper(), FLRQ.paper(bits=2), LoPRo(), LoPRo.paper()])
 def test_defaults_are_allowed(config: Method) -> None:
     again = from_dict(config.to_dict())
     assert again == config
@@ -69,6 +75,18 @@ def test_defaults_are_allowed(config: Method) -> None:
         (GPTQ, {"damp": float("nan")}, r"GPTQ\(damp=nan\)"),
         (GPTQ, {"damp": "much"}, r"GPTQ\(damp='much'\)"),
         (GPTQ, {"act_order": "row"}, "act_order='row'.*none, group, static, column"),
+        (FLRQ, {"budget": -0.1}, r"FLRQ\(budget=-0.1\).*0, 8"),
+        (FLRQ, {"budget": True}, r"FLRQ\(budget=True\)"),
+        (FLRQ, {"factor_bits": 4}, r"FLRQ\(factor_bits=4\).*8, 16"),
+        (FLRQ, {"statistic": "mean"}, "statistic='mean'.*loss, range, amax"),
+        (FLRQ, {"least_gain": -1}, r"FLRQ\(least_gain=-1\).*0, 100"),
+        (FLRQ, {"slope_window": 2.5}, r"FLRQ\(slope_window=2.5\)"),
+        (FLRQ, {"least_drop": 1.0}, r"FLRQ\(least_drop=1.0\)"),
+        (FLRQ, {"scale_power": float("nan")}, r"FLRQ\(scale_power=nan\)"),
+        (FLRQ, {"epochs": 0}, r"FLRQ\(epochs=0\).*1, 100"),
+        (FLRQ, {"feedback": 1}, r"FLRQ\(feedback=1\).*True or False"),
+        (FLRQ, {"refit": False}, r"FLRQ\(statistic='loss', refit=False\)"),
+        (FLRQ, {"format": "trellis", "group_size": 64}, r"FLRQ\(group_size=64\).*trellis"),
         (RTN, {"clip_steps": -1}, r"RTN\(clip_steps=-1\)"),
         (RTN, {"seed": -1}, r"RTN\(seed=-1\)"),
     ],
@@ -91,7 +109,7 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "magic"}, "method 'magic'.*rtn, gptq, lopro"),
+        ({"method": "magic"}, "method 'magic'.*rtn, gptq, flrq, lopro"),
         ({}, "method None"),
         ({"method": "rtn", "rank": 3}, "RTN: .*rank"),
     ],

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.export import ExportedProgram
 
 import lopro_fx
-from lopro_fx import GPTQ, RTN, LoPRo, Method, QuantState
+from lopro_fx import FLRQ, GPTQ, RTN, LoPRo, Method, QuantState
 from lopro_fx.evaluation.perplexity import perplexity
 from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm, load_model
@@ -60,7 +60,8 @@ def _twin(name: str, state: QuantState) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("name", "config"),
     [*((name, CONFIG) for name in QUANTISED), ("llama", RTN(bits=4, group_size=32)),
-     ("llama", GPTQ(bits=4, group_size=32, act_order="column"))],
+     ("llama", GPTQ(bits=4, group_size=32, act_order="column")),
+     ("llama", FLRQ(bits=4, group_size=32, budget=1.0, least_gain=0)), ("llama", FLRQ.paper(bits=4, group_size=32))],
 )  # fmt: skip
 def test_packed_and_fake_quantised_programs_are_one(name: str, config: Method) -> None:
     chosen, state = family(name), _state(name, config)
@@ -152,7 +153,7 @@ def test_the_input_program_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in _stored(chosen.program).items())
 
 
-@pytest.mark.parametrize("method", [LoPRo, GPTQ])
+@pytest.mark.parametrize("method", [LoPRo, FLRQ, GPTQ])
 def test_a_data_free_run_warns(method: type[Method]) -> None:
     chosen = family("llama")
     with pytest.warns(UserWarning, match=f"{method.__name__}.*data-free"):

@@ -23,7 +23,7 @@ class LoProQuantizer(ExportQuantizer):
     """Quantizer of the program that `DynamoExporter` exports; pass it as `DynamoConfig(quantizer=...)`.
 
     Args:
-        config: `LoPRo` (default), `GPTQ` or `RTN`.
+        config: `LoPRo` (default), `FLRQ`, `GPTQ`, `RTN`, or another method.
         calibration_dataset: dicts of the model's inputs, or, for `export_for_generation`, of `generate`'s. Without it
             the export's own sample inputs serve, with a warning of transformers.
 

@@ -126,7 +126,9 @@ class Method:
     )
     token_clip: float = 16.0
     importance: str = setting(
-        "none", "gradient weighs tokens by the loss's gradient (default for lopro; none for the others)", IMPORTANCE
+        "none",
+        "gradient weighs tokens by the loss's gradient (default for lopro, flrq; none for the others)",
+        IMPORTANCE,
     )
     sequential: bool = True
     act_bits: int = setting(0, "of a rounded activation: 8, 4, or 0 to keep it (default: 0)")

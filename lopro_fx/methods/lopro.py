@@ -15,13 +15,22 @@ import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError
-from lopro_fx.layer import Factor, Transform
+from lopro_fx.layer import Transform
 from lopro_fx.methods import checks, rotation
 from lopro_fx.methods.base import setting
-from lopro_fx.methods.ldlq import Feedback, damped, feedback, proxy_loss, round_with_feedback
-from lopro_fx.methods.lowrank import correction, fit_up, gram_components, r1_sketch, round_factor
+from lopro_fx.methods.ldlq import Feedback, damped, proxy_loss, round_with_feedback
+from lopro_fx.methods.lowrank import (
+    Branch,
+    column_scale,
+    correction,
+    fit_up,
+    gram_components,
+    r1_sketch,
+    round_branch,
+    round_factor,
+)
 from lopro_fx.methods.observers import Statistics
-from lopro_fx.methods.prior import shrinkage
+from lopro_fx.methods.prior import informed_feedback
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
 from lopro_fx.methods.units import divided
@@ -143,18 +152,6 @@ class _Problem:
     rows: Tensor
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """Low-rank branch with rounded factors."""
-
-    down: Factor
-    ups: tuple[Factor, ...]
-
-    def dense(self, share: Tensor) -> Tensor:
-        """Multiply the factors to (m, n), in units of the rows."""
-        return divided(torch.cat([up.dense() for up in self.ups]), share) @ self.down.dense()
-
-
 def solve(
     joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
@@ -182,11 +179,11 @@ def solve(
     solution, problem = best
     for _ in range(config.refits - 1 if config.rank else 0):
         assert solution.down is not None
-        again = _attempt(problem, _Branch(solution.down, solution.ups), rows, config, generator)
+        again = _attempt(problem, Branch(solution.down, solution.ups), rows, config, generator)
         if again.loss >= solution.loss:
             break
         solution = again
-    whole = proxy_loss(joint * _row_scale(stats, share), stats.gram)
+    whole = proxy_loss(joint * stats.row_scale(share), stats.gram)
     return replace(solution, relative=solution.loss / whole if whole > 0 else 0.0, losses=losses)
 
 
@@ -201,10 +198,10 @@ def initial_factors(
     s first, so columns with large activations are fitted more closely (LoPRo equation 4).
     """
     if config.low_rank == "block_svd":
-        weighed = joint * _row_scale(stats, torch.as_tensor(share, dtype=joint.dtype, device=joint.device))
+        weighed = joint * stats.row_scale(torch.as_tensor(share, dtype=joint.dtype, device=joint.device))
         down = gram_components(weighed, stats.gram, config.rank, generator, config.power_iterations)
         return fit_up(joint, stats.gram, down), down
-    scale = column_scale(stats.magnitude)
+    scale = column_scale(stats.magnitude, _SCALE_POWER)
     left, right = r1_sketch(
         joint * share * scale,
         config.rank,
@@ -213,17 +210,6 @@ def initial_factors(
         lambda v: round_factor(v.unsqueeze(0), config.factor_bits, 0).dense()[0],
     )
     return divided(left, torch.as_tensor(share, dtype=left.dtype, device=left.device)), right / scale
-
-
-def column_scale(magnitude: Tensor) -> Tensor:
-    """Scale s_j = t_j / sqrt(max t * min t) of the released code, with t_j = E|x_j|^2.4; max s is 1 / min s.
-
-    t is floored at 1e-8 of its maximum, so dead columns neither divide by zero nor stretch the range. The released
-    code's floor is absolute and depends on the model's dtype.
-    """
-    raised = magnitude.to(torch.float64).pow(_SCALE_POWER)
-    raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny ** 0.5))
-    return (raised / (raised.max() * raised.min()).sqrt()).to(torch.float32)
 
 
 def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, generator: torch.Generator) -> Transform:
@@ -244,36 +230,23 @@ def transform_for(name: str, residual: Tensor, gram: Tensor, config: LoPRo, gene
     return Transform(perm, signs if config.signs and block > 1 else None, block, skip if block > 1 else 0)
 
 
-def _row_scale(stats: Statistics, share: Tensor) -> Tensor:
-    """Scale (m, 1) of an error's rows that puts its squares in one unit and weighs them by `stats.rows`."""
-    return share if stats.rows is None else share * stats.rows.sqrt().unsqueeze(1)
-
-
 def _pose(name: str, transform: Transform, joint: Tensor, stats: Statistics, config: LoPRo, share: Tensor) -> _Problem:
     moved = transform.gram(stats.gram)
     order = config.quantizer.order(moved)
-    wanted = (1 + config.damp) * (1 + shrinkage(stats)) - 1
-    fb = feedback(moved[order][:, order], wanted)
-    damp = config.damp if fb.damp == wanted else fb.damp
-    return _Problem(name, transform, transform.forward(joint), moved, fb, damp, order, share, _row_scale(stats, share))
+    fb, damp = informed_feedback(moved, order, config.damp, stats)
+    return _Problem(name, transform, transform.forward(joint), moved, fb, damp, order, share, stats.row_scale(share))
 
 
-def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
+def _rounded(up: Tensor, down: Tensor, problem: _Problem, rows: list[int], config: LoPRo) -> Branch:
     """Round both factors; the up factor is solved again for the rounded down factor where refits are on."""
     factor = round_factor(down, config.factor_bits, 0)
     if config.refits:
         up = fit_up(problem.weight, problem.gram, factor.dense())
-    return _branch(up, factor, problem, rows, config)
-
-
-def _branch(up: Tensor, down: Factor, problem: _Problem, rows: list[int], config: LoPRo) -> _Branch:
-    """Round an up factor (m, r) in units of the rows."""
-    parts = (up * problem.share).split(rows)
-    return _Branch(down, tuple(round_factor(part, config.factor_bits, 1) for part in parts))
+    return round_branch(up, factor, problem.share, rows, config.factor_bits)
 
 
 def _attempt(
-    problem: _Problem, branch: _Branch | None, rows: list[int], config: LoPRo, generator: torch.Generator
+    problem: _Problem, branch: Branch | None, rows: list[int], config: LoPRo, generator: torch.Generator
 ) -> GroupSolution:
     """Round the weights around `branch`, then solve the branch again for the remaining error."""
     target = problem.weight if branch is None else problem.weight - branch.dense(problem.share)
@@ -284,7 +257,7 @@ def _attempt(
     error = problem.weight - rounded.dense()
     if branch is not None and config.refits:
         up, down = correction(error, problem.gram, config.rank, config.factor_bits, generator, problem.rows)
-        branch = _branch(up, down, problem, rows, config)
+        branch = round_branch(up, down, problem.share, rows, config.factor_bits)
     left = error if branch is None else error - branch.dense(problem.share)
     loss = proxy_loss(left * problem.rows, problem.gram)
     down, ups = (branch.down, branch.ups) if branch else (None, ())

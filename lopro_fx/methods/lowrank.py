@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lopro_fx.kernels.formats.scales import rounded_scale
 from lopro_fx.layer import Factor
 from lopro_fx.methods.ldlq import damping
 from lopro_fx.methods.prior import FACTOR_DAMP
+from lopro_fx.methods.units import divided
 
 # Range of a weight's unit in which fp16 holds its up factors without a scale.
 _NEAR_ONE = 2.0**-10, 2.0**10
@@ -48,14 +49,30 @@ def r1_sketch(
 ) -> tuple[Tensor, Tensor]:
     """Rank-one deflation (LoPRo equations 10-12): left (m, r) and right (r, n) with left @ right close to the matrix.
 
+    See `r1_components`. Components past the rank of the matrix are zero.
+    """
+    m, n = matrix.shape
+    left, right = matrix.new_zeros(m, rank), matrix.new_zeros(rank, n)
+    for i, (u, v) in zip(range(rank), r1_components(matrix, generator, iterations, rounding), strict=False):
+        left[:, i], right[i] = u, v
+    return left, right
+
+
+def r1_components(
+    matrix: Tensor,
+    generator: torch.Generator,
+    iterations: int = 8,
+    rounding: Callable[[Tensor], Tensor] = lambda v: v,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the components u (m,), v (n,) of a rank-one deflation, until nothing of the matrix (m, n) is left.
+
     Each component is found by power iteration on the current remainder and rounded. It is subtracted with the weight
     that minimises the remainder for the rounded pair, so later components fit its rounding error and the remainder
-    never grows.
+    never grows. Without rounding, v is of length 1 and u is the remainder times v.
     """
     remainder = matrix.clone()
     m, n = matrix.shape
-    left, right = matrix.new_zeros(m, rank), matrix.new_zeros(rank, n)
-    for i in range(min(rank, m, n)):
+    for _ in range(min(m, n)):
         u = remainder @ _normal((n,), matrix, generator)
         for _ in range(iterations):
             u = remainder @ (remainder.T @ (u / u.norm().clamp_min(torch.finfo(u.dtype).tiny)))
@@ -63,12 +80,58 @@ def r1_sketch(
         v = remainder.T @ u
         length = v.norm()
         if not length > 0:
-            break
+            return
         v = rounding(v / length)
         weight = (u @ remainder @ v) / (u.square().sum() * v.square().sum())
         remainder.addr_(u, v, alpha=-weight.item())
-        left[:, i], right[i] = u * weight, v
-    return left, right
+        yield u * weight, v
+
+
+def block_components(
+    matrix: Tensor, hessian: Tensor, generator: torch.Generator, iterations: int = 2, width: int = 8
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield components u (m,), v (n,) of the best approximations of the matrix (m, n) in the norm of the damped H.
+
+    `gram_components` finds `width` of them at once in the current remainder, until nothing is left.
+    """
+    remainder, most = matrix.clone(), min(matrix.shape)
+    for first in range(0, most, width):
+        down = gram_components(remainder, hessian, min(width, most - first), generator, iterations)
+        down = down[down.any(1)]
+        if not len(down):
+            return
+        up = fit_up(remainder, hessian, down)
+        yield from zip(up.T, down, strict=True)
+        remainder.addmm_(up, down, alpha=-1)
+
+
+def column_scale(magnitude: Tensor, power: float) -> Tensor:
+    """Scale s_j = t_j / sqrt(max t * min t) fp32 (n,), with t_j = E|x_j|^power; max s is 1 / min s.
+
+    With it, columns of large activations are fitted more closely: LoPRo equation 4, FLRQ equations 10 and 11. t is
+    floored at 1e-8 of its maximum, so dead columns neither divide by zero nor stretch the range. The released code's
+    floor is absolute and depends on the model's dtype.
+    """
+    raised = magnitude.to(torch.float64).pow(power)
+    raised = raised.clamp_min(max(raised.max().item() * 1e-8, torch.finfo(torch.float64).tiny ** 0.5))
+    return (raised / (raised.max() * raised.min()).sqrt()).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Low-rank branch of a unit with rounded factors: the shared down factor (r, n), and an up factor a layer."""
+
+    down: Factor
+    ups: tuple[Factor, ...]
+
+    def dense(self, share: Tensor) -> Tensor:
+        """Multiply the factors to (m, n), in units of the rows; `share` (m, 1) takes those to one unit."""
+        return divided(torch.cat([up.dense() for up in self.ups]), share) @ self.down.dense()
+
+
+def round_branch(up: Tensor, down: Factor, share: Tensor, rows: Sequence[int], bits: int) -> Branch:
+    """Round an up factor (m, r) in units of the rows, each layer's `rows` for themselves."""
+    return Branch(down, tuple(round_factor(part, bits, 1) for part in (up * share).split(list(rows))))
 
 
 def gram_components(

@@ -149,6 +149,11 @@ class Statistics:
         """Result of `Drift`."""
         return self._of(Drift)
 
+    def row_scale(self, share: Tensor) -> Tensor:
+        """Scale (m, 1) of an error's rows that weighs their squares by `rows`; `share` (m, 1) takes them to one
+        unit."""
+        return share if self.rows is None else share * self.rows.sqrt().unsqueeze(1)
+
     def _of(self, observer: type[Observer]) -> Any:
         if observer.name not in self.values:
             raise ConfigError(f"the method's observers() lack {observer.__name__}(), which it reads")

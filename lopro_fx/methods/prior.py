@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lopro_fx.methods.ldlq import Feedback, feedback
 from lopro_fx.methods.observers import Gram, Statistics
 
 # Damping of both low-rank factors, as a part of the mean diagonal. It is ten times that of the rounding: with less, a
@@ -41,6 +42,18 @@ def shrinkage(stats: Statistics) -> float:
     not measured.
     """
     return min(stats.gram.shape[0] / max(stats.distinct, 1), _MOST) if stats.tokens else 0.0
+
+
+def informed_feedback(gram: Tensor, order: Tensor, damp: float, stats: Statistics) -> tuple[Feedback, float]:
+    """Factor the Gram (n, n), its columns in `order`, with `shrinkage` beside the damping `damp`.
+
+    Returns:
+        The feedback, whose damping is of both, and the damping without `shrinkage`: more than `damp` if the Gram is
+        close to singular.
+    """
+    wanted = (1 + damp) * (1 + shrinkage(stats)) - 1
+    fb = feedback(gram[order][:, order], wanted)
+    return fb, damp if fb.damp == wanted else fb.damp
 
 
 def _with(stats: Statistics, gram: Tensor) -> Statistics:

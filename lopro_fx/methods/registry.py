@@ -7,6 +7,7 @@ from typing import Any
 
 from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
+from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rtn import RTN
@@ -40,5 +41,5 @@ def from_dict(values: Mapping[str, Any]) -> Method:
         raise ConfigError(f"{METHODS[name].__name__}: {error}") from error
 
 
-for _method in (RTN, GPTQ, LoPRo):
+for _method in (RTN, GPTQ, FLRQ, LoPRo):
     register_method(_method)

@@ -53,6 +53,8 @@ class Rounding(Method):
     strip: int | None = None
     asymmetry: float = setting(0.0, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0)")
     name: ClassVar[str]
+    # Whether the size of a layer follows from the settings.
+    fixed_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,7 +59,7 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
     require_program(program)
     config = LoPRo() if config is None else config
     if not isinstance(config, Method):
-        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...) or LoPRo(...)")
+        raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...), FLRQ(...) or LoPRo(...)")
     selection: Selection = find_sites(as_linears(program), config.include, config.exclude, heads=config.head_bits > 0)
     lines = [
         Line(site.name, (site.out_features, site.in_features), True, group.name, "")

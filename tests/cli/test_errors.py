@@ -37,6 +37,8 @@ def _refused(result, *words):
         (("quantize", "--group-size", "48"), ["group_size=48", "32, 64, 128, -1"]),
         (("quantize", "--rank", "-1"), ["rank=-1"]),
         (("quantize", "--method", "gptq", "--rank", "8"), ["--rank 8", "gptq"]),
+        (("quantize", "--method", "flrq", "--rank", "8"), ["--rank 8", "flrq"]),
+        (("quantize", "--method", "flrq", "--budget", "-1"), ["FLRQ(budget=-1.0)"]),
         (("quantize", "--calib-samples", "0"), ["--calib-samples", "at least 1"]),
         (("quantize", "--seq-len", "many"), ["--seq-len", "many"]),
         (("quantize", "--calib", "/nonexistent/text"), ["/nonexistent/text"]),

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopro_fx import GPTQ, LoPRo
-from lopro_fx.methods import lopro
+from lopro_fx.methods import prior
 from lopro_fx.methods.ldlq import proxy_loss
-from lopro_fx.methods.lopro import column_scale, initial_factors, transform_for
+from lopro_fx.methods.lopro import initial_factors, transform_for
+from lopro_fx.methods.lowrank import column_scale
 from lopro_fx.methods.prior import shrinkage
 from tests.helpers import assert_close, generator, heavy_tailed
 from tests.methods.problems import approximation, check, ordinary, run, same, statistics
@@ -73,7 +74,7 @@ def test_both_sketches_solve_alike() -> None:
 
 @given(st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=50))
 def test_largest_and_smallest_scale_are_inverse(magnitude: list[float]) -> None:
-    scale = column_scale(torch.tensor(magnitude))
+    scale = column_scale(torch.tensor(magnitude), 2.4)
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
     assert scale.max() * scale.min() == pytest.approx(1, rel=1e-5)
@@ -82,9 +83,9 @@ def test_largest_and_smallest_scale_are_inverse(magnitude: list[float]) -> None:
 @given(st.lists(st.floats(2**-7, 128, width=32), min_size=2, max_size=50), st.sampled_from((0.25, 8.0)))
 def test_the_scale_ignores_units_and_keeps_the_order(magnitude: list[float], unit: float) -> None:
     values = torch.tensor(magnitude)
-    assert_close("scale", column_scale(values), column_scale(values * unit), 1e-5)
+    assert_close("scale", column_scale(values, 2.4), column_scale(values * unit, 2.4), 1e-5)
     assert torch.equal(
-        column_scale(values)[values.argsort()].diff() >= 0, torch.ones(len(values) - 1, dtype=torch.bool)
+        column_scale(values, 2.4)[values.argsort()].diff() >= 0, torch.ones(len(values) - 1, dtype=torch.bool)
     )
 
 
@@ -137,7 +138,7 @@ def test_feedback_is_damped_by_features_over_tokens() -> None:
     assert shrinkage(statistics(x[:30])) == 0.1
     assert shrinkage(replace(statistics(x), tokens=0)) == 0
     config = LoPRo(bits=3, group_size=32, rank=0, sweeps=0, transforms="identity")
-    with mock.patch.object(lopro, "shrinkage", return_value=0.0):
+    with mock.patch.object(prior, "shrinkage", return_value=0.0):
         wanted = run((weights, x), replace(config, damp=1.01 * (1 + shrinkage(statistics(x))) - 1))
     found = run((weights, x), config)
     assert torch.equal(found.rounded.dense(), wanted.rounded.dense())
