@@ -131,7 +131,7 @@ def divide(options: Sequence[Sequence[Option]], limit: int) -> list[Option]:
     hulls = [hull(each) for each in options]
     spent = sum(each[0].bytes for each in hulls)
     if spent > limit:
-        raise ConfigError(f"the budget is {limit:,} bytes, and the least possible here is {spent:,}")
+        raise ConfigError(f"the budget leaves {limit:,} bytes for these Linears, and the least possible is {spent:,}")
     steps = sorted(
         ((_gain(low, high), index, place) for index, each in enumerate(hulls)
          for place, (low, high) in enumerate(pairwise(each))),

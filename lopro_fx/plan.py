@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.budget import Budget, Choice, Option, Plan, best_uniform, divide, overrides_of
+from lopro_fx.budget import Budget, Choice, Plan, best_uniform, divide, overrides_of
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.sensitivity import OPTIONS, options_of, packed_bytes, sensitivities
+from lopro_fx.calibration.sensitivity import OPTIONS, Sensitivity, options_of, packed_bytes, sensitivities
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
@@ -92,17 +92,20 @@ def planned(
     device: torch.device,
 ) -> Plan:
     """Make the plan of `plan` on `batches`, flattened inputs on `device`."""
-    groups, options = [], []
-    for group, sensitivity in sensitivities(program, selection.groups, batches[:_BATCHES], method, device):
-        groups.append(group)
-        options.append(options_of(group, sensitivity, method))
-        progress(len(groups), len(selection.groups), "sensitivity")
+    groups = selection.groups
     heads = [site for head in selection.heads for site in head.sites[:1]]
     kept = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
     head_weights = sum(site.out_features * site.in_features for site in heads)
     weights = [sum(site.out_features * site.in_features for site in group.sites) for group in groups]
     limit = budget.bytes_for(sum(weights) + head_weights) - kept
-    chosen: list[Option] = divide(options, limit)
+    # Refuses what can't be met before anything is measured.
+    divide([options_of(group, Sensitivity(0.0, 0), method) for group in groups], limit)
+    found = {}
+    for group, sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
+        found[group.name] = options_of(group, sensitivity, method)
+        progress(len(found), len(groups), "sensitivity")
+    options = [found[group.name] for group in groups]
+    chosen = divide(options, limit)
     choices = tuple(
         Choice(tuple(site.name for site in group.sites), count, option)
         for group, count, option in zip(groups, weights, chosen, strict=True)

@@ -77,7 +77,7 @@ def test_no_option_lies_below_the_hull(every: list[Option]) -> None:
 def test_a_division_is_the_best_of_its_size(each: list[list[Option]], limit: int) -> None:
     least = sum(min(option.bytes for option in own) for own in each)
     if limit < least:
-        with pytest.raises(ConfigError, match="the least possible here is"):
+        with pytest.raises(ConfigError, match="the least possible is"):
             divide(each, limit)
         return
     chosen = divide(each, limit)
@@ -165,7 +165,7 @@ def test_a_planned_program_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "budget", "message"),
     [
-        (TRELLIS, Budget(bits_per_weight=0.5), "the least possible here is"),
+        (TRELLIS, Budget(bits_per_weight=0.5), "the least possible is"),
         (LoPRo(overrides={"*": {"bits": 4}}), Budget(bits_per_weight=4), "without overrides"),
         (FLRQ(), Budget(bits_per_weight=4), "flrq chooses ranks while it solves"),
     ],

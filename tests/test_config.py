@@ -35,7 +35,7 @@ def configs(draw: st.DrawFn) -> Method:
     if kind is GPTQ:
         shared["act_order"] = draw(st.sampled_from(("none", "group", "static", "column")))
     if kind is FLRQ:
-        shared["budget"] = draw(st.floats(0, 8))
+        shared["rank_budget"] = draw(st.floats(0, 8))
         shared["statistic"] = draw(st.sampled_from(STATISTICS))
         shared["least_drop"] = draw(st.none() | st.floats(0, 0.99))
         shared["scale_power"] = draw(st.floats(0, 8))
@@ -75,8 +75,8 @@ def test_defaults_are_allowed(config: Method) -> None:
         (GPTQ, {"damp": float("nan")}, r"GPTQ\(damp=nan\)"),
         (GPTQ, {"damp": "much"}, r"GPTQ\(damp='much'\)"),
         (GPTQ, {"act_order": "row"}, "act_order='row'.*none, group, static, column"),
-        (FLRQ, {"budget": -0.1}, r"FLRQ\(budget=-0.1\).*0, 8"),
-        (FLRQ, {"budget": True}, r"FLRQ\(budget=True\)"),
+        (FLRQ, {"rank_budget": -0.1}, r"FLRQ\(rank_budget=-0.1\).*0, 8"),
+        (FLRQ, {"rank_budget": True}, r"FLRQ\(rank_budget=True\)"),
         (FLRQ, {"factor_bits": 4}, r"FLRQ\(factor_bits=4\).*8, 16"),
         (FLRQ, {"statistic": "mean"}, "statistic='mean'.*loss, range, amax"),
         (FLRQ, {"least_gain": -1}, r"FLRQ\(least_gain=-1\).*0, 100"),

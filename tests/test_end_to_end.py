@@ -61,7 +61,8 @@ def _twin(name: str, state: QuantState) -> torch.nn.Module:
     ("name", "config"),
     [*((name, CONFIG) for name in QUANTISED), ("llama", RTN(bits=4, group_size=32)),
      ("llama", GPTQ(bits=4, group_size=32, act_order="column")),
-     ("llama", FLRQ(bits=4, group_size=32, budget=1.0, least_gain=0)), ("llama", FLRQ.paper(bits=4, group_size=32))],
+     ("llama", FLRQ(bits=4, group_size=32, rank_budget=1.0, least_gain=0)),
+     ("llama", FLRQ.paper(bits=4, group_size=32))],
 )  # fmt: skip
 def test_packed_and_fake_quantised_programs_are_one(name: str, config: Method) -> None:
     chosen, state = family(name), _state(name, config)

@@ -23,8 +23,8 @@ METHODS: dict[str, Method] = {
     "lopro": LoPRo(bits=3, group_size=32, rank=4, clip_steps=4),
     "fp16 factors": LoPRo(bits=2, group_size=32, rank=4, factor_bits=16, clip_steps=4),
     "paper": LoPRo.paper(bits=4, rank=4, salient=32, clip_steps=4),
-    "flrq": FLRQ(bits=3, group_size=32, budget=2.0, least_gain=0, clip_steps=4),
-    "flrq paper": FLRQ.paper(bits=4, budget=2.0, least_gain=0, clip_steps=4),
+    "flrq": FLRQ(bits=3, group_size=32, rank_budget=2.0, least_gain=0, clip_steps=4),
+    "flrq paper": FLRQ.paper(bits=4, rank_budget=2.0, least_gain=0, clip_steps=4),
     "8 bits": RTN(bits=8, group_size=-1),
 }
 

@@ -24,13 +24,13 @@ METHODS: dict[str, Rounding] = {
     "lopro, fp16 factors": LoPRo(bits=4, group_size=64, clip_steps=4, rank=2, factor_bits=16, transforms=("full",)),
     "lopro, rank above both sides": LoPRo(bits=3, group_size=32, clip_steps=4, rank=200, transforms=("act_order",)),
     "lopro, no branch": LoPRo(bits=3, group_size=-1, clip_steps=4, rank=0, transforms=ALL),
-    "flrq": FLRQ(bits=3, group_size=32, clip_steps=4, budget=1.0, least_gain=0),
-    "flrq by range": FLRQ(bits=4, group_size=-1, clip_steps=4, budget=1.0, statistic="range", least_gain=0),
+    "flrq": FLRQ(bits=3, group_size=32, clip_steps=4, rank_budget=1.0, least_gain=0),
+    "flrq by range": FLRQ(bits=4, group_size=-1, clip_steps=4, rank_budget=1.0, statistic="range", least_gain=0),
     "flrq, sketches of the error": FLRQ(
-        bits=2, group_size=32, clip_steps=4, low_rank="r1_sketch", factor_bits=16, budget=1.0, least_gain=0
+        bits=2, group_size=32, clip_steps=4, low_rank="r1_sketch", factor_bits=16, rank_budget=1.0, least_gain=0
     ),
-    "flrq of the paper": FLRQ.paper(bits=2, clip_steps=4, epochs=3, budget=2.0, least_gain=0, slope_window=0),
-    "flrq, trellis": FLRQ(bits=2, format="trellis", window=12, budget=1.0, epochs=2),
+    "flrq of the paper": FLRQ.paper(bits=2, clip_steps=4, epochs=3, rank_budget=2.0, least_gain=0, slope_window=0),
+    "flrq, trellis": FLRQ(bits=2, format="trellis", window=12, rank_budget=1.0, epochs=2),
     "rtn, trellis": RTN(bits=2.5, format="trellis", window=12),
     "gptq, trellis": GPTQ(bits=3, format="trellis", window=12),
     "gptq by column, trellis": GPTQ(bits=2, format="trellis", window=12, strip=32, act_order="column"),
