@@ -1,4 +1,4 @@
-"""Budget of a whole model, and its best division among the inputs that Linears share.
+"""Budget of a whole model, in size or divergence, and its best division among the inputs that Linears share.
 
 An input has a few options, each with bytes and a predicted loss. On the lower convex hull of an input's options, each
 step to more bytes lowers the loss by less per byte. The steps of all inputs, taken by falling gain a byte until the
@@ -20,30 +20,33 @@ from lopro_fx.report.table import render
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Size that the packed tensors of all quantised Linears may have; give one of the two.
+    """Size that the packed tensors of all quantised Linears may have, or divergence that they may cause; give one.
 
     Args:
         bits_per_weight: everything counted, as in `QuantState.bits_per_weight`.
         max_bytes: as in `QuantState.packed_bytes`.
+        max_kl: predicted KL divergence from the unquantised model's predictions, in nats a token; the size is then the
+            least that has it. Output projections are not in the prediction.
 
     Raises:
-        ConfigError: neither or both are given, or a value is not positive.
+        ConfigError: not one of them is given, or a value is not positive.
     """
 
     bits_per_weight: float | None = None
     max_bytes: int | None = None
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ConfigError("Budget: give bits_per_weight or max_bytes, one of them")
+            raise ConfigError("Budget: give bits_per_weight, max_bytes or max_kl, one of them")
         ((name, value),) = given.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ConfigError(f"Budget({name}={value!r}): must be a positive number")
 
-    def bytes_for(self, weights: int) -> int:
-        """Bytes for this number of weights."""
-        return int(self.bits_per_weight * weights / 8) if self.bits_per_weight is not None else int(self.max_bytes or 0)
+    def bytes_for(self, weights: int) -> int | None:
+        """Bytes for this number of weights; None without a limit."""
+        return self.max_bytes if self.bits_per_weight is None else int(self.bits_per_weight * weights / 8)
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,19 @@ def hull(options: Sequence[Option]) -> list[Option]:
     return found
 
 
-def divide(options: Sequence[Sequence[Option]], limit: int) -> list[Option]:
-    """Choose an option for each input, of least total loss, with at most `limit` bytes in all.
+def divide(options: Sequence[Sequence[Option]], limit: int | None, most_loss: float = 0.0) -> list[Option]:
+    """Choose an option for each input: the least total loss with at most `limit` bytes in all, or the fewest bytes with
+    at most `most_loss`, whichever takes less.
 
     The step that would exceed the limit ends the search: a smaller step taken instead could not be taken with more
     bytes, and the loss would rise.
 
     Raises:
-        ConfigError: the smallest options exceed the limit.
+        ConfigError: the smallest options exceed the limit, or without one, the best options have more loss.
     """
     hulls = [hull(each) for each in options]
-    spent = sum(each[0].bytes for each in hulls)
-    if spent > limit:
+    spent, loss = sum(each[0].bytes for each in hulls), sum(each[0].loss for each in hulls)
+    if limit is not None and spent > limit:
         raise ConfigError(f"the budget leaves {limit:,} bytes for these Linears, and the least possible is {spent:,}")
     steps = sorted(
         ((_gain(low, high), index, place) for index, each in enumerate(hulls)
@@ -139,10 +143,12 @@ def divide(options: Sequence[Sequence[Option]], limit: int) -> list[Option]:
     )  # fmt: skip
     chosen = [0] * len(hulls)
     for _, index, place in steps:
-        more = hulls[index][place + 1].bytes - hulls[index][place].bytes
-        if spent + more > limit:
+        low, high = hulls[index][place : place + 2]
+        if loss <= most_loss or (limit is not None and spent + high.bytes - low.bytes > limit):
             break
-        spent, chosen[index] = spent + more, place + 1
+        spent, loss, chosen[index] = spent + high.bytes - low.bytes, loss + high.loss - low.loss, place + 1
+    if limit is None and loss > most_loss:
+        raise ConfigError(f"the budget is a divergence of {most_loss:g}, and the least predicted is {loss:.3g}")
     return [each[place] for each, place in zip(hulls, chosen, strict=True)]
 
 
@@ -152,7 +158,7 @@ def overrides_of(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
 
 
 def best_uniform(options: Sequence[Sequence[Option]], limit: int) -> Option | None:
-    """Return the setting of least loss that is the same for every input and fits the limit, with its totals."""
+    """Return the setting of least loss that is the same for every input with at most `limit` bytes, and its totals."""
     totals = []
     for setting in options[0] if options else ():
         same = [next((own for own in each if own.settings == setting.settings), None) for each in options]

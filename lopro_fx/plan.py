@@ -97,19 +97,20 @@ def planned(
     kept = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
     head_weights = sum(site.out_features * site.in_features for site in heads)
     weights = [sum(site.out_features * site.in_features for site in group.sites) for group in groups]
-    limit = budget.bytes_for(sum(weights) + head_weights) - kept
-    # Refuses what can't be met before anything is measured.
-    divide([options_of(group, Sensitivity(0.0, 0), method) for group in groups], limit)
+    limit = budget.bytes_for(sum(weights) + head_weights)
+    if limit is not None:
+        limit -= kept
+        # Refuses what can't be met before anything is measured.
+        divide([options_of(group, Sensitivity(0.0, 0), method) for group in groups], limit)
     found = {}
     for group, sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
         found[group.name] = options_of(group, sensitivity, method)
         progress(len(found), len(groups), "sensitivity")
     options = [found[group.name] for group in groups]
-    chosen = divide(options, limit)
+    chosen = divide(options, limit, budget.max_kl or 0.0)
     choices = tuple(
         Choice(tuple(site.name for site in group.sites), count, option)
         for group, count, option in zip(groups, weights, chosen, strict=True)
     )
-    return Plan(
-        replace(method, overrides=overrides_of(choices)), choices, kept, head_weights, best_uniform(options, limit)
-    )
+    uniform = best_uniform(options, sum(option.bytes for option in chosen) if limit is None else limit)
+    return Plan(replace(method, overrides=overrides_of(choices)), choices, kept, head_weights, uniform)

@@ -95,6 +95,21 @@ def test_more_bytes_never_give_a_higher_loss(each: list[list[Option]], limit: in
     assert sum(option.loss for option in second) <= sum(option.loss for option in first)
 
 
+@given(st.lists(options, min_size=1, max_size=4), st.integers(0, 3000))
+def test_a_divergence_is_reached_with_few_bytes(each: list[list[Option]], most: int) -> None:
+    least = sum(min(option.loss for option in own) for own in each)
+    if most < least:
+        with pytest.raises(ConfigError, match="the least predicted is"):
+            divide(each, None, most)
+        return
+    chosen = divide(each, None, most)
+    spent = sum(option.bytes for option in chosen)
+    assert sum(option.loss for option in chosen) <= most
+    # One byte less could not be divided so.
+    if spent > sum(min(option.bytes for option in own) for own in each):
+        assert sum(option.loss for option in divide(each, spent - 1)) > most
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -175,6 +190,15 @@ def test_budgets_that_cannot_be_met_are_refused(method: Method, budget: Budget, 
         lopro_fx.calibrate(_program(), _batches(1), method, budget=budget)
     with pytest.raises(ConfigError, match=message):
         lopro_fx.plan(_program(), _batches(1), budget, method)
+
+
+def test_a_divergence_is_predicted_and_met() -> None:
+    loose, tight = (lopro_fx.plan(_program(), _batches(), Budget(max_kl=value), TRELLIS) for value in (1e-3, 1e-4))
+    assert loose.loss <= 1e-3
+    assert tight.loss <= 1e-4
+    assert tight.bytes > loose.bytes
+    with pytest.raises(ConfigError, match="the least predicted is"):
+        lopro_fx.plan(_program(), _batches(), Budget(max_kl=1e-12), TRELLIS)
 
 
 def test_a_budget_needs_calibration() -> None:

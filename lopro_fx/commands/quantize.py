@@ -53,6 +53,9 @@ def add(parser: ArgumentParser) -> None:
         help="bits per weight in all; each layer gets the bits that lower the loss most",
     )
     size.add_argument("--max-bytes", type=int, metavar="N", help="the same in bytes of packed tensors")
+    size.add_argument(
+        "--max-kl", type=float, metavar="N", help="the fewest bytes with this predicted KL, in nats a token"
+    )
     parser.add_argument("--calib", metavar="FILE", help=f"text to calibrate on (default: {data.BUILT_IN})")
     data.positive(parser, "--calib-samples", 32, "calibration windows")
     parser.add_argument("--eval", metavar="FILE", help=f"text to evaluate on (default: {data.BUILT_IN})")
@@ -136,10 +139,11 @@ def run(args: Namespace) -> None:
 
 def _budget(args: Namespace, config: Method) -> Budget | None:
     """Read the budget, and refuse a method that has no options."""
-    if args.budget is None and args.max_bytes is None:
+    given = {"bits_per_weight": args.budget, "max_bytes": args.max_bytes, "max_kl": args.max_kl}
+    if all(value is None for value in given.values()):
         return None
     plannable(config)
-    return Budget(bits_per_weight=args.budget, max_bytes=args.max_bytes)
+    return Budget(**given)
 
 
 def _quantize(

@@ -67,8 +67,8 @@ class Target:
         packed = sum(site.out_features * site.in_features
                      * (config.head_bits + 1 if site.name in heads else config.for_unit([site.name]).most_bits()) / 8
                      for site in selection.sites)  # fmt: skip
-        if budget is not None:
-            packed = budget.bytes_for(sum(site.out_features * site.in_features for site in selection.sites))
+        limit = budget and budget.bytes_for(sum(site.out_features * site.in_features for site in selection.sites))
+        packed = packed if limit is None else limit
         # Packed tensors are in the journal and in the result.
         needed = kept + 2 * math.ceil(packed)
         free = shutil.disk_usage(self.journal.parent).free
