@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.nn.functional import linear
+from torch.nn.functional import kl_div, linear
 from torch.utils import _pytree as pytree
 
 from lopro_fx.budget import Option
@@ -89,7 +89,7 @@ def sensitivities(
         error, transform = method.probe(unit.weights, statistics, generator)
         found = probe.fork()
         _disturb(found, group, unit, error * _PROBE**0.5)
-        divergence = (wanted.exp() * (wanted - _log_probabilities(found, visible))).sum(-1).mean().item()
+        divergence = kl_div(_log_probabilities(found, visible), wanted, reduction="batchmean", log_target=True).item()
         shared = stored_bytes(tensor for tensor in (transform.perm, transform.signs) if tensor is not None)
         yield group, Sensitivity(max(divergence, 0.0) / _PROBE, shared)
 
@@ -107,7 +107,7 @@ def _linear(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
 
 
 def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
-    """Run to the end: fp64 (tokens, vocabulary) of the tokens that are text."""
+    """Run to the end: fp32 (tokens, vocabulary) of the tokens that are text."""
     with torch.no_grad():
         (outputs,) = runner.outputs()
     floating = [
@@ -117,7 +117,7 @@ def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
         raise CalibrationError("a budget needs a program that returns logits: it has no floating-point output")
     visible = padding.visible(floating[0].shape[:-1])
     logits = floating[0].reshape(-1, floating[0].shape[-1])
-    return (logits if visible is None else logits[visible]).to(torch.float64).log_softmax(-1)
+    return (logits if visible is None else logits[visible]).to(torch.float32).log_softmax(-1)
 
 
 def options_of(group: Group, sensitivity: Sensitivity, method: Rounding) -> list[Option]:
