@@ -110,7 +110,6 @@ def run(args: Namespace) -> None:
         "dtype": str(kept).removeprefix("torch."),
         "device": device_name(device),
         **figures,
-        "config": config.to_dict(),
         "budget": None
         if budget is None
         else {name: value for name, value in vars(budget).items() if value is not None},
@@ -182,6 +181,7 @@ def _figures(
     report = lopro_fx.report(quantized)
     return {
         "method": report.config["method"],
+        "config": report.config,
         "ppl_before": before.ppl,
         "ppl_after": after.ppl,
         "bits_per_byte_before": before.bits_per_byte,
