@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
 from lopro_fx.report.table import render
+
+# Bits of a weight that no format has.
+MOST_BITS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class Budget:
             least that has it. Output projections are not in the prediction.
 
     Raises:
-        ConfigError: not one of them is given, or a value is not positive.
+        ConfigError: not one of them is given, or a value is out of range.
     """
 
     bits_per_weight: float | None = None
@@ -41,8 +45,10 @@ class Budget:
         if len(given) != 1:
             raise ConfigError("Budget: give bits_per_weight, max_bytes or max_kl, one of them")
         ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"Budget({name}={value!r}): must be a positive number")
+        most = MOST_BITS if name == "bits_per_weight" else float("inf")
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < most:
+            raise ConfigError(f"Budget({name}={value!r}): must be a number above 0 and below {most:g}")
+        object.__setattr__(self, name, int(value) if name == "max_bytes" else float(value))
 
     def bytes_for(self, weights: int) -> int | None:
         """Bytes for this number of weights; None without a limit."""
@@ -74,40 +80,44 @@ class Plan:
     Args:
         method: with the settings as its overrides; `quantize` and `calibrate` take it as `config`.
         choices: by input, in graph order.
-        kept_bytes: of output projections, which are rounded as `head_bits` says.
-        kept_weights: their number of weights.
+        head_bytes: of output projections, which are rounded as `head_bits` says.
+        head_weights: their number of weights.
         uniform: the best setting that is the same for all and fits the budget, None if none does.
     """
 
     method: Method
     choices: tuple[Choice, ...]
-    kept_bytes: int
-    kept_weights: int
+    head_bytes: int
+    head_weights: int
     uniform: Option | None
 
     @property
-    def loss(self) -> float:
-        """Predicted rise of the loss in nats a token."""
+    def kl(self) -> float:
+        """Predicted KL divergence from the unquantised model, in nats a token; output projections add to it."""
         return sum(choice.option.loss for choice in self.choices)
 
     @property
     def bytes(self) -> int:
-        return self.kept_bytes + sum(choice.option.bytes for choice in self.choices)
+        return self.head_bytes + sum(choice.option.bytes for choice in self.choices)
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes / (self.kept_weights + sum(choice.weights for choice in self.choices))
+        return 8 * self.bytes / (self.head_weights + sum(choice.weights for choice in self.choices))
 
     def __str__(self) -> str:
         rows = [
             (", ".join(choice.names), _text(choice.option.settings), 8 * choice.option.bytes / choice.weights,
-             choice.option.loss)
+             choice.option.bytes, choice.option.loss)
             for choice in self.choices
         ]  # fmt: skip
-        title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted loss {self.loss:.4f}"
+        if self.head_weights:
+            rows.append(
+                ("output projection", "head_bits", 8 * self.head_bytes / self.head_weights, self.head_bytes, 0.0)
+            )
+        title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted KL {self.kl:.3g}"
         if self.uniform is not None:
-            title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.4f})"
-        return render(title, ("Linears", "settings", "bits per weight", "predicted loss"), rows)
+            title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.3g})"
+        return render(title, ("Linears", "settings", "bits per weight", "bytes", "predicted KL"), rows)
 
 
 def hull(options: Sequence[Option]) -> list[Option]:

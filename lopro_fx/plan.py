@@ -23,7 +23,7 @@ from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import require_program
 from lopro_fx.passes.sites import Selection
 from lopro_fx.progress import Progress, bar
-from lopro_fx.selection import require_finite, select
+from lopro_fx.selection import require_finite, select, warn_of_patterns
 
 # Batches that sensitivities are measured on.
 _BATCHES = 5
@@ -33,9 +33,9 @@ _BATCHES = 5
 def plan(
     program: ExportedProgram,
     calibration: Iterable[Any],
-    budget: Budget,
     config: Method | None = None,
     *,
+    budget: Budget,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> Plan:
@@ -52,12 +52,13 @@ def plan(
         ConfigError: the method is not one that rounds to a format with options, or the budget is too small.
     """
     require_program(program)
-    config = LoPRo() if config is None else config
-    method = plannable(config)
+    method = plannable(LoPRo() if config is None else config, budget, calibration)
     place = home_of(program) if device is None else available(device)
     program = as_linears(program)
     selection = select(program, method)
+    warn_of_patterns(selection, method)
     require_finite(program, selection)
+    require_possible(selection, method, budget)
     batches = flatten_batches(program, calibration, place)
     with ExitStack() as stack:
         stack.enter_context(full_precision())
@@ -65,21 +66,53 @@ def plan(
         return planned(program, selection, batches, method, budget, shown, place)
 
 
-def plannable(config: Method) -> Rounding:
-    """Require a method that a plan can be made for.
+def plannable(config: Method, budget: Budget, calibration: object) -> Rounding:
+    """Require what a plan needs, and return the method.
 
     Raises:
-        ConfigError: it does not round to a format with options, or has overrides.
+        ConfigError: the method has no options, or overrides, or layers of unknown size; `budget` is no `Budget`; there
+            is no calibration.
     """
+    if not isinstance(budget, Budget):
+        raise ConfigError(f"budget={budget!r}: give a Budget, such as Budget(bits_per_weight=3)")
     if not isinstance(config, Rounding) or config.format not in OPTIONS:
         raise ConfigError(
             f"a budget needs a method that rounds to one of the formats {', '.join(OPTIONS)}, not {config!r}"
         )
-    if not config.fixed_size:
-        raise ConfigError(f"a budget needs layers of known size, and {config.name} chooses ranks while it solves")
     if config.overrides:
         raise ConfigError("a budget chooses the settings of every Linear: give a method without overrides")
+    if reason := config.unknown_size:
+        raise ConfigError(f"a budget needs layers of known size, and {config.name} {reason}")
+    if calibration is None:
+        raise ConfigError("a budget is divided by what calibration measures; pass batches of real text")
     return config
+
+
+def require_possible(selection: Selection, method: Rounding, budget: Budget) -> None:
+    """Refuse a size that the smallest options exceed.
+
+    Raises:
+        ConfigError: says what is possible.
+    """
+    head, head_weights = _heads(selection, method)
+    weights = head_weights + sum(site.out_features * site.in_features for g in selection.groups for site in g.sites)
+    limit = budget.bytes_for(weights)
+    smallest = (options_of(group, Sensitivity(0.0, 0), method) for group in selection.groups)
+    least = head + sum(min(option.bytes for option in options) for options in smallest)
+    if limit is not None and limit < least:
+        rank = getattr(method, "rank", 0)
+        factors = f" with rank={rank}, which costs more than it saves" if rank else ""
+        raise ConfigError(
+            f"the budget is {limit:,} bytes ({8 * limit / weights:.3f} bits per weight), and the least possible here "
+            f"is {least:,} ({8 * least / weights:.3f}){factors}"
+        )
+
+
+def _heads(selection: Selection, method: Rounding) -> tuple[int, int]:
+    """Bytes and weights of the output projections; the sites of a head share one weight."""
+    heads = [site for head in selection.heads for site in head.sites[:1]]
+    size = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
+    return size, sum(site.out_features * site.in_features for site in heads)
 
 
 def planned(
@@ -93,15 +126,10 @@ def planned(
 ) -> Plan:
     """Make the plan of `plan` on `batches`, flattened inputs on `device`."""
     groups = selection.groups
-    heads = [site for head in selection.heads for site in head.sites[:1]]
-    kept = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
-    head_weights = sum(site.out_features * site.in_features for site in heads)
+    head, head_weights = _heads(selection, method)
     weights = [sum(site.out_features * site.in_features for site in group.sites) for group in groups]
     limit = budget.bytes_for(sum(weights) + head_weights)
-    if limit is not None:
-        limit -= kept
-        # Refuses what can't be met before anything is measured.
-        divide([options_of(group, Sensitivity(0.0, 0), method) for group in groups], limit)
+    limit = None if limit is None else limit - head
     found = {}
     for group, sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
         found[group.name] = options_of(group, sensitivity, method)
@@ -113,4 +141,4 @@ def planned(
         for group, count, option in zip(groups, weights, chosen, strict=True)
     )
     uniform = best_uniform(options, sum(option.bytes for option in chosen) if limit is None else limit)
-    return Plan(replace(method, overrides=overrides_of(choices)), choices, kept, head_weights, uniform)
+    return Plan(replace(method, overrides=overrides_of(choices)), choices, head, head_weights, uniform)

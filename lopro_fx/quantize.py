@@ -26,14 +26,14 @@ from lopro_fx.layer import Activation, Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, Method, Solved, Unit, seed_of
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.observers import Statistics
-from lopro_fx.methods.rounding import pack_solution
+from lopro_fx.methods.rounding import Rounding, pack_solution
 from lopro_fx.methods.rtn import RTN, head_method, solve_data_free
 from lopro_fx.methods.verify import verified
 from lopro_fx.passes.linears import as_linears
 from lopro_fx.passes.record import Record, require_program
 from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, weight_of
-from lopro_fx.plan import plannable, planned
+from lopro_fx.plan import plannable, planned, require_possible
 from lopro_fx.progress import Progress, bar
 from lopro_fx.selection import require_finite, select, warn_of_patterns
 from lopro_fx.state import QuantState
@@ -57,8 +57,8 @@ def quantize(
         calibration: batches, each a tensor, a tuple of positional inputs, a dict of keyword inputs or an (args, kwargs)
             pair; None quantises without data and warns.
         config: `LoPRo` (default), `FLRQ`, `GPTQ`, `RTN`, or another method.
-        budget: size of all packed tensors; bits, group size and format of every Linear are then chosen to fit it with
-            the least predicted loss, see `plan`.
+        budget: size of all packed tensors, or divergence from the unquantised model; bits, group size and format of
+            every Linear are then chosen for it, see `plan`.
         resume: folder that keeps each finished unit, so that a stopped run continues there.
         progress: called as (done, total, label); by default a bar on a terminal.
         device: where to measure and solve; by default the device of the program's tensors. They stay there: each weight
@@ -97,11 +97,10 @@ def calibrate(
         raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...), FLRQ(...) or LoPRo(...)")
     place, home = home_of(program) if device is None else available(device), home_of(program)
     program = as_linears(program)
-    if budget is not None:
-        plannable(config)
-        if calibration is None:
-            raise ConfigError("a budget is divided by what calibration measures; pass batches of real text")
+    method = None if budget is None else plannable(config, budget, calibration)
     selection = select(program, config)
+    if budget is not None and method is not None:
+        require_possible(selection, method, budget)
     warn_of_patterns(selection, config)
     settings = _settings(selection, config)
     require_finite(program, selection)
@@ -117,8 +116,8 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         result = _Result(selection, progress or stack.enter_context(bar("quantise")))
-        if budget is not None and batches is not None:
-            config = _planned(program, selection, batches, config, budget, journal, result.progress, place)
+        if budget is not None and method is not None and batches is not None:
+            config = _planned(program, selection, batches, method, budget, journal, result.progress, place)
             settings = _settings(selection, config)
         importance = None
         if batches and selection.groups and config.importance == "gradient":
@@ -180,7 +179,7 @@ def _planned(
     program: ExportedProgram,
     selection: Selection,
     batches: Sequence[Sequence[Any]],
-    config: Method,
+    method: Rounding,
     budget: Budget,
     journal: Journal | None,
     progress: Progress,
@@ -189,10 +188,15 @@ def _planned(
     """Return the method with a plan's overrides; a run that continues follows the plan that it began with."""
     found = journal.read_overrides() if journal else None
     if found is None:
-        found = planned(program, selection, batches, plannable(config), budget, progress, place).method.overrides
+        try:
+            found = planned(program, selection, batches, method, budget, progress, place).method.overrides
+        except LoProError:
+            if journal:
+                journal.discard()
+            raise
         if journal:
             journal.write_overrides(found)
-    return replace(config, overrides=found)
+    return replace(method, overrides=found)
 
 
 def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) -> Solved:

@@ -31,11 +31,13 @@ def select(program: ExportedProgram, config: Method) -> Selection:
 
 def warn_of_patterns(selection: Selection, config: Method) -> None:
     """Warn of patterns that match no Linear: a mistyped one takes nothing, or excludes nothing."""
+    solved = [site.name for group in selection.groups for site in group.sites]
     names = [*(site.name for site in selection.sites), *(item.name for item in selection.skipped)]
-    for what in ("include", "exclude", "overrides"):
+    for what, known in (("include", names), ("exclude", names), ("overrides", solved)):
         for pattern in getattr(config, what):
-            if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
-                warnings.warn(f"{what}='{pattern}' matches no Linear of this program", stacklevel=4)
+            if not any(pattern == name or fnmatchcase(name, pattern) for name in known):
+                kind = "solved Linear" if any(fnmatchcase(name, pattern) for name in names) else "Linear"
+                warnings.warn(f"{what}='{pattern}' matches no {kind} of this program", stacklevel=4)
 
 
 def require_finite(program: ExportedProgram, selection: Selection) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +117,8 @@ def test_a_divergence_is_reached_with_few_bytes(each: list[list[Option]], most: 
     [
         ({}, "one of them"),
         ({"bits_per_weight": 3, "max_bytes": 1000}, "one of them"),
-        ({"bits_per_weight": -1}, r"bits_per_weight=-1\): must be a positive number"),
+        ({"bits_per_weight": -1}, r"bits_per_weight=-1\): must be a number above 0 and below 64"),
+        ({"bits_per_weight": 1e308}, "below 64"),
         ({"max_bytes": True}, "max_bytes=True"),
         ({"bits_per_weight": float("nan")}, "nan"),
     ],
@@ -128,14 +131,14 @@ def test_budgets_without_sense_are_refused(values: dict, message: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_size_is_the_planned_one_and_fits(name: str) -> None:
     method, budget = METHODS[name], Budget(bits_per_weight=4.2)
-    plan = lopro_fx.plan(_program(), _batches(), budget, method)
+    plan = lopro_fx.plan(_program(), _batches(), method, budget=budget)
     state = lopro_fx.calibrate(_program(), _batches(), method, budget=budget)
     assert state.packed_bytes == plan.bytes
     assert state.bits_per_weight == pytest.approx(plan.bits_per_weight)
     assert state.bits_per_weight <= 4.2
     assert len({(layer.weight.format, json.dumps(dict(layer.weight.spec))) for layer in state.layers.values()}) > 1
     assert plan.uniform is not None
-    assert plan.loss <= plan.uniform.loss
+    assert plan.kl <= plan.uniform.loss
     for shared in state.inputs.values():
         assert len({json.dumps(dict(state.layers[reader].weight.spec)) for reader in shared.readers}) == 1
     shown = str(plan)
@@ -180,30 +183,111 @@ def test_a_planned_program_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "budget", "message"),
     [
-        (TRELLIS, Budget(bits_per_weight=0.5), "the least possible is"),
+        (TRELLIS, Budget(bits_per_weight=0.5), "the least possible here is"),
         (LoPRo(overrides={"*": {"bits": 4}}), Budget(bits_per_weight=4), "without overrides"),
         (FLRQ(), Budget(bits_per_weight=4), "flrq chooses ranks while it solves"),
+        (LoPRo(transforms=("identity", "full")), Budget(bits_per_weight=4), "keeps one of the transforms"),
+        (LoPRo(rank=16), Budget(bits_per_weight=2.5), "with rank=16, which costs more than it saves"),
+        (TRELLIS, 4.2, r"budget=4.2: give a Budget"),
     ],
 )
-def test_budgets_that_cannot_be_met_are_refused(method: Method, budget: Budget, message: str) -> None:
+def test_budgets_that_cannot_be_met_are_refused(method: Method, budget: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         lopro_fx.calibrate(_program(), _batches(1), method, budget=budget)
     with pytest.raises(ConfigError, match=message):
-        lopro_fx.plan(_program(), _batches(1), budget, method)
+        lopro_fx.plan(_program(), _batches(1), method, budget=budget)
 
 
 def test_a_divergence_is_predicted_and_met() -> None:
-    loose, tight = (lopro_fx.plan(_program(), _batches(), Budget(max_kl=value), TRELLIS) for value in (1e-3, 1e-4))
-    assert loose.loss <= 1e-3
-    assert tight.loss <= 1e-4
+    loose, tight = (
+        lopro_fx.plan(_program(), _batches(), TRELLIS, budget=Budget(max_kl=value)) for value in (1e-3, 1e-4)
+    )
+    assert loose.kl <= 1e-3
+    assert tight.kl <= 1e-4
     assert tight.bytes > loose.bytes
     with pytest.raises(ConfigError, match="the least predicted is"):
-        lopro_fx.plan(_program(), _batches(), Budget(max_kl=1e-12), TRELLIS)
+        lopro_fx.plan(_program(), _batches(), TRELLIS, budget=Budget(max_kl=1e-12))
 
 
 def test_a_budget_needs_calibration() -> None:
-    with pytest.raises(ConfigError, match="pass batches of real text"):
-        lopro_fx.calibrate(_program(), None, TRELLIS, budget=Budget(bits_per_weight=4))
+    for run in (lopro_fx.calibrate, lopro_fx.plan):
+        with pytest.raises(ConfigError, match="pass batches of real text"):
+            run(_program(), None, TRELLIS, budget=Budget(bits_per_weight=4))
+
+
+def test_a_refused_budget_leaves_its_folder_to_another(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the least predicted is"):
+        lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=Budget(max_kl=1e-12), resume=tmp_path / "run")
+    budget = Budget(bits_per_weight=4.5)
+    assert lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=tmp_path / "run").layers
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"x": 5}', "{"])
+def test_a_damaged_plan_is_made_again(text: str, tmp_path: Path) -> None:
+    budget, folder = Budget(bits_per_weight=4.5), tmp_path / "run"
+    whole = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=folder)
+    (folder / "plan.json").write_text(text)
+    assert lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=folder).config == whole.config
+
+
+def test_only_an_output_projection() -> None:
+    config = replace(TRELLIS, exclude=("model.layers*",))
+    plan = lopro_fx.plan(_program(), _batches(1), config, budget=Budget(bits_per_weight=9))
+    assert plan.choices == ()
+    assert (
+        plan.bytes == lopro_fx.calibrate(_program(), _batches(1), config, budget=Budget(bits_per_weight=9)).packed_bytes
+    )
+
+
+class _Small(torch.nn.Module):
+    """Two Linears; `kind` says what becomes of their result."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.kind = torch.nn.Linear(64, 64), torch.nn.Linear(64, 96), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        if self.kind == "masked":
+            y = y.masked_fill(torch.arange(96) < 5, -torch.inf)
+        return {"scalar": y.square().mean(), "one": y[..., :1]}.get(self.kind, y)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "one"])
+def test_a_program_without_logits_is_refused(kind: str) -> None:
+    program = torch.export.export(_Small(kind).eval(), (torch.randn(8, 64),))
+    with pytest.raises(lopro_fx.CalibrationError, match="needs a program that returns logits"):
+        lopro_fx.calibrate(program, [torch.randn(8, 64)], RTN(), budget=Budget(bits_per_weight=4))
+
+
+def test_words_that_are_ruled_out_do_not_count() -> None:
+    program = torch.export.export(_Small("masked").eval(), (torch.randn(8, 64),))
+    plan = lopro_fx.plan(program, [torch.randn(8, 64, generator=generator())], RTN(), budget=Budget(bits_per_weight=4))
+    assert 0 < plan.kl < 1
+
+
+def test_batches_without_tokens() -> None:
+    program = torch.export.export(_Small("").eval(), (torch.randn(8, 64),))
+    x, damaged = torch.randn(8, 64, generator=generator()), torch.full((8, 64), torch.nan)
+    with pytest.raises(lopro_fx.CalibrationError, match="calibration batch 1 are not finite"):
+        lopro_fx.plan(program, [x, damaged], RTN(), budget=Budget(bits_per_weight=4))
+
+    class Masked(torch.nn.Module):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return small(x) + 0 * attention_mask.unsqueeze(-1)
+
+    small = _Small("").eval()
+    masked = Masked()
+    masked.small = small
+    shown, hidden = torch.ones(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
+    x = torch.randn(2, 4, 64, generator=generator())
+    program = torch.export.export(masked, (x, shown))
+    budget = Budget(bits_per_weight=4)
+    both = lopro_fx.plan(program, [(x, shown), (x, hidden)], RTN(), budget=budget)
+    assert both.kl == lopro_fx.plan(program, [(x, shown)], RTN(), budget=budget).kl > 0
+    with pytest.raises(lopro_fx.CalibrationError, match="no batch holds a token"):
+        lopro_fx.plan(program, [(x, hidden)], RTN(), budget=budget)
 
 
 def test_overrides_give_linears_settings_of_their_own() -> None:
@@ -238,6 +322,10 @@ def test_linears_that_read_one_tensor_get_the_same() -> None:
         lopro_fx.calibrate(_program(), _batches(1), RTN(overrides={"*.v_proj": {"bits": 8}}))
     with pytest.warns(UserWarning, match=r"overrides='\*v_porj' matches no Linear"):
         lopro_fx.calibrate(_program(), _batches(1), RTN(overrides={"*v_porj": {"bits": 8}}))
+    with pytest.warns(UserWarning, match="overrides='lm_head' matches no solved Linear"):
+        lopro_fx.calibrate(_program(), _batches(1), RTN(head_bits=8, overrides={"lm_head": {"bits": 4}}))
+    with pytest.warns(UserWarning, match=r"exclude='\*nothere' matches no Linear"):
+        lopro_fx.plan(_program(), _batches(1), RTN(exclude=("*nothere",)), budget=Budget(bits_per_weight=4))
 
 
 @settings(max_examples=5, deadline=None)

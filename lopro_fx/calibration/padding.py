@@ -22,6 +22,11 @@ class Padding:
         masks = [value for node, value in named if node.name.endswith(_NAME) and isinstance(value, Tensor)]
         self._masks = [mask != 0 for mask in masks if mask.dim() == 2 and not mask.is_floating_point()]
 
+    @property
+    def hides_all(self) -> bool:
+        """Whether a mask shows no token."""
+        return any(not mask.any() for mask in self._masks)
+
     def visible(self, lead: Sequence[int]) -> Tensor | None:
         """Return bool (tokens,), True for the tokens of a value (*lead, features) that are text.
 

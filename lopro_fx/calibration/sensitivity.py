@@ -8,6 +8,7 @@ times too sensitive, where a few tokens have most of the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from lopro_fx.budget import Option
@@ -77,10 +78,21 @@ def sensitivities(
     Raises:
         CalibrationError: the program has no floating-point output, or writes buffers.
     """
-    seen, probed = batches[:-1] or batches, batches[-1]
+    if not groups:
+        return
+    some = [index for index, batch in enumerate(batches) if _holds_tokens(program, batch)]
+    if not some:
+        raise CalibrationError("a budget is divided by predictions on calibration text, and no batch holds a token")
+    index = some[-1]
+    probed, seen = batches[index], [batch for place, batch in enumerate(batches) if place != index] or batches
     visible = Padding(program, probed)
     wanted = _log_probabilities(LockstepRunner(program, [probed], device), visible)
-    walk = Replay(program, groups, seen, replace(method, sequential=False), None, device)
+    if wanted.isnan().any():
+        raise CalibrationError(
+            f"the predictions on calibration batch {index} are not finite; look for an overflow (try float32) or a "
+            "damaged weight"
+        )
+    walk = Replay(program, groups, seen, replace(method, sequential=False, asymmetry=0.0), None, device)
     probe = LockstepRunner(program, [probed], device)
     first = {group.sites[0].nodes[0]: group for group in groups}
     for (unit, statistics), (node, _) in zip(walk.units(), probe.stops(set(first)), strict=True):
@@ -89,7 +101,12 @@ def sensitivities(
         error, transform = method.probe(unit.weights, statistics, generator)
         found = probe.fork()
         _disturb(found, group, unit, error * _PROBE**0.5)
-        divergence = kl_div(_log_probabilities(found, visible), wanted, reduction="batchmean", log_target=True).item()
+        divergence = _divergence(wanted, _log_probabilities(found, visible))
+        if not divergence < math.inf:
+            raise CalibrationError(
+                f"'{unit.name}': with small errors in its weights, the predictions are not finite; exclude it, or try "
+                "float32"
+            )
         shared = stored_bytes(tensor for tensor in (transform.perm, transform.signs) if tensor is not None)
         yield group, Sensitivity(max(divergence, 0.0) / _PROBE, shared)
 
@@ -106,6 +123,18 @@ def _linear(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     return lambda x, bias: linear(x, weight, bias)
 
 
+def _divergence(wanted: Tensor, found: Tensor) -> float:
+    """KL divergence, the mean over tokens; what `wanted` rules out adds nothing."""
+    terms = wanted.exp() * (wanted - found)
+    return terms.masked_fill(wanted == -math.inf, 0).sum(-1).mean().item()
+
+
+def _holds_tokens(program: ExportedProgram, batch: Sequence[Any]) -> bool:
+    """Whether a batch has rows, and a mask that shows some of them."""
+    rows = all(value.numel() for value in batch if isinstance(value, Tensor))
+    return rows and not Padding(program, batch).hides_all
+
+
 def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
     """Run to the end: fp32 (tokens, vocabulary) of the tokens that are text."""
     with torch.no_grad():
@@ -115,6 +144,11 @@ def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
     ]
     if not floating:
         raise CalibrationError("a budget needs a program that returns logits: it has no floating-point output")
+    if floating[0].dim() == 0 or floating[0].shape[-1] < 2:
+        raise CalibrationError(
+            "a budget needs a program that returns logits: its first floating-point output has the shape "
+            f"{tuple(floating[0].shape)}"
+        )
     visible = padding.visible(floating[0].shape[:-1])
     logits = floating[0].reshape(-1, floating[0].shape[-1])
     return (logits if visible is None else logits[visible]).to(torch.float32).log_softmax(-1)
@@ -131,7 +165,8 @@ def options_of(group: Group, sensitivity: Sensitivity, method: Rounding) -> list
             size += packed_bytes(own, (site.out_features, site.in_features))
         if isinstance(own, LoPRo) and own.rank:
             rows = [site.out_features for site in group.sites]
-            size += own.rank * ((sum(rows) + group.in_features) * own.factor_bits // 8 + 2 * (len(rows) + 1))
+            scales = 2 * (len(rows) + 1) if own.factor_bits == 8 else 0
+            size += own.rank * ((sum(rows) + group.in_features) * own.factor_bits // 8 + scales)
         loss = sensitivity.divergence * gaussian_error(own.quantizer)
         found.append(Option(settings, size, loss))
     return found

@@ -19,12 +19,13 @@ from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, devic
 from lopro_fx.errors import ConfigError
 from lopro_fx.evaluation import PerplexityResult
 from lopro_fx.methods.base import Method
+from lopro_fx.methods.rounding import Rounding
 from lopro_fx.models import export_causal_lm, rebuild_model
 from lopro_fx.models.load import SMOLLM2, load_model
 from lopro_fx.models.positions import configured_limit
 from lopro_fx.models.quiet import quiet
 from lopro_fx.passes.linears import as_linears
-from lopro_fx.plan import plannable
+from lopro_fx.plan import plannable, require_possible
 from lopro_fx.progress import reporting
 from lopro_fx.report.table import render
 from lopro_fx.selection import select
@@ -93,6 +94,8 @@ def run(args: Namespace) -> None:
     require_known(source.program, samples, "the text to calibrate on")
     require_length(source.program, args.seq_len, "--seq-len")
     selection = select(as_linears(source.program), config)
+    if budget is not None and isinstance(config, Rounding):
+        require_possible(selection, config, budget)
     if out is not None:
         out.require_space(source.program, selection, config, budget)
     before = data.measure("perplexity before", source.program, source.tokenizer, windows, device)
@@ -141,8 +144,9 @@ def _budget(args: Namespace, config: Method) -> Budget | None:
     given = {"bits_per_weight": args.budget, "max_bytes": args.max_bytes, "max_kl": args.max_kl}
     if all(value is None for value in given.values()):
         return None
-    plannable(config)
-    return Budget(**given)
+    budget = Budget(**given)
+    plannable(config, budget, args.calib or ())
+    return budget
 
 
 def _quantize(

@@ -88,7 +88,6 @@ class FLRQ(Rounding):
     sweeps: int = 2
     damp: float = 0.01
     name: ClassVar[str] = "flrq"
-    fixed_size: ClassVar[bool] = False
     of_language_models: ClassVar[Mapping[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
 
     def __post_init__(self) -> None:
@@ -113,6 +112,10 @@ class FLRQ(Rounding):
         checks.flag(self, "feedback")
         checks.whole(self, "sweeps", 0, 32)
         checks.at_least(self, "damp", 0, 10)
+
+    @property
+    def unknown_size(self) -> str | None:
+        return "chooses ranks while it solves"
 
     @classmethod
     def paper(cls, **changes: Any) -> FLRQ:

@@ -101,6 +101,10 @@ class LoPRo(Rounding):
         checks.whole(self, "sweeps", 0, 32)
         checks.at_least(self, "damp", 0, 10)
 
+    @property
+    def unknown_size(self) -> str | None:
+        return f"keeps one of the transforms {', '.join(self.transforms)}" if len(self.transforms) > 1 else None
+
     @classmethod
     def paper(cls, **changes: Any) -> LoPRo:
         """The paper's choices: partial rotation of 256-wide blocks after 256 salient columns without signs, R1-sketch
@@ -122,8 +126,11 @@ class LoPRo(Rounding):
     def spread(
         self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
     ) -> tuple[Tensor, Transform]:
-        name = self.transforms[0]
-        transform = transform_for(name, joint, stats.gram, self, generator)
+        name, residual = self.transforms[0], joint
+        if self.rank:
+            up, down = initial_factors(joint, stats, self, generator)
+            residual = joint - up @ down
+        transform = transform_for(name, residual, stats.gram, self, generator)
         problem = _pose(name, transform, joint, stats, self, torch.ones_like(joint[:, :1]))
         return transform.inverse(problem.fb.spread(error, problem.order)), transform
 

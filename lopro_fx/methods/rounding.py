@@ -53,8 +53,6 @@ class Rounding(Method):
     strip: int | None = None
     asymmetry: float = setting(0.0, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0)")
     name: ClassVar[str]
-    # Whether the size of a layer follows from the settings.
-    fixed_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +70,11 @@ class Rounding(Method):
             checks.choice(self, name, tuple(allowed))
         checks.whole(self, "clip_steps", 0, 1000)
         checks.at_least(self, "asymmetry", 0, 1)
+        if self.asymmetry and not self.sequential:
+            raise ConfigError(
+                f"{type(self).__name__}(asymmetry={self.asymmetry!r}, sequential=False): inputs of the unquantised "
+                "model do not drift; take sequential=True, or asymmetry=0"
+            )
 
     def changed(self, values: Mapping[str, Any]) -> Method:
         if values.get("format", self.format) != self.format:
@@ -85,6 +88,11 @@ class Rounding(Method):
         kind = known_format(self.format).quantizer
         assert kind is not None
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+    @property
+    def unknown_size(self) -> str | None:
+        """Reason why the bytes of a layer don't follow from the settings; None if they do."""
+        return None
 
     def most_bits(self) -> float:
         return self.quantizer.most_bits

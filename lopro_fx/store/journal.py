@@ -28,7 +28,7 @@ from lopro_fx.store.files import replacing, write_json, write_tensors
 from lopro_fx.store.records import among, describe, restore, tensors_of
 
 _LONGEST = 100
-_PLAN = "plan.json"
+_PLAN, _MARKER = "plan.json", "run.json"
 _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
@@ -50,7 +50,7 @@ class Journal:
         self._folder = Path(folder)
         found = _fingerprint(program, config, batches, budget)
         fingerprint = {"fingerprint": found, "config": config.to_dict()}
-        marker = self._folder / "run.json"
+        marker = self._folder / _MARKER
         if marker.exists():
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))["fingerprint"]
@@ -85,12 +85,19 @@ class Journal:
         with replacing(self._path(solved.input.name)) as temporary:
             write_tensors(temporary, tensors_of([solved.input], solved.layers), {"record": record})
 
+    def discard(self) -> None:
+        """Forget the run, if nothing of it is finished: the folder may then hold another."""
+        if not any(self._folder.glob("*.safetensors")):
+            (self._folder / _MARKER).unlink(missing_ok=True)
+
     def read_overrides(self) -> dict[str, dict[str, Any]] | None:
         """Read the settings of a plan, or None; a damaged file counts as no plan."""
         try:
-            return json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
+            found = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        whole = isinstance(found, dict) and all(isinstance(values, dict) for values in found.values())
+        return found if whole else None
 
     def write_overrides(self, overrides: Mapping[str, Mapping[str, Any]]) -> None:
         with replacing(self._folder / _PLAN) as temporary:
