@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 from lopro_fx.errors import ConfigError
@@ -46,9 +45,13 @@ class Budget:
             raise ConfigError("Budget: give bits_per_weight, max_bytes or max_kl, one of them")
         ((name, value),) = given.items()
         most = MOST_BITS if name == "bits_per_weight" else float("inf")
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < most:
+        try:
+            number = float("nan") if isinstance(value, (bool, str)) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not 0 < number < most:
             raise ConfigError(f"Budget({name}={value!r}): must be a number above 0 and below {most:g}")
-        object.__setattr__(self, name, int(value) if name == "max_bytes" else float(value))
+        object.__setattr__(self, name, int(number) if name == "max_bytes" else number)
 
     def bytes_for(self, weights: int) -> int | None:
         """Bytes for this number of weights; None without a limit."""
