@@ -83,6 +83,20 @@ def quality(names: Iterable[str] = _SETTINGS) -> str:
     return _table(("setting", "bits per weight", "perplexity", "HellaSwag", "PIQA", "ARC-easy"), lines)
 
 
+def frontier() -> str:
+    """Budgets and uniform settings by true bits: perplexity, its ratio to the unquantised one, KL and agreement."""
+    lines = []
+    for row in sorted(_rows("frontier"), key=lambda row: row["bits_per_weight"]):
+        kind, bits, *more = row["row"].split("-")
+        name = f"budget of {bits} bits" if kind == "budget" else f"{bits} bits for all"
+        lines.append((
+            name + (", `asymmetry=0.4`" if more else ""), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / row['original']:.3f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
+            f"{100 * row['top1']:.1f} %",
+        ))  # fmt: skip
+    return _table(("trellis, no branch", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
+
+
 def serving(names: Iterable[str] = _SERVING) -> str:
     """Both sides of every case of benchmarks/serving.py."""
     rows = {row["row"]: row for row in _rows("serving")}
@@ -183,6 +197,7 @@ def families() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality-brief": lambda: quality(_BEST),
+    "frontier": frontier,
     "serving": serving,
     "serving-brief": lambda: serving(_BRIEF),
     "linears": linears,
