@@ -108,15 +108,14 @@ class Plan:
         return 8 * self.bytes / (self.head_weights + sum(choice.weights for choice in self.choices))
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (", ".join(choice.names), _text(choice.option.settings), 8 * choice.option.bytes / choice.weights,
              choice.option.bytes, choice.option.loss)
             for choice in self.choices
         ]  # fmt: skip
         if self.head_weights:
-            rows.append(
-                ("output projection", "head_bits", 8 * self.head_bytes / self.head_weights, self.head_bytes, 0.0)
-            )
+            bits = 8 * self.head_bytes / self.head_weights
+            rows.append(("output projection", f"bits {self.method.head_bits}", bits, self.head_bytes, ""))
         title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted KL {self.kl:.3g}"
         if self.uniform is not None:
             title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.3g})"

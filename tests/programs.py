@@ -151,3 +151,16 @@ def decoder(**options: Any) -> tuple[nn.Module, ExportedProgram]:
     """(module of the caller's own, shared program with dynamic batch and sequence, not to be changed)."""
     module, program = _decoder(**options)
     return copy.deepcopy(module), program
+
+
+@functools.cache
+def tiny_llama(width: int = 64, inner: int = 160) -> nn.Module:
+    """A random Llama of transformers with two layers, tied embeddings and a vocabulary of 97; do not change it."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # not all that import this file need transformers
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.export import ExportedProgram
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
 from lopro_fx import FLRQ, GPTQ, RTN, Budget, LoPRo
@@ -29,6 +28,7 @@ from lopro_fx.methods.registry import from_dict
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.models import export_causal_lm
 from tests.helpers import generator, gram_of, heavy_tailed
+from tests.programs import tiny_llama
 
 TRELLIS = LoPRo(format="trellis", window=12, strip=32, rank=0, importance="gradient", head_bits=8)
 METHODS: dict[str, Rounding] = {
@@ -44,18 +44,8 @@ options = st.lists(
 
 
 @functools.cache
-def _model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-@functools.cache
 def _program() -> ExportedProgram:
-    return export_causal_lm(_model())
+    return export_causal_lm(tiny_llama())
 
 
 def _batches(count: int = 3) -> list[Tensor]:

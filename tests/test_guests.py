@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, ConfigError
@@ -24,6 +24,7 @@ from lopro_fx.models import export_causal_lm
 from lopro_fx.state import state_of
 from tests.guests import Sign, Signs
 from tests.helpers import assert_close, generator, package_error
+from tests.programs import tiny_llama
 
 ACTIVATIONS = [0, 8, 4]
 
@@ -33,18 +34,8 @@ def _ids(batch: int = 2, length: int = 7) -> Tensor:
 
 
 @functools.cache
-def _model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-@functools.cache
 def _program() -> ExportedProgram:
-    return export_causal_lm(_model())
+    return export_causal_lm(tiny_llama(32, 48))
 
 
 @functools.cache
@@ -59,7 +50,7 @@ def _run(program: ExportedProgram, ids: Tensor | None = None) -> Tensor:
 
 
 def test_the_program_computes_with_the_format() -> None:
-    state, twin = _state(), copy.deepcopy(_model())
+    state, twin = _state(), copy.deepcopy(tiny_llama(32, 48))
     assert {layer.weight.format for layer in state.layers.values()} == {"sign"}
     with torch.no_grad():
         for name, layer in state.layers.items():
@@ -108,7 +99,7 @@ def test_a_package_runs_in_a_process_that_knows_nothing_of_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize("act_bits", ACTIVATIONS)
 def test_a_transformers_folder(tmp_path: Path, act_bits: int) -> None:
-    lopro_fx.save_pretrained(_model(), _state(act_bits), tmp_path / "folder", activations="float")
+    lopro_fx.save_pretrained(tiny_llama(32, 48), _state(act_bits), tmp_path / "folder", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     want = _run(lopro_fx.apply(_program(), _state(act_bits)))
     with torch.no_grad():
@@ -198,7 +189,7 @@ def test_a_format_that_can_not_be_defined_is_not_there() -> None:
 
 
 def test_gradients_pass_rounded_activations_whose_values_are_those_of_the_program() -> None:
-    packed = lopro_fx.pack_model(_model(), _state(4), activations="float")
+    packed = lopro_fx.pack_model(tiny_llama(32, 48), _state(4), activations="float")
     want = _run(lopro_fx.apply(_program(), _state(4)))
     embedding = packed.get_input_embeddings().weight
     logits = packed(_ids()).logits

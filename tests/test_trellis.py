@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lopro_fx
 from lopro_fx import GPTQ, RTN, LoPRo
@@ -20,6 +20,7 @@ from lopro_fx.methods.rounding import Rounding
 from lopro_fx.models import export_causal_lm
 from lopro_fx.state import state_of
 from tests.helpers import assert_close, generator, package_error
+from tests.programs import tiny_llama
 
 CONFIGS: dict[str, Rounding] = {
     "lopro": LoPRo(format="trellis", bits=3, window=12, strip=32, rank=2, importance="gradient", head_bits=8),
@@ -33,18 +34,8 @@ def _ids(batch: int = 2, length: int = 7) -> Tensor:
 
 
 @functools.cache
-def _model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=99, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-@functools.cache
 def _program() -> ExportedProgram:
-    return export_causal_lm(_model())
+    return export_causal_lm(tiny_llama(64, 99))
 
 
 @functools.cache
@@ -115,12 +106,12 @@ def test_a_package_runs_in_a_process_that_knows_nothing_of_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_transformers_folder(name: str, tmp_path: Path) -> None:
-    lopro_fx.save_pretrained(_model(), _state(name), tmp_path / "folder", activations="float")
+    lopro_fx.save_pretrained(tiny_llama(64, 99), _state(name), tmp_path / "folder", activations="float")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     want = _run(lopro_fx.apply(_program(), _state(name)))
     with torch.no_grad():
         assert_close("logits", want, loaded(_ids()).logits, 1e-5)
-    lopro_fx.save_pretrained(_model(), _state(name), tmp_path / "int8", activations="int8")
+    lopro_fx.save_pretrained(tiny_llama(64, 99), _state(name), tmp_path / "int8", activations="int8")
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
     with torch.no_grad():
         assert_close("rounded activations", want, rounded(_ids()).logits, 0.03)
