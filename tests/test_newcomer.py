@@ -64,13 +64,14 @@ class Two(Method):
 def test_numbers_of_a_format_keep_their_order_in_every_file(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tests.test_guests import _ids, _model, _program, _run
+    from tests.programs import tiny_llama
+    from tests.test_guests import _ids, _program, _run
 
     state = lopro_fx.calibrate(_program(), [_ids()], Two(alone=True))
     want = _run(lopro_fx.apply(_program(), state))
     lopro_fx.save_state(state, tmp_path / "state")
     assert torch.equal(_run(lopro_fx.apply(_program(), lopro_fx.load_state(tmp_path / "state"))), want)
-    lopro_fx.save_pretrained(_model(), state, tmp_path / "folder")
+    lopro_fx.save_pretrained(tiny_llama(32, 48), state, tmp_path / "folder")
     with torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")(_ids()).logits
     assert_close("logits", want, got, 1e-5)
