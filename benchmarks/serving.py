@@ -8,8 +8,8 @@ weights, get the same token ids, and choose greedily.
     python -m benchmarks.serving prepare --llama-python PYTHON [names of files, e.g. wide/3.pt2]
     python -m benchmarks.serving run --llama-python PYTHON [names of rows]
 
-With `--llama-bench`, that program of ik_llama.cpp times types that need an importance matrix, with random codes:
-decoding without a prompt, by its own clock.
+With `--ik-python`, an interpreter that has `ik-llama-cpp-python`, rows of types that need an importance matrix run in
+ik_llama.cpp, with random codes.
 
 Every side is a process of its own. All sides of a row are warm at once and their repetitions alternate, in turn
 forwards and backwards, so that what else happens on the machine hits them alike; a ratio is one of medians of one run.
@@ -91,8 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("prepare", "run"))
     parser.add_argument("names", nargs="*", help=f"files, or rows out of {', '.join(ROWS)}; default all")
-    parser.add_argument("--llama-python", required=True, help="interpreter that has llama-cpp-python")
-    parser.add_argument("--llama-bench", help="that program of ik_llama.cpp, for rows that end in -iq or -kt")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
+    parser.add_argument("--ik-python", help="interpreter that has ik-llama-cpp-python, for rows that end in -iq or -kt")
     parser.add_argument("--work", help="folder of models and packages; default in lopro_fx's cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
@@ -151,13 +151,14 @@ def _package(model: Any, format: str, bits: int, path: Path) -> None:
     lopro_fx.package(programs.map(lambda program: lopro_fx.apply(program, state)), path)
 
 
-def _quantize_gguf(model: Any, path: Path, python: str) -> None:
+def _quantize_gguf(model: Any, path: Path, python: str | None) -> None:
     from benchmarks.serving_gguf import write_gguf
 
     source = path.with_name("f32.gguf")
     if not source.exists():
         write_gguf(model, source)
-    command = [python, "-m", "benchmarks.serving_llama", "quantize", str(source), str(path), path.stem]
+    interpreter = _interpreter(python, "--llama-python", path)
+    command = [interpreter, "-m", "benchmarks.serving_llama", "quantize", str(source), str(path), path.stem]
     subprocess.run(command, cwd=ROOT, check=True)
 
 
@@ -194,34 +195,14 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "tokens_per_second": rates, "ratio": rates[0] / rates[1]}
 
 
-class LlamaBench:
-    """llama-bench of ik_llama.cpp on one model: a `Child` that can only decode."""
-
-    def __init__(self, program: str, path: Path, threads: int) -> None:
-        self._command = [program, "-m", str(path), "-t", str(threads), "-p", "0", "-r", "1", "-o", "json"]
-        self._info: dict[str, Any] = {}
-
-    def ask(self, task: str, tokens: int = 0, **request: Any) -> dict[str, Any]:  # noqa: ARG002
-        if task == "info":
-            return self._info
-        done = subprocess.run([*self._command, "-n", str(tokens)], stdout=subprocess.PIPE, check=True)
-        (found,) = json.loads(done.stdout)
-        self._info = {key: found[key] for key in ("build_commit", "build_number", "model_type")}
-        return {"seconds": found["avg_ns"] / 1e9}
-
-    def __enter__(self) -> LlamaBench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _start(path: Path, mode: str, args: argparse.Namespace) -> Child | LlamaBench:
-    if path.name.endswith(".ik.gguf"):
-        return LlamaBench(args.llama_bench, path, args.threads)
+def _start(path: Path, mode: str, args: argparse.Namespace) -> Child:
     common = [str(path), "--threads", str(args.threads)]
-    if path.suffix == ".gguf":
-        command = [args.llama_python, "-m", "benchmarks.serving_llama", "serve", *common, "--cache", str(CACHE)]
+    if path.name.endswith(".ik.gguf"):
+        python = _interpreter(args.ik_python, "--ik-python", path)
+        command = [python, "-m", "benchmarks.serving_ik", *common, "--cache", str(CACHE)]
+    elif path.suffix == ".gguf":
+        python = _interpreter(args.llama_python, "--llama-python", path)
+        command = [python, "-m", "benchmarks.serving_llama", "serve", *common, "--cache", str(CACHE)]
         command.append("--flash")
     elif path.suffix == ".pt2":
         command = [sys.executable, "-m", "benchmarks.serving_package", *common]
@@ -229,6 +210,12 @@ def _start(path: Path, mode: str, args: argparse.Namespace) -> Child | LlamaBenc
         command = [sys.executable, "-m", "benchmarks.serving_bf16", *common, "--mode", mode]
         command += ["--cache", str(PROMPT + DECODED)]
     return Child(command, args.threads, ROOT)
+
+
+def _interpreter(python: str | None, option: str, path: Path) -> str:
+    if python is None:
+        raise SystemExit(f"{path.name}: give {option}")
+    return python
 
 
 def _size(path: Path) -> dict[str, Any]:
