@@ -1,7 +1,7 @@
-"""Budget of a whole model, in size or divergence, and its best division among the inputs that Linears share.
+"""Budget of a whole model, in size or divergence, and its best division among Linears.
 
-An input has a few options, each with bytes and a predicted loss. On the lower convex hull of an input's options, each
-step to more bytes lowers the loss by less per byte. The steps of all inputs, taken by falling gain a byte until the
+A Linear has a few options, each with bytes and a predicted loss. On the lower convex hull of its options, each step to
+more bytes lowers the loss by less per byte. The steps of all Linears, taken by falling gain a byte until the
 budget is spent, have the least sum of all choices of their size (Shoham and Gersho 1988).
 """
 
@@ -60,7 +60,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Option:
-    """Settings that the Linears of one input can get, bytes of all their tensors, and loss in nats a token."""
+    """Settings that a Linear, or several together, can get, bytes of all their tensors, and loss in nats a token."""
 
     settings: Mapping[str, Any]
     bytes: int
@@ -69,7 +69,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the Linears `names`, which read one tensor, get."""
+    """What the Linears `names`, one or those that have to get the same, get."""
 
     names: tuple[str, ...]
     weights: int
@@ -82,7 +82,7 @@ class Plan:
 
     Args:
         method: with the settings as its overrides; `quantize` and `calibrate` take it as `config`.
-        choices: by input, in graph order.
+        choices: in graph order.
         head_bytes: of output projections, which are rounded as `head_bits` says.
         head_weights: their number of weights.
         uniform: the best setting that is the same for all and fits the budget, None if none does.
@@ -135,7 +135,7 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def divide(options: Sequence[Sequence[Option]], limit: int | None, most_loss: float = 0.0) -> list[Option]:
-    """Choose an option for each input: the least total loss with at most `limit` bytes in all, or the fewest bytes with
+    """Choose an option for each Linear: the least total loss with at most `limit` bytes in all, or the fewest bytes with
     at most `most_loss`, whichever takes less.
 
     The step that would exceed the limit ends the search: a smaller step taken instead could not be taken with more
@@ -170,7 +170,7 @@ def overrides_of(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
 
 
 def best_uniform(options: Sequence[Sequence[Option]], limit: int) -> Option | None:
-    """Return the setting of least loss that is the same for every input with at most `limit` bytes, and its totals."""
+    """Return the setting of least loss that is the same for every Linear with at most `limit` bytes, and its totals."""
     totals = []
     for setting in options[0] if options else ():
         same = [next((own for own in each if own.settings == setting.settings), None) for each in options]

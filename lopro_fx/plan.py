@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.budget import Budget, Choice, Plan, best_uniform, divide, overrides_of
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.sensitivity import OPTIONS, Sensitivity, options_of, packed_bytes, sensitivities
+from lopro_fx.calibration.sensitivity import OPTIONS, Sensitivity, options_of, packed_bytes, parts_of, sensitivities
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
@@ -45,7 +45,7 @@ def plan(
 
     Args:
         program, calibration, config, progress, device: as `quantize` takes them. Sensitivities are measured on the
-            first five batches: each input takes a run of the layers after it on one of them.
+            first five batches: each Linear takes a run of the layers after it on one of them.
         budget: of all quantised Linears, output projections included.
 
     Raises:
@@ -97,7 +97,8 @@ def require_possible(selection: Selection, method: Rounding, budget: Budget) -> 
     head, head_weights = _heads(selection, method)
     weights = head_weights + sum(site.out_features * site.in_features for g in selection.groups for site in g.sites)
     limit = budget.bytes_for(weights)
-    smallest = (options_of(group, Sensitivity(0.0, 0), method) for group in selection.groups)
+    parts = (part for group in selection.groups for part in parts_of(group, method))
+    smallest = (options_of(Sensitivity(part), method) for part in parts)
     least = head + sum(min(option.bytes for option in options) for options in smallest)
     if limit is not None and limit < least:
         rank = getattr(method, "rank", 0)
@@ -127,18 +128,22 @@ def planned(
     """Make the plan of `plan` on `batches`, flattened inputs on `device`."""
     groups = selection.groups
     head, head_weights = _heads(selection, method)
-    weights = [sum(site.out_features * site.in_features for site in group.sites) for group in groups]
-    limit = budget.bytes_for(sum(weights) + head_weights)
+    weights = sum(site.out_features * site.in_features for group in groups for site in group.sites)
+    limit = budget.bytes_for(weights + head_weights)
     limit = None if limit is None else limit - head
-    found = {}
-    for group, sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
-        found[group.name] = options_of(group, sensitivity, method)
-        progress(len(found), len(groups), "sensitivity")
-    options = [found[group.name] for group in groups]
+    total, found = sum(len(parts_of(group, method)) for group in groups), []
+    for sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
+        found.append(sensitivity)
+        progress(len(found), total, "sensitivity")
+    options = [options_of(sensitivity, method) for sensitivity in found]
     chosen = divide(options, limit, budget.max_kl or 0.0)
     choices = tuple(
-        Choice(tuple(site.name for site in group.sites), count, option)
-        for group, count, option in zip(groups, weights, chosen, strict=True)
+        Choice(
+            tuple(site.name for site in part.sites),
+            sum(site.out_features * site.in_features for site in part.sites),
+            option,
+        )
+        for part, option in zip(found, chosen, strict=True)
     )
     uniform = best_uniform(options, sum(option.bytes for option in chosen) if limit is None else limit)
     return Plan(replace(method, overrides=overrides_of(choices)), choices, head, head_weights, uniform)

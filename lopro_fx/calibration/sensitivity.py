@@ -1,6 +1,6 @@
-"""Divergence that the rounding of each input's Linears will cause, measured before anything is solved.
+"""Divergence that the rounding of each Linear will cause, measured before anything is solved.
 
-The weights of one input get a random error, shaped as the method's feedback shapes that of rounding, and the rest of
+The weights of one Linear get a random error, shaped as the method's feedback shapes that of rounding, and the rest of
 the graph runs on. While errors are small, the KL divergence of the predictions grows with their mean square, and a
 Gaussian source gives that of a rounding. The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14
 times too sensitive, where a few tokens have most of the gradient.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
@@ -31,7 +32,7 @@ from lopro_fx.layer import stored_bytes
 from lopro_fx.methods.base import Unit, seed_of
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rounding import Rounding
-from lopro_fx.passes.sites import Group
+from lopro_fx.passes.sites import Group, Site
 
 # Mean square of the errors over that of the weights: about that of 2 bits, where most of a budget is decided.
 _PROBE = 0.05
@@ -52,11 +53,22 @@ OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`divergence`: KL in nats a token, over the relative mean square of the rounding errors; `shared_bytes`: what the
-    input stores beside its layers' packed weights and factors."""
+    """Sensitivity of Linears that read one tensor and get one setting.
 
-    divergence: float
-    shared_bytes: int
+    Args:
+        sites: the Linears.
+        divergence: KL in nats a token, over the relative mean square of the rounding errors.
+        shared_bytes: what their input stores beside packed weights and factors; with the input's first Linears.
+    """
+
+    sites: tuple[Site, ...]
+    divergence: float = 0.0
+    shared_bytes: int = 0
+
+
+def parts_of(group: Group, method: Rounding) -> list[tuple[Site, ...]]:
+    """Split the Linears of one input into those that have to get one setting."""
+    return [tuple(group.sites)] if method.joint else [(site,) for site in group.sites]
 
 
 def sensitivities(
@@ -65,8 +77,8 @@ def sensitivities(
     batches: Sequence[Sequence[Any]],
     method: Rounding,
     device: torch.device,
-) -> Iterator[tuple[Group, Sensitivity]]:
-    """Walk the unquantised graph once and yield the sensitivity of each group of Linears.
+) -> Iterator[Sensitivity]:
+    """Walk the unquantised graph once and yield the sensitivities of each group of Linears, see `parts_of`.
 
     Args:
         program: its first floating-point output is taken as logits over its last dimension.
@@ -99,24 +111,29 @@ def sensitivities(
         group = first[node]
         generator = torch.Generator().manual_seed(seed_of(unit.name, method.seed))
         error, transform = method.probe(unit.weights, statistics, generator)
-        found = probe.fork()
-        _disturb(found, group, unit, error * _PROBE**0.5)
-        divergence = _divergence(wanted, _log_probabilities(found, visible))
-        if not divergence < math.inf:
-            raise CalibrationError(
-                f"'{unit.name}': with small errors in its weights, the predictions are not finite; exclude it, or try "
-                "float32"
-            )
         shared = stored_bytes(tensor for tensor in (transform.perm, transform.signs) if tensor is not None)
-        yield group, Sensitivity(max(divergence, 0.0) / _PROBE, shared)
+        disturbed = _disturbed(group, unit, error * _PROBE**0.5)
+        for sites in parts_of(group, method):
+            found = probe.fork()
+            found.replaced.update((node, disturbed[node]) for site in sites for node in site.nodes)
+            divergence = _divergence(wanted, _log_probabilities(found, visible))
+            if not divergence < math.inf:
+                raise CalibrationError(
+                    f"'{sites[0].name}': with small errors in its weights, the predictions are not finite; exclude it, "
+                    "or try float32"
+                )
+            yield Sensitivity(sites, max(divergence, 0.0) / _PROBE, shared)
+            shared = 0
 
 
-def _disturb(runner: LockstepRunner, group: Group, unit: Unit, error: Tensor) -> None:
-    """Add the errors (sum of m_i, n) to the weights of the group's Linears where `runner` will run them."""
+def _disturbed(group: Group, unit: Unit, error: Tensor) -> dict[Node, Callable[[Tensor, Tensor | None], Tensor]]:
+    """What runs in place of the group's Linears, with the errors (sum of m_i, n) added to their weights."""
     parts = error.split([weight.shape[0] for weight in unit.weights])
-    for site, weight, part in zip(group.sites, unit.weights, parts, strict=True):
-        for node in site.nodes:
-            runner.replaced[node] = _linear((weight + part).to(node.meta["val"].dtype))
+    return {
+        node: _linear((weight + part).to(node.meta["val"].dtype))
+        for site, weight, part in zip(group.sites, unit.weights, parts, strict=True)
+        for node in site.nodes
+    }
 
 
 def _linear(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -154,19 +171,19 @@ def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
     return (logits if visible is None else logits[visible]).to(torch.float32).log_softmax(-1)
 
 
-def options_of(group: Group, sensitivity: Sensitivity, method: Rounding) -> list[Option]:
+def options_of(sensitivity: Sensitivity, method: Rounding) -> list[Option]:
     """Every option of `OPTIONS` that the method takes, with its exact bytes and the divergence predicted for it."""
     found = []
     for settings in OPTIONS.get(method.format, ()):
         own = method.changed(settings)
         assert isinstance(own, Rounding)
-        size = sensitivity.shared_bytes
-        for site in group.sites:
+        size, sites = sensitivity.shared_bytes, sensitivity.sites
+        for site in sites:
             size += packed_bytes(own, (site.out_features, site.in_features))
         if isinstance(own, LoPRo) and own.rank:
-            rows = [site.out_features for site in group.sites]
+            rows = [site.out_features for site in sites]
             scales = 2 * (len(rows) + 1) if own.factor_bits == 8 else 0
-            size += own.rank * ((sum(rows) + group.in_features) * own.factor_bits // 8 + scales)
+            size += own.rank * ((sum(rows) + sites[0].in_features) * own.factor_bits // 8 + scales)
         loss = sensitivity.divergence * gaussian_error(own.quantizer)
         found.append(Option(settings, size, loss))
     return found

@@ -116,7 +116,7 @@ class Method:
         seed: seed of every random choice (signs, sketches).
         overrides: settings of some Linears, by fnmatch pattern on the fully qualified name, such as
             `{"*.down_proj": {"bits": 4}}`; of several patterns that match, the last one counts. Linears that read one
-            tensor are solved together and must get the same.
+            tensor are solved together: only their format and its settings may differ, without a low-rank branch.
     """
 
     include: tuple[str, ...] = setting(("*",), "Linears to take (repeatable)")
@@ -174,17 +174,27 @@ class Method:
         """Return the method with the settings of these Linears, which read one tensor.
 
         Raises:
-            ConfigError: `overrides` gives them different settings.
+            ConfigError: `overrides` gives them settings that can't differ among them.
         """
+        if not self.overrides:
+            return self
         found = {name: self._override(name) for name in names}
         first = found[names[0]]
-        for name, values in found.items():
-            if values != first:
-                raise ConfigError(
-                    f"overrides: '{names[0]}' and '{name}' read one tensor and are solved together, but get {first} "
-                    f"and {values}; give both the same"
-                )
-        return self.changed(first) if self.overrides else self
+        other = next((name for name, values in found.items() if values != first), None)
+        return self.changed(first) if other is None else self.divided(found, other)
+
+    def divided(self, found: Mapping[str, Mapping[str, Any]], other: str) -> Method:
+        """Return a method whose overrides are `found`: settings of Linears that read one tensor, of which `other` is
+        the first whose differ from the first one's.
+
+        Raises:
+            ConfigError: these settings can't differ.
+        """
+        name, first = next(iter(found.items()))
+        raise ConfigError(
+            f"overrides: '{name}' and '{other}' read one tensor and are solved together, but get {first} and "
+            f"{found[other]}; give both the same"
+        )
 
     def _override(self, name: str) -> Mapping[str, Any]:
         patterns = [pattern for pattern in self.overrides if fnmatchcase(name, pattern)]

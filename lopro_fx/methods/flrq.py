@@ -134,8 +134,18 @@ class FLRQ(Rounding):
         }
         return cls(**{**choices, **changes})
 
+    @property
+    def joint(self) -> bool:
+        return True
+
     def solve_rows(
-        self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+        transform: Transform | None,
     ) -> GroupSolution:
         weights, late = stats.row_scale(share), self.statistic == "loss"
         rounding, damp = self._rounding(rows, share, stats)
@@ -156,7 +166,7 @@ class FLRQ(Rounding):
             if best is None or loss < best.loss:
                 down, ups = (branch.down, branch.ups) if branch else (None, ())
                 relative = relative_loss(loss, whole, stats.gram)
-                best = GroupSolution(Transform(), rounded, down, ups, loss, relative, damp, "identity")
+                best = GroupSolution(transform or Transform(), rounded, down, ups, loss, relative, damp, "identity")
             if branch is None and self.refit:
                 break
         assert best is not None

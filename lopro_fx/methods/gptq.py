@@ -39,13 +39,13 @@ class GPTQ(Rounding):
         checks.at_least(self, "damp", 0, 10)
         checks.choice(self, "act_order", ("none", "group", "static", "column"))
 
-    def spread(
-        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
-    ) -> tuple[Tensor, Transform]:
-        transform, order = self._order(stats.gram)
-        moved = transform.gram(stats.gram)
+    def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
+        return Transform(perm=as_index(energy_order(stats.gram))) if self.act_order == "column" else Transform()
+
+    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
+        moved, order = transform.gram(stats.gram), self._order(stats.gram)
         fb = feedback(moved if order is None else moved[order][:, order], self.damp)
-        return transform.inverse(fb.spread(error, order)), transform
+        return transform.inverse(fb.spread(error, order))
 
     def solve_rows(
         self,
@@ -54,9 +54,10 @@ class GPTQ(Rounding):
         rows: list[int],
         stats: Statistics,
         generator: torch.Generator,
+        transform: Transform | None,
     ) -> GroupSolution:
         gram = stats.gram
-        transform, order = self._order(gram)
+        transform, order = transform or self.transform(joint, stats, generator), self._order(gram)
         target, moved = transform.forward(joint), transform.gram(gram)
         fb = feedback(moved if order is None else moved[order][:, order], self.damp)
         static = self.act_order == "static"
@@ -69,10 +70,8 @@ class GPTQ(Rounding):
         relative = relative_loss(loss, joint * share, gram)
         return GroupSolution(transform, rounded, None, (), loss, relative, fb.damp, f"act_order={self.act_order}")
 
-    def _order(self, gram: Tensor) -> tuple[Transform, Tensor | None]:
-        """Transform of the input, and the rounding order of its columns; None is storage order."""
-        if self.act_order == "column":
-            return Transform(perm=as_index(energy_order(gram))), None
+    def _order(self, gram: Tensor) -> Tensor | None:
+        """Rounding order of the columns behind the transform; None is storage order."""
         if self.act_order in ("static", "group"):
-            return Transform(), self.quantizer.order(gram, self.act_order == "static")
-        return Transform(), None
+            return self.quantizer.order(gram, self.act_order == "static")
+        return None

@@ -123,21 +123,33 @@ class LoPRo(Rounding):
         }
         return cls(**{**choices, **changes})
 
-    def spread(
-        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
-    ) -> tuple[Tensor, Transform]:
-        name, residual = self.transforms[0], joint
+    @property
+    def joint(self) -> bool:
+        return self.rank > 0 or len(self.transforms) > 1
+
+    def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
+        residual = joint
         if self.rank:
             up, down = initial_factors(joint, stats, self, generator)
             residual = joint - up @ down
-        transform = transform_for(name, residual, stats.gram, self, generator)
-        problem = _pose(name, transform, joint, stats, self, torch.ones_like(joint[:, :1]))
-        return transform.inverse(problem.fb.spread(error, problem.order)), transform
+        return transform_for(self.transforms[0], residual, stats.gram, self, generator)
+
+    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
+        moved = transform.gram(stats.gram)
+        order = self.quantizer.order(moved)
+        fb, _ = informed_feedback(moved, order, self.damp, stats)
+        return transform.inverse(fb.spread(error, order))
 
     def solve_rows(
-        self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+        transform: Transform | None,
     ) -> GroupSolution:
-        return solve(joint, share, rows, stats, self, generator)
+        return solve(joint, share, rows, stats, self, generator, transform)
 
 
 @dataclass(frozen=True)
@@ -160,12 +172,18 @@ class _Problem:
 
 
 def solve(
-    joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, config: LoPRo, generator: torch.Generator
+    joint: Tensor,
+    share: Tensor,
+    rows: list[int],
+    stats: Statistics,
+    config: LoPRo,
+    generator: torch.Generator,
+    chosen: Transform | None,
 ) -> GroupSolution:
     """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a unit's weights, in units of their rows.
 
     `share` (m, 1) fp32 holds powers of two that take the rows to one unit: that of the up factors, the errors and the
-    loss.
+    loss. `chosen` is the transform, where it was chosen for more Linears than these.
 
     Each candidate transform is tried once. The one of least proxy loss is refined by alternating between the factors
     and the rounding; the best iterate is kept, so the loss never exceeds that of the best candidate alone.
@@ -175,7 +193,7 @@ def solve(
     best: tuple[GroupSolution, _Problem] | None = None
     losses: dict[str, float] = {}
     for name in config.transforms:
-        transform = transform_for(name, residual * share, stats.gram, config, generator)
+        transform = chosen or transform_for(name, residual * share, stats.gram, config, generator)
         problem = _pose(name, transform, joint, stats, config, share)
         branch = None if start is None else _rounded(start[0], transform.forward(start[1]), problem, rows, config)
         solution = _attempt(problem, branch, rows, config, generator)

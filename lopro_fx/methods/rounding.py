@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from glob import escape
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ from lopro_fx.methods.units import divided, row_units, stored_factor_scale
 
 # Settings that only some formats have; None takes the format's default.
 _OF_FORMAT = ("group_size", "window", "strip")
+# Settings that may differ among Linears that read one tensor.
+_OF_LINEAR = ("format", "bits", "clip_steps", *_OF_FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,22 @@ class Rounding(Method):
         """Reason why the bytes of a layer don't follow from the settings; None if they do."""
         return None
 
+    @property
+    def joint(self) -> bool:
+        """Whether Linears that read one tensor share more than the transform, and so all settings."""
+        return False
+
+    def divided(self, found: Mapping[str, Mapping[str, Any]], other: str) -> Method:
+        common = [{key: value for key, value in values.items() if key not in _OF_LINEAR} for values in found.values()]
+        if any(values != common[0] for values in common) or self._changed(common[0]).joint:
+            return super().divided(found, other)
+        return replace(self, overrides={escape(name): values for name, values in found.items()})
+
+    def _changed(self, values: Mapping[str, Any]) -> Rounding:
+        own = self.changed(values)
+        assert isinstance(own, Rounding)
+        return own
+
     def most_bits(self) -> float:
         return self.quantizer.most_bits
 
@@ -103,15 +122,38 @@ class Rounding(Method):
         return Gram(), Magnitude(), *([Drift()] if paired else [])
 
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
-        return pack_solution(unit, self.solution(unit.weights, seen, context.generator))
+        own = self.for_unit(unit.names)
+        assert isinstance(own, Rounding)
+        if own.overrides:
+            return own._solve_apart(unit, seen, context.generator)
+        return pack_solution(unit, own.solution(unit.weights, seen, context.generator))
 
-    def solution(self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator) -> GroupSolution:
+    def _solve_apart(self, unit: Unit, seen: Statistics, generator: torch.Generator) -> Solved:
+        """Solve Linears of different settings one by one, behind the transform of all."""
+        methods = [self._changed(self._override(name)) for name in unit.names]
+        joint = torch.cat([weight.to(torch.float32) for weight in unit.weights])
+        transform = methods[0].transform(joint, informed(seen), generator)
+        rows = [None] * len(methods) if seen.rows is None else seen.rows.split([len(weight) for weight in unit.weights])
+        layers = []
+        for method, name, weight, part in zip(methods, unit.names, unit.weights, rows, strict=True):
+            solution = method.solution([weight], replace(seen, rows=part), generator, transform)
+            layers += pack_solution(Unit(unit.name, (name,), [weight]), solution).layers
+        return Solved(unit.input(transform=transform), tuple(layers))
+
+    def solution(
+        self,
+        weights: Sequence[Tensor],
+        stats: Statistics,
+        generator: torch.Generator,
+        transform: Transform | None = None,
+    ) -> GroupSolution:
         """Quantise the weights (m_i, n) of Linears that share an input.
 
         Args:
             weights: floating-point matrices of equal width; each row may have any magnitude within fp32.
             stats: Gram and magnitude of the shared input.
             generator: source of every random choice.
+            transform: as the method's `transform` returns for these Linears and others; None chooses one.
         """
         rows = [weight.shape[0] for weight in weights]
         joint = torch.cat([weight.to(torch.float32) for weight in weights])
@@ -119,7 +161,7 @@ class Rounding(Method):
             joint = compensated(joint, stats, self.asymmetry)
         units = row_units(joint)
         joint, unit = divided(joint, units), units.amax().item() or 1.0
-        return _in_units(self.solve_rows(joint, units / unit, rows, informed(stats), generator), units, unit)
+        return _in_units(self.solve_rows(joint, units / unit, rows, informed(stats), generator, transform), units, unit)
 
     def probe(
         self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator
@@ -133,21 +175,31 @@ class Rounding(Method):
         joint = torch.cat([weight.to(torch.float32) for weight in weights])
         signs = torch.randint(0, 2, joint.shape, generator=generator, dtype=torch.int8, device="cpu").to(joint.device)
         error = (signs * 2 - 1) * joint.square().mean(1, keepdim=True).sqrt()
-        return self.spread(error, joint, informed(stats), generator)
+        known = informed(stats)
+        transform = self.transform(joint, known, generator)
+        return self.spread(error, transform, known), transform
 
-    def spread(
-        self, error: Tensor, joint: Tensor, stats: Statistics, generator: torch.Generator
-    ) -> tuple[Tensor, Transform]:
-        """Turn errors (m, n) of the rounding alone into errors of the weights `joint` (m, n); see `probe`."""
-        return error, Transform()
+    def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
+        """Choose the transform of the input of Linears with the weights `joint` (m, n)."""
+        return Transform()
+
+    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
+        """Turn errors (m, n) of the rounding alone into errors of the weights; see `probe`."""
+        return error
 
     def solve_rows(
-        self, joint: Tensor, share: Tensor, rows: list[int], stats: Statistics, generator: torch.Generator
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+        transform: Transform | None,
     ) -> GroupSolution:
         """Quantise the row-wise concatenation `joint` (sum(rows), n) fp32 of a unit's weights, in units of their rows.
 
         `share` (m, 1) fp32 holds powers of two that take the rows to one unit: that of the errors, and of the result's
-        up factors and loss.
+        up factors and loss. `transform` is as in `solution`.
         """
         raise NotImplementedError
 

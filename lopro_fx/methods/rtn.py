@@ -35,11 +35,12 @@ class RTN(Rounding):
         rows: list[int],
         stats: Statistics,
         generator: torch.Generator,
+        transform: Transform | None,
     ) -> GroupSolution:
         rounded = self.quantizer.nearest(joint, rows)
         loss = proxy_loss((joint - rounded.dense()) * share, stats.gram)
         relative = relative_loss(loss, joint * share, stats.gram)
-        return GroupSolution(Transform(), rounded, None, (), loss, relative, 0.0, "identity")
+        return GroupSolution(transform or Transform(), rounded, None, (), loss, relative, 0.0, "identity")
 
 
 def head_method(method: Method) -> RTN:
