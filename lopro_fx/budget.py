@@ -86,6 +86,8 @@ class Plan:
         head_bytes: of output projections, which are rounded as `head_bits` says.
         head_weights: their number of weights.
         uniform: the best setting that is the same for all and fits the budget, None if none does.
+        checked: divergence of the division and of the uniform setting, each measured with all Linears at once on text
+            that the division has not seen; the choices are those of the smaller. None if that was not measured.
     """
 
     method: Method
@@ -93,6 +95,7 @@ class Plan:
     head_bytes: int
     head_weights: int
     uniform: Option | None
+    checked: tuple[float, float] | None = None
 
     @property
     def kl(self) -> float:
@@ -119,6 +122,8 @@ class Plan:
         title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted KL {self.kl:.3g}"
         if self.uniform is not None:
             title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.3g})"
+        if self.checked is not None:
+            title += f"; checked together {self.checked[0]:.3g} ({self.checked[1]:.3g})"
         return render(title, ("Linears", "settings", "bits per weight", "bytes", "predicted KL"), rows)
 
 
@@ -135,8 +140,8 @@ def hull(options: Sequence[Option]) -> list[Option]:
 
 
 def divide(options: Sequence[Sequence[Option]], limit: int | None, most_loss: float = 0.0) -> list[Option]:
-    """Choose an option for each Linear: the least total loss with at most `limit` bytes in all, or the fewest bytes with
-    at most `most_loss`, whichever takes less.
+    """Choose an option for each Linear: the least total loss with at most `limit` bytes in all, or the fewest bytes
+    with at most `most_loss`, whichever takes less.
 
     The step that would exceed the limit ends the search: a smaller step taken instead could not be taken with more
     bytes, and the loss would rise.
@@ -169,16 +174,19 @@ def overrides_of(choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
     return {escape(name): dict(choice.option.settings) for choice in choices for name in choice.names}
 
 
-def best_uniform(options: Sequence[Sequence[Option]], limit: int) -> Option | None:
-    """Return the setting of least loss that is the same for every Linear with at most `limit` bytes, and its totals."""
-    totals = []
+def best_uniform(options: Sequence[Sequence[Option]], limit: int) -> list[Option] | None:
+    """Return the options of the setting of least loss that is the same for every Linear with at most `limit` bytes."""
+    fitting = []
     for setting in options[0] if options else ():
-        same = [next((own for own in each if own.settings == setting.settings), None) for each in options]
-        found = [own for own in same if own is not None]
-        total = Option(setting.settings, sum(own.bytes for own in found), sum(own.loss for own in found))
-        if len(found) == len(same) and total.bytes <= limit:
-            totals.append(total)
-    return min(totals, key=lambda total: total.loss, default=None)
+        same = [own for each in options for own in each if own.settings == setting.settings]
+        if len(same) == len(options) and sum(own.bytes for own in same) <= limit:
+            fitting.append(same)
+    return min(fitting, key=lambda same: sum(own.loss for own in same), default=None)
+
+
+def total_of(same: Sequence[Option]) -> Option:
+    """Return one option of the settings of the first, with the bytes and the loss of all."""
+    return Option(same[0].settings, sum(own.bytes for own in same), sum(own.loss for own in same))
 
 
 def _gain(low: Option, high: Option) -> float:

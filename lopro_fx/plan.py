@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lopro_fx.budget import Budget, Choice, Plan, best_uniform, divide, overrides_of
+from lopro_fx.budget import Budget, Choice, Plan, best_uniform, divide, overrides_of, total_of
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.sensitivity import OPTIONS, Sensitivity, options_of, packed_bytes, parts_of, sensitivities
+from lopro_fx.calibration.importance import Importance, importance_of
+from lopro_fx.calibration.sensitivity import (
+    OPTIONS,
+    Sensitivity,
+    divergence_together,
+    options_of,
+    packed_bytes,
+    parts_of,
+    sensitivities,
+    text_of,
+)
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import ConfigError
 from lopro_fx.methods.base import Method
@@ -24,9 +34,6 @@ from lopro_fx.passes.record import require_program
 from lopro_fx.passes.sites import Selection
 from lopro_fx.progress import Progress, bar
 from lopro_fx.selection import require_finite, select, warn_of_patterns
-
-# Batches that sensitivities are measured on.
-_BATCHES = 5
 
 
 @torch.inference_mode(False)
@@ -44,8 +51,8 @@ def plan(
     `print(plan(...))` shows the choices; `quantize(program, calibration, plan(...).method)` follows them.
 
     Args:
-        program, calibration, config, progress, device: as `quantize` takes them. Sensitivities are measured on the
-            first five batches: each Linear takes a run of the layers after it on one of them.
+        program, calibration, config, progress, device: as `quantize` takes them. Each Linear takes a run of
+            the layers after it on the last batch, with its weights rounded by the others.
         budget: of all quantised Linears, output projections included.
 
     Raises:
@@ -63,7 +70,8 @@ def plan(
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         shown = progress or stack.enter_context(bar("plan"))
-        return planned(program, selection, batches, method, budget, shown, place)
+        importance = importance_of(program, selection, batches, method, shown, place)
+        return planned(program, selection, batches, method, budget, importance, shown, place)
 
 
 def plannable(config: Method, budget: Budget, calibration: object) -> Rounding:
@@ -122,6 +130,7 @@ def planned(
     batches: Sequence[Sequence[Any]],
     method: Rounding,
     budget: Budget,
+    importance: Mapping[str, Importance] | None,
     progress: Progress,
     device: torch.device,
 ) -> Plan:
@@ -131,12 +140,17 @@ def planned(
     weights = sum(site.out_features * site.in_features for group in groups for site in group.sites)
     limit = budget.bytes_for(weights + head_weights)
     limit = None if limit is None else limit - head
+    text = text_of(program, batches)
     total, found = sum(len(parts_of(group, method)) for group in groups), []
-    for sensitivity in sensitivities(program, groups, batches[:_BATCHES], method, device):
+    for sensitivity in sensitivities(program, groups, batches, text, method, importance, device):
         found.append(sensitivity)
         progress(len(found), total, "sensitivity")
     options = [options_of(sensitivity, method) for sensitivity in found]
     chosen = divide(options, limit, budget.max_kl or 0.0)
+    uniform, checked = best_uniform(options, sum(own.bytes for own in chosen) if limit is None else limit), None
+    if uniform and budget.max_kl is None and chosen != uniform:
+        both = [divergence_together(program, found, each, batches, text, method, device) for each in (chosen, uniform)]
+        chosen, checked = uniform if both[1] < both[0] else chosen, (both[0], both[1])
     choices = tuple(
         Choice(
             tuple(site.name for site in part.sites),
@@ -145,5 +159,5 @@ def planned(
         )
         for part, option in zip(found, chosen, strict=True)
     )
-    uniform = best_uniform(options, sum(option.bytes for option in chosen) if limit is None else limit)
-    return Plan(replace(method, overrides=overrides_of(choices)), choices, head, head_weights, uniform)
+    settings = replace(method, overrides=overrides_of(choices))
+    return Plan(settings, choices, head, head_weights, total_of(uniform) if uniform else None, checked)

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from lopro_fx import __about__
 from lopro_fx.budget import Budget
 from lopro_fx.calibration.batches import flatten_batches
-from lopro_fx.calibration.importance import measure_importance
+from lopro_fx.calibration.importance import Importance, importance_of
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import CalibrationError, ConfigError, LoProError, first_line
@@ -116,12 +116,10 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         result = _Result(selection, progress or stack.enter_context(bar("quantise")))
+        importance = importance_of(program, selection, batches, config, result.progress, place)
         if budget is not None and method is not None and batches is not None:
-            config = _planned(program, selection, batches, method, budget, journal, result.progress, place)
+            config = _planned(program, selection, batches, method, budget, importance, journal, result.progress, place)
             settings = _settings(selection, config)
-        importance = None
-        if batches and selection.groups and config.importance == "gradient":
-            importance = measure_importance(program, selection.groups, batches, config.seed, result.progress, place)
         replay = Replay(program, selection.groups, batches, config, importance, place)
         for unit, seen in replay.units():
             solved = journal and journal.read(unit.name)
@@ -181,6 +179,7 @@ def _planned(
     batches: Sequence[Sequence[Any]],
     method: Rounding,
     budget: Budget,
+    importance: Mapping[str, Importance] | None,
     journal: Journal | None,
     progress: Progress,
     place: torch.device,
@@ -189,7 +188,8 @@ def _planned(
     found = journal.read_overrides() if journal else None
     if found is None:
         try:
-            found = planned(program, selection, batches, method, budget, progress, place).method.overrides
+            plan = planned(program, selection, batches, method, budget, importance, progress, place)
+            found = plan.method.overrides
         except LoProError:
             if journal:
                 journal.discard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,15 +20,24 @@ from torch.export import ExportedProgram
 import lopro_fx
 from lopro_fx import FLRQ, GPTQ, RTN, Budget, LoPRo
 from lopro_fx.budget import Option, divide, hull
-from lopro_fx.calibration.sensitivity import gaussian_error
+from lopro_fx.calibration.batches import flatten_batches
+from lopro_fx.calibration.sensitivity import (
+    Sensitivity,
+    Text,
+    divergence_together,
+    gaussian_error,
+    sensitivities,
+    text_of,
+)
 from lopro_fx.errors import ConfigError
 from lopro_fx.layer import dense_weight
 from lopro_fx.methods.base import Method
-from lopro_fx.methods.ldlq import proxy_loss
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.registry import from_dict
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.models import export_causal_lm
+from lopro_fx.passes.linears import as_linears
+from lopro_fx.selection import select
 from tests.helpers import generator, gram_of, heavy_tailed
 from tests.programs import tiny_llama
 
@@ -371,12 +381,65 @@ def test_patterns_of_overrides_that_match_nothing() -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(st.sampled_from(sorted(METHODS)), st.integers(0, 9))
-def test_a_probe_is_as_large_as_the_rounding(name: str, seed: int) -> None:
-    """On Gaussian weights, whose rounding error is that of the Gaussian source."""
-    method = METHODS[name]
+def test_the_gaussian_source_foretells_other_settings(name: str, seed: int) -> None:
     weight, x = torch.randn(256, 128, generator=generator(seed)), heavy_tailed(4096, 128, seed)
     stats = Statistics({"gram": gram_of(x), "magnitude": x.abs().mean(0)}, 4096, 4096)
-    error, _ = method.probe([weight], stats, generator(seed))
-    predicted = proxy_loss(error, stats.gram) * gaussian_error(method.quantizer)
-    found = method.solution([weight], stats, generator(seed))
-    assert 0.5 < found.relative * proxy_loss(weight, stats.gram) / predicted < 1.6
+    low, high = (METHODS[name].changed({"bits": bits}) for bits in (2, 4))
+    assert isinstance(low, Rounding)
+    assert isinstance(high, Rounding)
+    found = [each.solution([weight], stats, generator(seed)).relative for each in (low, high)]
+    predicted = gaussian_error(low.quantizer) / gaussian_error(high.quantizer)
+    assert 0.6 < found[0] / found[1] / predicted < 1.6
+
+
+def _kl(state: lopro_fx.QuantState, ids: Tensor) -> float:
+    found, wanted = (
+        program.module()(ids).log_softmax(-1) for program in (lopro_fx.apply(_program(), state), _program())
+    )
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+
+
+def _measured(method: Rounding, batches: list[Tensor]) -> tuple[list[Sensitivity], Text]:
+    program = as_linears(_program())
+    groups, flat = select(program, method).groups, flatten_batches(program, batches, torch.device("cpu"))
+    text = text_of(program, flat)
+    return list(sensitivities(program, groups, flat, text, method, None, torch.device("cpu"))), text
+
+
+@pytest.mark.parametrize("method", [LoPRo(rank=0, sequential=False), LoPRo(rank=2, sequential=False), GPTQ()])
+def test_what_a_sensitivity_measures(method: Rounding) -> None:
+    """The divergence of a rounding alone, and of all at once."""
+    batches = _batches()
+    found, text = _measured(method, batches)
+    assert (text.rounding, text.compared, text.checked) == ([0, 1], 2, [2])
+    rounded = replace(method, bits=3, group_size=64, sequential=False)
+    alone = next(each for each in found if "down_proj" in each.sites[0].name)
+    state = lopro_fx.calibrate(_program(), batches[:2], replace(rounded, include=(alone.sites[0].name,)))
+    assert alone.divergence * gaussian_error(rounded.quantizer) == pytest.approx(_kl(state, batches[2]), rel=1e-3)
+    program = as_linears(_program())
+    same = [Option({"bits": 3, "group_size": 64}, 0, 0.0)] * len(found)
+    flat = flatten_batches(program, batches, torch.device("cpu"))
+    together = divergence_together(program, found, same, flat, text, method, torch.device("cpu"))
+    assert together == pytest.approx(_kl(lopro_fx.calibrate(_program(), batches[:2], rounded), batches[2]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "rounding", "checked"), [(1, 1, [0]), (3, 2, [2]), (8, 7, [7]), (9, 6, [6, 7])])
+def test_text_that_checks_a_division_took_no_part_in_it(count: int, rounding: int, checked: list[int]) -> None:
+    text = text_of(_program(), [[batch] for batch in _batches(count)])
+    assert (text.rounding, text.compared, text.checked) == (list(range(rounding)), count - 1, checked)
+
+
+def test_a_division_that_is_no_better_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(bits_per_weight=4.2)
+    divided = lopro_fx.plan(_program(), _batches(9), LoPRo(rank=0), budget=budget)
+    assert divided.checked is not None
+    assert divided.checked[0] <= divided.checked[1]
+    assert len({str(choice.option.settings) for choice in divided.choices}) > 1
+    results = iter((0.2, 0.1))
+    monkeypatch.setattr(sys.modules["lopro_fx.plan"], "divergence_together", lambda *_: next(results))
+    uniform = lopro_fx.plan(_program(), _batches(9), LoPRo(rank=0), budget=budget)
+    assert uniform.checked == (0.2, 0.1)
+    assert uniform.uniform is not None
+    assert {str(choice.option.settings) for choice in uniform.choices} == {str(uniform.uniform.settings)}
+    assert uniform.bytes == uniform.uniform.bytes
+    assert "checked together 0.2 (0.1)" in str(uniform)

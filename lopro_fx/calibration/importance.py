@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from lopro_fx.calibration.padding import Padding, kept
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.errors import CalibrationError
-from lopro_fx.passes.sites import Group
+from lopro_fx.methods.base import Method
+from lopro_fx.passes.sites import Group, Selection
 from lopro_fx.progress import Progress, silent
 
 # The weight is |g|: with |g|² a few attention-sink tokens are most of some layers' Grams, which generalises worse.
@@ -39,6 +40,20 @@ class Importance:
 
     tokens: list[Tensor]
     rows: Tensor
+
+
+def importance_of(
+    program: ExportedProgram,
+    selection: Selection,
+    batches: Sequence[Sequence[Any]] | None,
+    config: Method,
+    progress: Progress,
+    device: torch.device,
+) -> dict[str, Importance] | None:
+    """Measure what `config` asks for; None where that is nothing, or there are no batches or groups."""
+    if not batches or not selection.groups or config.importance != "gradient":
+        return None
+    return measure_importance(program, selection.groups, batches, config.seed, progress, device)
 
 
 def measure_importance(

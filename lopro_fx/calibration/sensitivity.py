@@ -1,15 +1,15 @@
 """Divergence that the rounding of each Linear will cause, measured before anything is solved.
 
-The weights of one Linear get a random error, shaped as the method's feedback shapes that of rounding, and the rest of
-the graph runs on. While errors are small, the KL divergence of the predictions grows with their mean square, and a
-Gaussian source gives that of a rounding. The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14
-times too sensitive, where a few tokens have most of the gradient.
+The weights of one Linear are rounded, to few bits and fast, and the rest of the graph runs on. While errors are small,
+the KL divergence of the predictions grows with their mean square, and a Gaussian source gives that of other settings.
+The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14 times too sensitive, where a few tokens have
+most of the gradient. So do random errors: without the weights of tokens and rows, they made v 3 times too sensitive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,25 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from lopro_fx.budget import Option
+from lopro_fx.calibration.importance import Importance
 from lopro_fx.calibration.padding import Padding
 from lopro_fx.calibration.replay import Replay
 from lopro_fx.calibration.runner import LockstepRunner
+from lopro_fx.calibration.simulate import Simulated, simulated
 from lopro_fx.errors import CalibrationError
 from lopro_fx.kernels.formats.quantizer import Quantizer
 from lopro_fx.kernels.formats.registry import FORMATS
-from lopro_fx.layer import stored_bytes
-from lopro_fx.methods.base import Unit, seed_of
+from lopro_fx.layer import Input, Layer, stored_bytes
+from lopro_fx.methods.base import Context, seed_of
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rounding import Rounding
-from lopro_fx.passes.sites import Group, Site
+from lopro_fx.passes.sites import Group, Site, weight_of
 
-# Mean square of the errors over that of the weights: about that of 2 bits, where most of a budget is decided.
-_PROBE = 0.05
+# What weights are rounded to, by the format of the method: errors as large as they are where most of a budget is
+# decided.
+_PROBES: Mapping[str, Mapping[str, Any]] = {
+    "affine": {"bits": 3, "group_size": 64},
+    "trellis": {"bits": 2, "window": 12},
+}
+# Batches that a division is checked on, and the number up to which none is set apart for it.
+_CHECKED, _FEW = 2, 8
+# Tokens that are compared at a time.
+_ROWS = 64
 # Shape of the Gaussian source: a strip and a column group of the formats there are.
 _SOURCE = 512, 128
 # Settings to choose from, by the format of the method.
@@ -59,11 +68,37 @@ class Sensitivity:
         sites: the Linears.
         divergence: KL in nats a token, over the relative mean square of the rounding errors.
         shared_bytes: what their input stores beside packed weights and factors; with the input's first Linears.
+        rounded: what it was measured with: the input, and a layer for each Linear.
     """
 
     sites: tuple[Site, ...]
     divergence: float = 0.0
     shared_bytes: int = 0
+    rounded: tuple[Input, tuple[Layer, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Use of calibration batches, by index: weights are rounded by `rounding`, predictions on `compared` give the
+    sensitivities, those on `checked` the divergence of all Linears together."""
+
+    rounding: list[int]
+    compared: int
+    checked: list[int]
+
+
+def text_of(program: ExportedProgram, batches: Sequence[Sequence[Any]]) -> Text:
+    """Keep the last batches that hold tokens from the rounding; of few batches, the same serve more than once.
+
+    Raises:
+        CalibrationError: no batch holds a token.
+    """
+    some = [index for index, batch in enumerate(batches) if _holds_tokens(program, batch)]
+    if not some:
+        raise CalibrationError("a budget is divided by predictions on calibration text, and no batch holds a token")
+    checked = some[-_CHECKED - 1 : -1] if len(some) > _FEW else some[-1:]
+    kept = {some[-1], *checked}
+    return Text([place for place in range(len(batches)) if place not in kept] or some, some[-1], checked)
 
 
 def parts_of(group: Group, method: Rounding) -> list[tuple[Site, ...]]:
@@ -75,7 +110,9 @@ def sensitivities(
     program: ExportedProgram,
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
+    text: Text,
     method: Rounding,
+    importance: Mapping[str, Importance] | None,
     device: torch.device,
 ) -> Iterator[Sensitivity]:
     """Walk the unquantised graph once and yield the sensitivities of each group of Linears, see `parts_of`.
@@ -83,67 +120,111 @@ def sensitivities(
     Args:
         program: its first floating-point output is taken as logits over its last dimension.
         groups, device: as `Replay` takes them.
-        batches: flattened user inputs on `device`; the last one's predictions are compared, the others' activations
-            shape the errors, as far as there are others.
-        method: its transform and feedback shape the errors.
+        batches: flattened user inputs on `device`.
+        text: their use.
+        method: rounds, to `_PROBES`.
+        importance: of tokens and output features, by group, for all batches.
 
     Raises:
         CalibrationError: the program has no floating-point output, or writes buffers.
     """
     if not groups:
         return
-    some = [index for index, batch in enumerate(batches) if _holds_tokens(program, batch)]
-    if not some:
-        raise CalibrationError("a budget is divided by predictions on calibration text, and no batch holds a token")
-    index = some[-1]
-    probed, seen = batches[index], [batch for place, batch in enumerate(batches) if place != index] or batches
+    index, probed, seen = text.compared, batches[text.compared], [batches[place] for place in text.rounding]
+    if importance is not None:
+        importance = {name: replace(own, tokens=[own.tokens[place] for place in text.rounding])
+                      for name, own in importance.items()}  # fmt: skip
     visible = Padding(program, probed)
-    wanted = _log_probabilities(LockstepRunner(program, [probed], device), visible)
+    wanted = _logits(LockstepRunner(program, [probed], device), visible).log_softmax(-1)
     if wanted.isnan().any():
         raise CalibrationError(
             f"the predictions on calibration batch {index} are not finite; look for an overflow (try float32) or a "
             "damaged weight"
         )
-    walk = Replay(program, groups, seen, replace(method, sequential=False, asymmetry=0.0), None, device)
+    walk = Replay(program, groups, seen, replace(method, sequential=False, asymmetry=0.0), importance, device)
+    rough = _rough(method)
     probe = LockstepRunner(program, [probed], device)
     first = {group.sites[0].nodes[0]: group for group in groups}
     for (unit, statistics), (node, _) in zip(walk.units(), probe.stops(set(first)), strict=True):
         group = first[node]
         generator = torch.Generator().manual_seed(seed_of(unit.name, method.seed))
-        error, transform = method.probe(unit.weights, statistics, generator)
+        solved = rough.solve(unit, statistics, Context(device, generator))
+        transform = solved.input.transform
         shared = stored_bytes(tensor for tensor in (transform.perm, transform.signs) if tensor is not None)
-        disturbed = _disturbed(group, unit, error * _PROBE**0.5)
+        layers = {layer.name: layer for layer in solved.layers}
         for sites in parts_of(group, method):
-            found = probe.fork()
-            found.replaced.update((node, disturbed[node]) for site in sites for node in site.nodes)
-            divergence = _divergence(wanted, _log_probabilities(found, visible))
+            rounded, found = (solved.input, tuple(layers[site.name] for site in sites)), probe.fork()
+            for site, layer in zip(sites, rounded[1], strict=True):
+                for node in site.nodes:
+                    found.replaced[node] = simulated(solved.input, layer, node.meta["val"].dtype)
+            divergence = _divergence(wanted, _logits(found, visible))
             if not divergence < math.inf:
                 raise CalibrationError(
-                    f"'{sites[0].name}': with small errors in its weights, the predictions are not finite; exclude it, "
+                    f"'{sites[0].name}': with its weights rounded, the predictions are not finite; exclude it, "
                     "or try float32"
                 )
-            yield Sensitivity(sites, max(divergence, 0.0) / _PROBE, shared)
+            yield Sensitivity(sites, max(divergence, 0.0) / gaussian_error(rough.quantizer), shared, rounded)
             shared = 0
 
 
-def _disturbed(group: Group, unit: Unit, error: Tensor) -> dict[Node, Callable[[Tensor, Tensor | None], Tensor]]:
-    """What runs in place of the group's Linears, with the errors (sum of m_i, n) added to their weights."""
-    parts = error.split([weight.shape[0] for weight in unit.weights])
-    return {
-        node: _linear((weight + part).to(node.meta["val"].dtype))
-        for site, weight, part in zip(group.sites, unit.weights, parts, strict=True)
-        for node in site.nodes
-    }
+def divergence_together(
+    program: ExportedProgram,
+    found: Sequence[Sensitivity],
+    chosen: Sequence[Option],
+    batches: Sequence[Sequence[Any]],
+    text: Text,
+    method: Rounding,
+    device: torch.device,
+) -> float:
+    """KL in nats a token with all Linears rounded at once: the errors that were measured, in the size of the options.
+
+    Args:
+        program, batches, text, method, device: as in `sensitivities`.
+        found, chosen: of each part the sensitivity and its option.
+    """
+    total, tokens, least = 0.0, 0, gaussian_error(_rough(method).quantizer)
+    for batch in (batches[place] for place in text.checked):
+        visible, runner = Padding(program, batch), LockstepRunner(program, [batch], device)
+        wanted = _logits(LockstepRunner(program, [batch], device), visible).log_softmax(-1)
+        for part, option in zip(found, chosen, strict=True):
+            assert part.rounded is not None
+            own = method.changed(option.settings)
+            assert isinstance(own, Rounding)
+            size = (gaussian_error(own.quantizer) / least) ** 0.5
+            for site, layer in zip(part.sites, part.rounded[1], strict=True):
+                weight = weight_of(program, site)
+                for node in site.nodes:
+                    runner.replaced[node] = _in_part(part.rounded[0], layer, weight, size)
+        total += _divergence(wanted, _logits(runner, visible)) * len(wanted)
+        tokens += len(wanted)
+    return total / tokens
 
 
-def _linear(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-    return lambda x, bias: linear(x, weight, bias)
+def _in_part(shared: Input, layer: Layer, weight: Tensor, size: float) -> Simulated:
+    """The Linear with the weight plus `size` times the error of its rounding."""
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        exact = linear(x, weight.to(x.device, x.dtype), bias)
+        return exact + size * (simulated(shared, layer, x.dtype)(x, bias) - exact)
+
+    return run
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> float:
-    """KL divergence, the mean over tokens; what `wanted` rules out adds nothing."""
-    terms = wanted.exp() * (wanted - found)
-    return terms.masked_fill(wanted == -math.inf, 0).sum(-1).mean().item()
+def _rough(method: Rounding) -> Rounding:
+    """The method as sensitivities are measured with it."""
+    rough = replace(method, sequential=False, asymmetry=0.0).changed(_PROBES[method.format])
+    assert isinstance(rough, Rounding)
+    return rough
+
+
+def _divergence(wanted: Tensor, logits: Tensor) -> float:
+    """KL divergence of logits from log-probabilities, the mean over tokens; what `wanted` rules out adds nothing."""
+    total = torch.zeros((), dtype=torch.float32, device=wanted.device)
+    # Some tokens at a time, so that what comes between stays in the processor's cache.
+    for expected, found in zip(wanted.split(_ROWS), logits.split(_ROWS), strict=True):
+        terms = expected.exp() * (expected - found.log_softmax(-1))
+        total += terms.masked_fill_(expected == -math.inf, 0).sum()
+    return total.item() / len(wanted)
 
 
 def _holds_tokens(program: ExportedProgram, batch: Sequence[Any]) -> bool:
@@ -152,7 +233,7 @@ def _holds_tokens(program: ExportedProgram, batch: Sequence[Any]) -> bool:
     return rows and not Padding(program, batch).hides_all
 
 
-def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
+def _logits(runner: LockstepRunner, padding: Padding) -> Tensor:
     """Run to the end: fp32 (tokens, vocabulary) of the tokens that are text."""
     with torch.no_grad():
         (outputs,) = runner.outputs()
@@ -168,7 +249,7 @@ def _log_probabilities(runner: LockstepRunner, padding: Padding) -> Tensor:
         )
     visible = padding.visible(floating[0].shape[:-1])
     logits = floating[0].reshape(-1, floating[0].shape[-1])
-    return (logits if visible is None else logits[visible]).to(torch.float32).log_softmax(-1)
+    return (logits if visible is None else logits[visible]).to(torch.float32)
 
 
 def options_of(sensitivity: Sensitivity, method: Rounding) -> list[Option]:

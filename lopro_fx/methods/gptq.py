@@ -42,11 +42,6 @@ class GPTQ(Rounding):
     def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
         return Transform(perm=as_index(energy_order(stats.gram))) if self.act_order == "column" else Transform()
 
-    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
-        moved, order = transform.gram(stats.gram), self._order(stats.gram)
-        fb = feedback(moved if order is None else moved[order][:, order], self.damp)
-        return transform.inverse(fb.spread(error, order))
-
     def solve_rows(
         self,
         joint: Tensor,

@@ -29,14 +29,6 @@ class Feedback:
     pivots: Tensor
     damp: float
 
-    def spread(self, error: Tensor, order: Tensor | None) -> Tensor:
-        """Errors (m, n) of the weights for rounding errors (m, n) in rounding order: e with e U equal to them.
-
-        The result is in storage order.
-        """
-        found = torch.linalg.solve_triangular(self.upper, error, upper=True, left=False, unitriangular=True)
-        return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
-
 
 def damping(hessian: Tensor, damp: float) -> Tensor:
     """damp * mean(diag H), a scalar; 1 for an all-zero H, whose rounding is then to nearest."""

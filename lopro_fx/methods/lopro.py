@@ -134,12 +134,6 @@ class LoPRo(Rounding):
             residual = joint - up @ down
         return transform_for(self.transforms[0], residual, stats.gram, self, generator)
 
-    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
-        moved = transform.gram(stats.gram)
-        order = self.quantizer.order(moved)
-        fb, _ = informed_feedback(moved, order, self.damp, stats)
-        return transform.inverse(fb.spread(error, order))
-
     def solve_rows(
         self,
         joint: Tensor,

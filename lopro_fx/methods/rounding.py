@@ -163,29 +163,9 @@ class Rounding(Method):
         joint, unit = divided(joint, units), units.amax().item() or 1.0
         return _in_units(self.solve_rows(joint, units / unit, rows, informed(stats), generator, transform), units, unit)
 
-    def probe(
-        self, weights: Sequence[Tensor], stats: Statistics, generator: torch.Generator
-    ) -> tuple[Tensor, Transform]:
-        """Draw an error as rounding would leave it, without rounding.
-
-        Returns:
-            fp32 (sum of m_i, n): in each row, rounding errors of the row's own mean square, with the method's feedback;
-            and the transform of the shared input.
-        """
-        joint = torch.cat([weight.to(torch.float32) for weight in weights])
-        signs = torch.randint(0, 2, joint.shape, generator=generator, dtype=torch.int8, device="cpu").to(joint.device)
-        error = (signs * 2 - 1) * joint.square().mean(1, keepdim=True).sqrt()
-        known = informed(stats)
-        transform = self.transform(joint, known, generator)
-        return self.spread(error, transform, known), transform
-
     def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
         """Choose the transform of the input of Linears with the weights `joint` (m, n)."""
         return Transform()
-
-    def spread(self, error: Tensor, transform: Transform, stats: Statistics) -> Tensor:
-        """Turn errors (m, n) of the rounding alone into errors of the weights; see `probe`."""
-        return error
 
     def solve_rows(
         self,
