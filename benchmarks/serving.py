@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
     parser.add_argument("--ik-python", help="interpreter that has ik-llama-cpp-python, for rows that end in -iq or -kt")
     parser.add_argument("--work", help="folder of models and packages; default in lopro_fx's cache")
+    parser.add_argument("--result", default="serving", help="name of the result file; one holds rows of one processor")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--mode", default="freezing", help="of torch.compile, see serving_bf16.py")
@@ -107,9 +108,9 @@ def main() -> None:
     for name in args.names or ROWS:
         result = {"row": name, **measure(ROWS[name], args)}
         print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict)}), flush=True)
-        path = RESULTS / "serving.json"
+        path = RESULTS / f"{args.result}.json"
         done = {old["row"]: old for old in json.loads(path.read_text())["rows"]} if path.exists() else {}
-        save_result("serving", list({**done, name: result}.values()), threads=args.threads, prompt=PROMPT,
+        save_result(args.result, list({**done, name: result}.values()), threads=args.threads, prompt=PROMPT,
                     decoded=DECODED, long_prompt=LONG_PROMPT, group_size=GROUP, rank=RANK, head_bits=HEAD)  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ _SERVING = {
     "decode-smollm2-4-bf16": "SmolLM2-135M, decode, 4 bits against the same",
     "memory-smollm2-3": "SmolLM2-135M, peak memory of generation, 3 bits against eager bf16",
     "memory-wide-3": "wide, peak memory of generation, 3 bits against eager bf16",
+}
+_SERVING_AVX2 = {
+    "decode-wide-4-trellis": "decode, trellis 4 bits against affine 4 bits",
+    "decode-wide-3-trellis": "decode, trellis 3 bits against affine 3 bits",
+    "decode-wide-2-trellis": "decode, trellis 2 bits against affine 2 bits",
+    "prefill-wide-3-trellis": "prefill of 512 tokens, trellis 3 bits against affine 3 bits",
+    "decode-wide-3-iq": "decode, trellis 3 bits against IQ3_XXS of ik_llama.cpp",
+    "decode-wide-2-iq": "decode, trellis 2 bits against IQ2_XXS of ik_llama.cpp",
+    "decode-wide-3-kt": "decode, trellis 3 bits against IQ3_KT of ik_llama.cpp",
+    "decode-wide-2-kt": "decode, trellis 2 bits against IQ2_KT of ik_llama.cpp",
 }
 _GPU = {
     "decode 8192x28672": "28672×8192, 1",
@@ -97,16 +107,16 @@ def frontier() -> str:
     return _table(("trellis, no branch", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
 
 
-def serving(names: Iterable[str] = _SERVING) -> str:
+def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:
     """Both sides of every case of benchmarks/serving.py."""
-    rows = {row["row"]: row for row in _rows("serving")}
+    rows = {row["row"]: row for row in _rows(result)}
     lines = []
     for name in names:
         row = rows[name]
         memory = "peak_rss_mb" in row
         ours, theirs = row["peak_rss_mb" if memory else "tokens_per_second"]
         unit, digits = ("MB" if memory else "tokens/s"), 0 if ours >= 300 else 1
-        lines.append((_SERVING[name], f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f}", f"{row['ratio']:.2f}"))
+        lines.append((labels[name], f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f}", f"{row['ratio']:.2f}"))
     return _table(("case", "lopro_fx", "other side", "ratio"), lines)
 
 
@@ -199,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-brief": lambda: quality(_BEST),
     "frontier": frontier,
     "serving": serving,
+    "serving-avx2": lambda: serving(_SERVING_AVX2, _SERVING_AVX2, "serving_avx2"),
     "serving-brief": lambda: serving(_BRIEF),
     "linears": linears,
     "families": families,

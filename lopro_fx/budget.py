@@ -110,6 +110,12 @@ class Plan:
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / (self.head_weights + sum(choice.weights for choice in self.choices))
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What was predicted and measured, ready for JSON."""
+        uniform = None if self.uniform is None else {"settings": dict(self.uniform.settings), "kl": self.uniform.loss}
+        return {"kl": self.kl, "uniform": uniform, "checked": None if self.checked is None else list(self.checked)}
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = [
             (", ".join(choice.names), _text(choice.option.settings), 8 * choice.option.bytes / choice.weights,
@@ -119,11 +125,7 @@ class Plan:
         if self.head_weights:
             bits = 8 * self.head_bytes / self.head_weights
             rows.append(("output projection", f"bits {self.method.head_bits}", bits, self.head_bytes, ""))
-        title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, predicted KL {self.kl:.3g}"
-        if self.uniform is not None:
-            title += f" ({_text(self.uniform.settings)} for all: {self.uniform.loss:.3g})"
-        if self.checked is not None:
-            title += f"; checked together {self.checked[0]:.3g} ({self.checked[1]:.3g})"
+        title = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes, {predicted(self.figures)}"
         return render(title, ("Linears", "settings", "bits per weight", "bytes", "predicted KL"), rows)
 
 
@@ -192,6 +194,16 @@ def total_of(same: Sequence[Option]) -> Option:
 def _gain(low: Option, high: Option) -> float:
     """Fall of the loss for a byte."""
     return (low.loss - high.loss) / (high.bytes - low.bytes)
+
+
+def predicted(figures: Mapping[str, Any]) -> str:
+    """Say what a plan's figures mean."""
+    text, uniform, checked = f"predicted KL {figures['kl']:.3g}", figures["uniform"], figures["checked"]
+    if uniform is not None:
+        text += f" ({_text(uniform['settings'])} for all: {uniform['kl']:.3g})"
+    if checked is not None:
+        text += f"; checked together {checked[0]:.3g} ({checked[1]:.3g})"
+    return text
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -116,9 +116,11 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         result = _Result(selection, progress or stack.enter_context(bar("quantise")))
-        importance = importance_of(program, selection, batches, config, result.progress, place)
+        importance, figures = importance_of(program, selection, batches, config, result.progress, place), None
         if budget is not None and method is not None and batches is not None:
-            config = _planned(program, selection, batches, method, budget, importance, journal, result.progress, place)
+            config, figures = _planned(
+                program, selection, batches, method, budget, importance, journal, result.progress, place
+            )
             settings = _settings(selection, config)
         replay = Replay(program, selection.groups, batches, config, importance, place)
         for unit, seen in replay.units():
@@ -146,6 +148,8 @@ def calibrate(
         "calibration_tokens": result.tokens,
         "seconds": time.monotonic() - started,
     }
+    if figures is not None:
+        info["plan"] = figures
     skipped = [(item.name, item.reason) for item in selection.skipped]
     return QuantState(config.to_dict(), result.inputs, result.layers, skipped, info)
 
@@ -183,20 +187,21 @@ def _planned(
     journal: Journal | None,
     progress: Progress,
     place: torch.device,
-) -> Method:
-    """Return the method with a plan's overrides; a run that continues follows the plan that it began with."""
-    found = journal.read_overrides() if journal else None
+) -> tuple[Method, dict[str, Any]]:
+    """Return the method with a plan's overrides, and the plan's figures; a run that continues follows the plan that it
+    began with."""
+    found = journal.read_plan() if journal else None
     if found is None:
         try:
             plan = planned(program, selection, batches, method, budget, importance, progress, place)
-            found = plan.method.overrides
+            found = dict(plan.method.overrides), plan.figures
         except LoProError:
             if journal:
                 journal.discard()
             raise
         if journal:
-            journal.write_overrides(found)
-    return replace(method, overrides=found)
+            journal.write_plan(*found)
+    return replace(method, overrides=found[0]), found[1]
 
 
 def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) -> Solved:

@@ -163,6 +163,7 @@ def test_a_stopped_run_follows_its_plan(tmp_path: Path) -> None:
     resumed = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=tmp_path / "run")
     whole = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget)
     assert resumed.config == whole.config
+    assert resumed.info["plan"] == whole.info["plan"]
     for name, layer in whole.layers.items():
         for key, tensor in layer.tensors.items():
             assert torch.equal(tensor, resumed.layers[name].tensors[key])
@@ -224,7 +225,7 @@ def test_a_refused_budget_leaves_its_folder_to_another(tmp_path: Path) -> None:
     assert lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=tmp_path / "run").layers
 
 
-@pytest.mark.parametrize("text", ["[]", "5", '{"x": 5}', "{"])
+@pytest.mark.parametrize("text", ["[]", "5", '{"x": 5}', "[{}, {}]", "{"])
 def test_a_damaged_plan_is_made_again(text: str, tmp_path: Path) -> None:
     budget, folder = Budget(bits_per_weight=4.5), tmp_path / "run"
     whole = lopro_fx.calibrate(_program(), _batches(), TRELLIS, budget=budget, resume=folder)

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 import lopro_fx
-from lopro_fx.budget import Budget
+from lopro_fx.budget import Budget, predicted
 from lopro_fx.commands import data, output, target
 from lopro_fx.commands.method import add_method, method_of
 from lopro_fx.commands.source import DTYPES, Source, add_device, add_name, device_name, device_of, export
@@ -191,6 +191,7 @@ def _figures(
         "bits_per_byte_before": before.bits_per_byte,
         "bits_per_byte_after": after.bits_per_byte,
         "bits_per_weight": report.bits_per_weight,
+        "plan": report.info.get("plan"),
         "weights": report.weights,
         "packed_bytes": report.packed_bytes,
         "kept_bytes": report.kept_bytes,
@@ -219,6 +220,7 @@ def _table(result: dict[str, Any], out: str | None) -> str:
         ("perplexity before", f"{result['ppl_before']:.3f}"),
         ("perplexity after", f"{result['ppl_after']:.3f}"),
         ("bits per weight", f"{result['bits_per_weight']:.3f} (scales, zeros, permutations and factors counted)"),
+        *([("plan", predicted(result["plan"]))] if result["plan"] else []),
         ("packed bytes", f"{result['packed_bytes']:,} for {result['weights']:,} weights"),
         ("kept bytes", f"{result['kept_bytes']:,} not quantised, in {result['dtype']}"),
         ("seconds", f"{result['seconds']:.0f}, of which {result['quantize_seconds']:.0f} to quantise"),

@@ -90,18 +90,20 @@ class Journal:
         if not any(self._folder.glob("*.safetensors")):
             (self._folder / _MARKER).unlink(missing_ok=True)
 
-    def read_overrides(self) -> dict[str, dict[str, Any]] | None:
-        """Read the settings of a plan, or None; a damaged file counts as no plan."""
+    def read_plan(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
+        """Read the overrides of a plan and its figures, or None; a damaged file counts as no plan."""
         try:
-            found = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            overrides, figures = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
             return None
-        whole = isinstance(found, dict) and all(isinstance(values, dict) for values in found.values())
-        return found if whole else None
+        whole = isinstance(overrides, dict) and all(isinstance(values, dict) for values in overrides.values())
+        known = isinstance(figures, dict) and figures.keys() == {"kl", "uniform", "checked"}
+        return (overrides, figures) if whole and known else None
 
-    def write_overrides(self, overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    def write_plan(self, overrides: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Any]) -> None:
+        settings = {name: dict(values) for name, values in overrides.items()}
         with replacing(self._folder / _PLAN) as temporary:
-            write_json(temporary, {name: dict(values) for name, values in overrides.items()})
+            write_json(temporary, [settings, dict(figures)])
 
     def _path(self, name: str) -> Path:
         """Path for any module's name, also on a case-insensitive file system."""

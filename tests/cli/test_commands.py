@@ -17,7 +17,7 @@ from tests.helpers import assert_close
 KEYS = {
     "model", "source", "dtype", "method", "ppl_before", "ppl_after", "bits_per_weight", "weights", "packed_bytes",
     "kept_bytes", "seconds", "quantize_seconds", "peak_rss_bytes", "config", "calibration", "evaluation", "lopro_fx",
-    "torch", "bits_per_byte_before", "bits_per_byte_after", "bytes_before", "bytes_after", "device", "budget",
+    "torch", "bits_per_byte_before", "bits_per_byte_after", "bytes_before", "bytes_after", "device", "budget", "plan",
 }  # fmt: skip
 
 
@@ -42,13 +42,15 @@ def test_quantize_prints_a_table_and_writes_json(run, model_folder, tmp_path):
 
 
 def test_a_budget_is_kept(run, model_folder, tmp_path):
-    code, _, err = run("quantize", model_folder, *SMALL, "--format", "trellis", "--rank", "0", "--budget", "4.5",
+    code, out, err = run("quantize", model_folder, *SMALL, "--format", "trellis", "--rank", "0", "--budget", "4.5",
                          "--json", tmp_path / "result.json")  # fmt: skip
     assert (code, err) == (0, "")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["budget"] == {"bits_per_weight": 4.5}
     assert 3.5 < result["bits_per_weight"] <= 4.5
     assert len({settings["bits"] for settings in result["config"]["overrides"].values()}) > 1
+    assert 0 < result["plan"]["kl"] <= result["plan"]["uniform"]["kl"]
+    assert f"predicted KL {result['plan']['kl']:.3g} (bits " in out
 
 
 def test_quantize_out_is_a_folder_that_the_other_commands_take(run, model_folder, quantized_folder, tmp_path):
