@@ -23,6 +23,11 @@ PROJECT = torch.ops.lopro.project.default
 ROUND = torch.ops.lopro.round_activation.default
 
 
+def is_ours(node: Node) -> bool:
+    """Whether a node calls an operator of this package."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lopro"
+
+
 def kind_of(node: Node) -> str | None:
     """Kind of the format's operator that a node calls: "linear", "site", "embedding" or its own; None for others."""
     owner = OPERATORS.get(node.target)  # pyright: ignore[reportArgumentType]
@@ -68,7 +73,7 @@ def packed_names(program: ExportedProgram) -> set[str]:
     return {
         fqns[operand.name]
         for node in program.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lopro"
+        if is_ours(node)
         for operand in operands(node).weights.values()
         if operand.name in fqns
     }

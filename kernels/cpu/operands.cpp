@@ -1,6 +1,10 @@
 // Operands that every format's operator has.
 #include "operands.h"
 
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
 namespace lopro {
 namespace {
 
@@ -10,6 +14,17 @@ int64_t elements(AtenTensorHandle tensor) {
   int64_t count;
   ok(aoti_torch_get_numel(tensor, &count));
   return count;
+}
+
+// Whether all of `count` indices lie in 0 .. count - 1.
+template <class T>
+bool inside(const void* indices, int64_t count) {
+  using U = std::make_unsigned_t<T>;
+  if (count - 1 > std::numeric_limits<T>::max()) return false;
+  const U* values = static_cast<const U*>(indices);
+  U largest = 0;
+  for (int64_t j = 0; j < count; ++j) largest = std::max(largest, values[j]);
+  return largest <= static_cast<U>(count - 1);
 }
 
 }  // namespace
@@ -85,6 +100,8 @@ void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64
     s.perm_type = type_of(*perm);
     check(s.perm_type == Type::i16 || s.perm_type == Type::i32, "perm is not int16 or int32");
     s.perm = data<void>(perm, s.in, "perm doesn't fit x");
+    check(s.perm_type == Type::i16 ? inside<int16_t>(s.perm, s.in) : inside<int32_t>(s.perm, s.in),
+          "perm holds what is no column of x");
   }
   s.signs = data<uint8_t>(signs, (s.in + 7) / 8, "signs doesn't fit x");
   if (down && up) {

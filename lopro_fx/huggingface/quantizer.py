@@ -30,6 +30,7 @@ from lopro_fx.huggingface.replace import (
 )
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.kernels.activation.delivery import ACTIVATIONS, DEFAULT
+from lopro_fx.store.records import require_permutation
 
 METHOD = "lopro_fx"
 FORMAT = 2
@@ -141,6 +142,8 @@ class LoProHfQuantizer(HfQuantizer):
                     raise CheckpointError(f"the model's files lack the tensor '{stored}': save the model again")
                 if key in module.dtypes and tensor.dtype != (expected := module.dtypes[key]):
                     raise CheckpointError(f"'{stored}' is {tensor.dtype} in the model's files, not {expected}")
+                if key == "perm":
+                    require_permutation(tensor, stored)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -11,7 +11,8 @@ A state has the first two and `record.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from torch.export import ExportedProgram
 
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.passes import compat
+from lopro_fx.passes.calls import is_ours
 from lopro_fx.passes.mutation import clean_constants
+from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import is_quantised, marks_of, record_of, restore
+from lopro_fx.passes.weights import parameter_fqns
 from lopro_fx.state import QuantState
 from lopro_fx.store import inputs, records, tensors
 from lopro_fx.store.files import replacing, write_tensors
 from lopro_fx.store.manifest import read_manifest, require_ours, write_manifest
-from lopro_fx.store.vetting import vet
+from lopro_fx.store.vetting import foreign_operators, vet, vet_code
 
 TENSORS, PROGRAM, RECORD = "tensors.safetensors", "program.json", "record.json"
 _PROGRAM_FILES = (TENSORS, PROGRAM, RECORD)
@@ -53,7 +57,9 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
     folder = Path(folder)
     require_ours(folder)
     graph = serde.program_to_json(program)
-    vet(graph, "the program")
+    vet_code(graph, "the program")
+    if foreign := sorted(foreign_operators(graph)):
+        warnings.warn(f"the program calls {', '.join(foreign)}: it will load with trust={foreign!r} only", stacklevel=2)
     values = _values(program)
     examples = None if program.example_inputs is None else inputs.encode(program.example_inputs, values)
     unique, layout = tensors.split(values)
@@ -73,8 +79,14 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
         write_manifest(temporary, "program", _PROGRAM_FILES)
 
 
-def load(folder: str | Path) -> ExportedProgram:
+def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
     """Load the program that `save` wrote. Files are checked against their SHA-256, and nothing in them is executed.
+
+    A program may call ATen's functions and lopro_fx's operators, which compute and touch nothing else.
+
+    Args:
+        folder: what `save` wrote.
+        trust: operators that it may call besides, such as "mylib.op.default"; the error names them.
 
     Raises:
         CheckpointError: the folder is missing, foreign, damaged, of another format version, or holds a program that
@@ -85,7 +97,7 @@ def load(folder: str | Path) -> ExportedProgram:
     folder = Path(folder)
     manifest = read_manifest(folder, "program", _PROGRAM_FILES)
     graph, record = _read(folder / PROGRAM), _read(folder / RECORD)
-    vet(graph, str(folder / PROGRAM))
+    vet(graph, str(folder / PROGRAM), trust)
     try:
         values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
         state = {name: values[name] for name in record["state_dict"]}
@@ -104,6 +116,11 @@ def load(folder: str | Path) -> ExportedProgram:
             f"({first_line(error)})"
         ) from error
     restore(program, record["program"], record["nodes"])
+    fqns = parameter_fqns(program)
+    for node in program.graph.nodes:
+        perm = operands(node).named.get("perm") if is_ours(node) else None
+        if perm is not None and perm.name in fqns:
+            records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
     return program
 
 

@@ -75,7 +75,7 @@ class Journal:
                 record = json.loads(file.metadata()["record"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 inputs, layers = restore(record, among(tensors))
-        except (SafetensorError, KeyError, ValueError):
+        except (SafetensorError, KeyError, ValueError, CheckpointError):
             return None
         (shared,) = inputs.values()
         return Solved(shared, tuple(layers[reader] for reader in shared.readers))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopro_fx.errors import CheckpointError
 from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import known_format
 from lopro_fx.layer import Activation, Input, Layer, Transform, factor_of
@@ -64,6 +65,7 @@ def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], di
     Raises:
         KeyError: the record lacks an entry, or `find` a tensor.
         ConfigError: a format isn't registered.
+        CheckpointError: a permutation is none.
     """
     inputs = {name: _input(name, entry, find) for name, entry in record["inputs"].items()}
     layers = {name: _layer(name, entry, record["inputs"], find) for name, entry in record["layers"].items()}
@@ -78,6 +80,19 @@ def among(tensors: Mapping[str, Tensor]) -> Find:
 def on_meta(owner: str, key: str, shape: tuple[int, ...], dtype: str) -> Tensor:  # noqa: ARG001
     """Make a tensor without data, a `Find` for weights that are loaded later."""
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def require_permutation(perm: Tensor, name: str) -> None:
+    """Require that a tensor that was read, `name` in the error, permutes columns; one on meta is not looked at.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if perm.is_meta:
+        return
+    ordered = perm.flatten().sort().values.cpu()
+    if perm.is_floating_point() or not torch.equal(ordered.to(torch.int64), torch.arange(perm.numel())):
+        raise CheckpointError(f"'{name}' is no permutation of {perm.numel()} columns; save the model again")
 
 
 def from_version_2(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +127,8 @@ def _input(name: str, entry: Mapping[str, Any], find: Find) -> Input:
     width, rank = entry["in_features"], entry["rank"]
     shapes = {"perm": (width,), "signs": (-(-width // 8),), "down": (rank, width), "down_scale": (rank,)}
     own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
+    if "perm" in own:
+        require_permutation(own["perm"], f"{name}.perm")
     transform = Transform(own.get("perm"), own.get("signs"), entry["block"], entry["skip"])
     rounded = entry.get("activation")
     activation = None if rounded is None else Activation(**rounded)

@@ -2,7 +2,8 @@
 
 It passes shape expressions to `sympify` (an `eval`) and compiles guards and node names into Python source. It imports
 the module of an enum or default factory in an input structure, and resolves a node's target to any attribute of
-`torch`. Each of these is checked here against the little that an exported program needs.
+`torch`. Each of these is checked here against the little that an exported program needs, and operators against those
+that a model is computed with (`operators`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 
 from lopro_fx.errors import CheckpointError
+from lopro_fx.store.operators import is_allowed
 
 _NAME = re.compile(r"\w*")
 # Versions, dialects, numbers.
@@ -48,12 +51,34 @@ class _Refused(ValueError):
     """Refusal of a program; the text names what was found."""
 
 
-def vet(program: Mapping[str, Any], source: str) -> None:
-    """Refuse a program that could make torch run anything but operators.
+def vet(program: Mapping[str, Any], source: str, trust: Collection[str] = ()) -> None:
+    """Refuse a program that could make torch run anything but operators of a model.
 
     Args:
         program: result of `serde.program_to_json`.
         source: its name in an error.
+        trust: operators that are allowed besides, such as "mylib.op.default".
+
+    Raises:
+        CheckpointError: says what was found.
+    """
+    unknown = sorted(foreign_operators(program) - set(trust))
+    if unknown:
+        raise CheckpointError(
+            f"{source} calls {', '.join(unknown)}, which models are not computed with; if you trust who made it, load "
+            f"it with trust={unknown!r}"
+        )
+    vet_code(program, source)
+
+
+def foreign_operators(program: Mapping[str, Any]) -> set[str]:
+    """Registered operators that the program calls and a file must be trusted with, such as "mylib.op.default"."""
+    return {name.removeprefix("torch.ops.") for name in _targets(program)
+            if (operator := _operator(name)) is not None and not is_allowed(operator)}  # fmt: skip
+
+
+def vet_code(program: Mapping[str, Any], source: str) -> None:
+    """Refuse a program that could make torch run anything but registered operators.
 
     Raises:
         CheckpointError: says what was found.
@@ -120,11 +145,31 @@ def _target(value: str) -> None:
     if _FUNCTION.fullmatch(value):
         return
     _match(_OPERATOR, value, "function")
+    if _operator(value) is None:
+        raise _Refused(f"{value}, which is not a registered operator (import the package that defines it first)")
+
+
+def _operator(value: str) -> OpOverload | HigherOrderOperator | None:
+    """Find the registered operator that a target names."""
+    if not _OPERATOR.fullmatch(value):
+        return None
     target: Any = torch.ops
     for part in value.split(".")[2:]:
         target = getattr(target, part, None)
-    if not isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
-        raise _Refused(f"{value}, which is not a registered operator (import the package that defines it first)")
+    return target if isinstance(target, (OpOverload, HigherOrderOperator)) else None
+
+
+def _targets(value: Any, key: str = "") -> Iterator[str]:
+    """Every text that `_text` takes for a target."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in _TEXT:
+                yield from _targets(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _targets(item, key)
+    elif isinstance(value, str) and key in ("target", "as_operator"):
+        yield value
 
 
 def _shape(value: str) -> None:

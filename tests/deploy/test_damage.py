@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError
+from lopro_fx.state import state_of
 from lopro_fx.store.manifest import VERSION, sha256
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names
 
@@ -97,6 +98,19 @@ def test_missing_tensor(copied):
     save_file(tensors, copied / "tensors.safetensors")
     _resign(copied, "tensors.safetensors")
     _refused(copied, r"'blocks\.0\.gate\.codes'")
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, -1), (3, 10_000), (5, None)])
+def test_a_permutation_that_is_none(quantized, copied, tmp_path, place, value):
+    """Kernels gather by it, and would read memory of others."""
+    lopro_fx.save_state(state_of(quantized), tmp_path / "state")
+    for folder, load in ((copied, lopro_fx.load), (tmp_path / "state", lopro_fx.load_state)):
+        tensors = load_file(folder / "tensors.safetensors")
+        name = next(name for name in tensors if name.endswith(".perm"))
+        tensors[name][place] = tensors[name][place - 1] if value is None else value
+        save_file(tensors, folder / "tensors.safetensors")
+        _resign(folder, "tensors.safetensors")
+        _refused(folder, f"'{re.escape(name)}' is no permutation of", load)
 
 
 def test_program_of_another_schema(copied):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError
@@ -89,6 +91,8 @@ ATTACKS = {
     "target that is a namespace": (_target, "torch.ops.aten.add"),
     "unknown operator": (_target, "torch.ops.nowhere.op.default"),
     "extension": (_target, "#ns:op"),
+    "operator that maps a file": (_target, "torch.ops.aten.from_file.default"),
+    "operator that trusts its operands": (_target, "torch.ops.aten._sparse_coo_tensor_unsafe.default"),
     "node name": (_node_name, "x; import os"),
     "argument name": (_argument_name, "x=1, y"),
     "input name": (_input_name, "x=" + SYSTEM),
@@ -133,3 +137,44 @@ def test_expression_would_have_been_executed_by_torch(saved, tmp_path):
     with contextlib.suppress(Exception):
         serde.program_from_json(graph, {}, {}, None)
     assert marker.exists(), "torch no longer evaluates shape expressions: vetting.py can be shorter"
+
+
+class _Calls(torch.nn.Module):
+    """A Linear, and beside it one call of `function`."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = torch.nn.Linear(64, 64), function
+
+    def forward(self, x):
+        return self.linear(x) + self.function(x)
+
+
+FOREIGN = {
+    "aten.set_.source_Tensor": lambda x: torch.ops.aten.set_(x.clone(), x.clone()),
+    "aten.resize_.default": lambda x: x.clone().resize_(4, 64),
+    "vetting_test.shift.default": torch.ops.vetting_test.shift,
+}
+
+
+@torch.library.custom_op("vetting_test::shift", mutates_args=())
+def _shift(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+@_shift.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_operators_that_models_are_not_computed_with_need_trust(name, tmp_path):
+    x = torch.randn(4, 64)
+    program = torch.export.export(_Calls(FOREIGN[name]).eval(), (x,))
+    program = lopro_fx.quantize(program, config=lopro_fx.RTN())
+    with pytest.warns(UserWarning, match=f"the program calls {re.escape(name)}: it will load with trust="):
+        lopro_fx.save(program, tmp_path / "program")
+    with pytest.raises(CheckpointError, match=rf"program\.json calls {re.escape(name)}, .*trust=\['{name}'\]"):
+        lopro_fx.load(tmp_path / "program")
+    loaded = lopro_fx.load(tmp_path / "program", trust=[name])
+    assert torch.equal(loaded.module()(x), program.module()(x))

@@ -222,6 +222,17 @@ def test_wrong_operands_are_refused() -> None:
             cpu_site(torch.randn(2, 64), *site, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("value", [-1, 96, 10_000, -32768])
+def test_a_permutation_that_leaves_the_columns_is_refused(dtype: torch.dtype, value: int) -> None:
+    x, site = torch.randn(2, 96), list(operands(20, 96, 3, 32))
+    site[0] = torch.randperm(96).to(dtype)
+    cpu_site(x, *site, 8)
+    site[0][17] = value
+    with pytest.raises((ValueError, IndexError), match=r"perm holds|out of range|out of bounds"):
+        cpu_site(x, *site, 8)
+
+
 def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch, caplog, tmp_path) -> None:
     monkeypatch.setenv("LOPRO_FX_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "_compiler", lambda: str(tmp_path / "none"))
