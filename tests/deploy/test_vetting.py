@@ -150,13 +150,6 @@ class _Calls(torch.nn.Module):
         return self.linear(x) + self.function(x)
 
 
-FOREIGN = {
-    "aten.set_.source_Tensor": lambda x: torch.ops.aten.set_(x.clone(), x.clone()),
-    "aten.resize_.default": lambda x: x.clone().resize_(4, 64),
-    "vetting_test.shift.default": torch.ops.vetting_test.shift,
-}
-
-
 @torch.library.custom_op("vetting_test::shift", mutates_args=())
 def _shift(x: torch.Tensor) -> torch.Tensor:
     return x + 1
@@ -165,6 +158,13 @@ def _shift(x: torch.Tensor) -> torch.Tensor:
 @_shift.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+FOREIGN = {
+    "aten.set_.source_Tensor": lambda x: torch.ops.aten.set_(x.clone(), x.clone()),
+    "aten.resize_.default": lambda x: x.clone().resize_(4, 64),
+    "vetting_test.shift.default": torch.ops.vetting_test.shift,
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
