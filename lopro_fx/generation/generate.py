@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -81,12 +82,14 @@ def generate(
         require_below(model.rows, row, "the prompt")
     end = {tokenizer.eos_token_id} if stop is None else set(stop)
     texts = [_Text(tokenizer, row) for row in ids]
-    for tokens in _tokens(model, ids, max_new_tokens, sampler, end):
-        for text, token in zip(texts, tokens, strict=True):
-            if token is not None:
-                piece = text.add(token)
-                if stream and piece:
-                    stream(piece)
+    # Threads that share a generator share its cache.
+    with model.lock if isinstance(model, Generator) else nullcontext():
+        for tokens in _tokens(model, ids, max_new_tokens, sampler, end):
+            for text, token in zip(texts, tokens, strict=True):
+                if token is not None:
+                    piece = text.add(token)
+                    if stream and piece:
+                        stream(piece)
     if stream and (rest := texts[0].rest()):
         stream(rest)
     results = [text.text() for text in texts]

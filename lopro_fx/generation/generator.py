@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
@@ -45,7 +46,10 @@ class TokenModel(Protocol):
 
 
 class Generator:
-    """Prefill and decode programs with the cache between them. One thread at a time.
+    """Prefill and decode programs with the cache between them.
+
+    Threads may share it: `generate` holds its `lock` for a whole text, so texts come one after another. Calls of
+    `prefill` and `decode` of your own that belong together need `with generator.lock:` around them.
 
     Args:
         prefill, decode: programs as in `GenerationPrograms`, or anything callable with their inputs.
@@ -69,6 +73,7 @@ class Generator:
         self.rows: int | None = cache.vocabulary
         self._prefill, self._decode, self._device = prefill, decode, torch.device(device)
         self._keys, self._values = cache.allocate(device)
+        self.lock = threading.RLock()
         self._slots = torch.arange(cache.max_cache_len, device=device, dtype=torch.int64)
         self.reset()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,6 +87,14 @@ def test_a_cache_changes_no_text(model, tokenizer, program):
     drawn = [lopro_fx.generate(run, tokenizer, PROMPT, 12, temperature=0.8, top_k=9, top_p=0.9, seed=3)
              for run in (program, programs)]  # fmt: skip
     assert drawn[0] == drawn[1]
+
+
+def test_threads_that_share_a_generator_get_their_own_texts(model, tokenizer):
+    run = lopro_fx.Generator.from_programs(lopro_fx.export_for_generation(model, max_cache_len=64))
+    prompts = [PROMPT, "The little dog was very", "A", "One day"] * 2
+    expected = [lopro_fx.generate(run, tokenizer, prompt, 12) for prompt in prompts[:4]] * 2
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: lopro_fx.generate(run, tokenizer, prompt, 12), prompts)) == expected
 
 
 def test_several_prompts_together_give_the_texts_of_each(model, tokenizer):
