@@ -15,6 +15,11 @@ _PUBLIC = ("__version__", "__file__")
 _EVERYWHERE = ("torch._ops", "torch.utils._pytree")
 KNOWN: dict[str, set[str]] = {
     "lopro_fx/huggingface/modules.py": {"torch.Tensor._make_wrapper_subclass"},
+    "lopro_fx/store/operators.py": {
+        "torch._C",
+        "torch._C._dispatch_has_kernel_for_dispatch_key",
+        "torch._decomp.decomposition_table",
+    },
     "passes/compat.py": {
         "torch._C._aoti",
         "torch._dispatch.python",

@@ -90,8 +90,9 @@ def require_permutation(perm: Tensor, name: str) -> None:
     """
     if perm.is_meta:
         return
-    ordered = perm.flatten().sort().values.cpu()
-    if perm.is_floating_point() or not torch.equal(ordered.to(torch.int64), torch.arange(perm.numel())):
+    ordered = perm.flatten().sort().values.to("cpu", torch.int64)
+    columns = torch.arange(perm.numel(), dtype=torch.int64, device="cpu")
+    if perm.is_floating_point() or not torch.equal(ordered, columns):
         raise CheckpointError(f"'{name}' is no permutation of {perm.numel()} columns; save the model again")
 
 
