@@ -3,7 +3,8 @@
 The weights of one Linear are rounded, to few bits and fast, and the rest of the graph runs on. While errors are small,
 the KL divergence of the predictions grows with their mean square, and a Gaussian source gives that of other settings.
 The gradient of the loss misleads here: it made q and k of SmolLM2 up to 14 times too sensitive, where a few tokens have
-most of the gradient. So do random errors: without the weights of tokens and rows, they made v 3 times too sensitive.
+most of the gradient. So do random errors, drawn without the weights of tokens and rows: they made v 3 times too
+sensitive beside the MLP.
 """
 
 from __future__ import annotations
