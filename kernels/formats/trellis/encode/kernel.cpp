@@ -1,9 +1,4 @@
 // The search, compiled once for each path.
-#if defined(__GNUC__) && !defined(__clang__)
-// Minima as single instructions: costs are neither NaN nor infinite.
-#pragma GCC optimize("finite-math-only", "no-signed-zeros")
-#endif
-
-#include "search.h"
+#include "strips.h"
 
 void lopro::LOPRO_PATH::run(const Columns& block) { encode(block); }
