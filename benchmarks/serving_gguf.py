@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-_LAYER = {
+# Names of transformers and of llama.cpp.
+LINEARS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -18,9 +19,8 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
 }
+_LAYER = {**LINEARS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 # Number of a type, bytes of a row's fp32 scale and of 256 weights, and the place of their fp16 scale. The last two are
 # ik_llama.cpp's.
