@@ -25,13 +25,17 @@ from lopro_fx.models.export import export_causal_lm
 from lopro_fx.models.load import load_model
 
 BUDGETS = (1.6, 2.03, 2.35, 2.65, 3.03, 3.35, 4.15)
+# Bits and ranks of low-rank branches that are compared with budgets of their size.
+RANKS = ((2, 8), (2, 16), (2, 32), (3, 16))
 _WIDE = replace(TRELLIS, window=16)
 _ASYMMETRIC = replace(TRELLIS, asymmetry=0.4)
 ROWS: dict[str, tuple[LoPRo, Budget | None]] = {
-    **{f"trellis-{bits}": (replace(TRELLIS, bits=bits), None) for bits in (1.5, 2, 3, 4)},
+    **{f"trellis-{bits}": (replace(TRELLIS, bits=bits), None) for bits in (1.5, 2, 2.5, 3, 4)},
     **{f"budget-{bits}": (TRELLIS, Budget(bits_per_weight=bits)) for bits in BUDGETS},
     "budget-3.05-window-16": (_WIDE, Budget(bits_per_weight=3.05)),
     "trellis-4-window-16": (replace(_WIDE, bits=4), None),
+    **{f"trellis-{bits}-rank-{rank}": (replace(TRELLIS, bits=bits, rank=rank), None) for bits, rank in RANKS},
+    **{f"trellis-{bits}-asymmetric": (replace(_ASYMMETRIC, bits=bits), None) for bits in (2, 3)},
     **{f"budget-{bits}-asymmetric": (_ASYMMETRIC, Budget(bits_per_weight=bits)) for bits in BUDGETS[:4]},
 }
 

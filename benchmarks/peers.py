@@ -2,8 +2,8 @@
 
 Each peer's weights are dequantised to fp32 and put into the same model; bits are those of the quantised layers, codes,
 scales and zeros counted. Packages are run by an interpreter of their own (--python), llama.cpp's types are made by
-`llama-quantize` (--llama-quantize) with an importance matrix of the same calibration. Rows are added to the result file as
-they finish.
+`llama-quantize` (--llama-quantize) with an importance matrix of the same calibration. Rows are added to the result
+file as they finish.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def main() -> None:
             row["bits_per_weight"] = 8 * row["bytes"] / sum(weight.numel() for weight in weights.values())
             found = divergence(module, original, windows)
             row |= {"layers": len(weights), "perplexity": found.program.ppl, "original": found.original.ppl}
-            row |= {"kl": found.kl_mean, "kl_stderr": found.kl_stderr, "top1": found.top1, "top1_stderr": found.top1_stderr}
+            row |= {
+                "kl": found.kl_mean,
+                "kl_stderr": found.kl_stderr,
+                "top1": found.top1,
+                "top1_stderr": found.top1_stderr,
+            }
             print(row, flush=True)
             # Read again at each row, so that two runs can share the file.
             path = RESULTS / "peers.json"

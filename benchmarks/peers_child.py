@@ -1,7 +1,7 @@
 """Quantises a folder of transformers with another package; run by an interpreter that has it, without lopro_fx.
 
-`python -m benchmarks.peers_child NAME FOLDER IDS OUT`: IDS is a file of token ids (W, S) of the calibration; OUT gets the
-dequantised weights of the decoder's Linears, and in its metadata the bytes that they are stored in, and the seconds.
+`python -m benchmarks.peers_child NAME FOLDER IDS OUT`: IDS is a file of token ids (W, S) of the calibration; OUT gets
+the dequantised weights of the decoder's Linears, and in its metadata the bytes that they are stored in and the seconds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def gptqmodel(folder: str, ids: Tensor, bits: int) -> tuple[Weights, int]:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import QuantizeConfig
 
-    model = GPTQModel.load(folder, QuantizeConfig(bits=bits, group_size=_GROUP, sym=False), device="cpu", backend=BACKEND.TORCH)
+    model = GPTQModel.load(
+        folder, QuantizeConfig(bits=bits, group_size=_GROUP, sym=False), device="cpu", backend=BACKEND.TORCH
+    )
     model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
     weights, size = {}, 0
     for name, module in model.model.named_modules():
@@ -92,7 +94,9 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        weights, size = hqq(model, tokens, int(bits)) if method == "hqq" else autoround(model, tokens, int(bits), *map(int, rest))
+        weights, size = (
+            hqq(model, tokens, int(bits)) if method == "hqq" else autoround(model, tokens, int(bits), *map(int, rest))
+        )
     package = {"autoround": "auto-round"}.get(method, method)
     found = {"bytes": size, "seconds": time.perf_counter() - started, "version": f"{package} {version(package)}"}
     save_file(weights, out, {"found": json.dumps(found)})

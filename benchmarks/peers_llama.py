@@ -1,7 +1,7 @@
 """The types of llama.cpp by its own quantiser with an importance matrix, and their weights dequantised.
 
-llama.cpp's larger types need columns in multiples of 256. Of SmolLM2-135M (576 and 1536 columns) that is down_proj alone;
-its quantiser takes other, larger types for the rest, which the bits count.
+Types of blocks of 256 columns fit down_proj alone of SmolLM2-135M (576 and 1536 columns). Its quantiser takes other,
+larger types for the rest, which the bits count.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def importance_matrix(model: Any, ids: Tensor, path: Path) -> None:
             file.write(struct.pack("<ii", 1, len(values)) + (values / ids.numel()).numpy().astype(np.float32).tobytes())
 
 
-def quantised(model: Any, kind: str, quantizer: Path, scratch: Path, ids: Tensor) -> tuple[dict[str, Tensor], int, float]:
+def quantised(
+    model: Any, kind: str, quantizer: Path, scratch: Path, ids: Tensor
+) -> tuple[dict[str, Tensor], int, float]:
     """Weights by the names of transformers, the bytes that they are stored in, and the quantiser's seconds."""
     source, target, matrix = scratch / "f32.gguf", scratch / f"{kind}.gguf", scratch / "importance.dat"
     if not source.exists():

@@ -80,6 +80,9 @@ _BEST = (
 )  # fmt: skip
 _TASKS = ("hellaswag", "piqa", "arc_easy")
 
+# Names of packages in benchmarks/peers.py; all in groups of 64.
+_PEERS = {"gptqmodel": "GPTQModel", "hqq": "HQQ", "autoround": "AutoRound"}
+
 
 def quality(names: Iterable[str] = _SETTINGS) -> str:
     """Perplexity and accuracy of these rows."""
@@ -94,17 +97,39 @@ def quality(names: Iterable[str] = _SETTINGS) -> str:
 
 
 def frontier() -> str:
-    """Budgets and uniform settings by true bits: perplexity, its ratio to the unquantised one, KL and agreement."""
-    lines = []
-    for row in sorted(_rows("frontier"), key=lambda row: row["bits_per_weight"]):
-        kind, bits, *more = row["row"].split("-")
-        name = f"budget of {bits} bits" if kind == "budget" else f"{bits} bits for all"
-        lines.append((
-            name + (", `asymmetry=0.4`" if more else ""), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
+    """Budgets, uniform settings and other quantisers by true bits: perplexity, its ratio to the unquantised one, KL and
+    agreement."""
+    rows = [(_own_name(row["row"]), row) for row in _rows("frontier")]
+    rows += [(peer_name(row["row"]), row) for row in _rows("peers")]
+    lines = [
+        (
+            name, f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
             f"{row['perplexity'] / row['original']:.3f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
             f"{100 * row['top1']:.1f} %",
-        ))  # fmt: skip
-    return _table(("trellis, no branch", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
+        )
+        for name, row in sorted(rows, key=lambda pair: pair[1]["bits_per_weight"])
+    ]  # fmt: skip
+    return _table(("", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
+
+
+def _own_name(row: str) -> str:
+    kind, bits, *more = row.split("-")
+    name = f"budget of {bits} bits" if kind == "budget" else f"{bits} bits for all"
+    if more[:1] == ["rank"]:
+        name += f", rank {more[1]}"
+    return (
+        "**"
+        + name
+        + (", `asymmetry=0.4`" if "asymmetric" in more else "")
+        + (", `window=16`" if "window" in more else "")
+        + "**"
+    )
+
+
+def peer_name(row: str) -> str:
+    """Name of a row of benchmarks/peers.py for readers."""
+    kind, *bits = row.split("-")
+    return f"{_PEERS[kind]}, {bits[0]} bits" if bits else f"llama.cpp {row}"
 
 
 def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:

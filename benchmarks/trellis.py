@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import DATA, save_result
+from benchmarks.vector import VectorQuantizer
 from lopro_fx import RTN, LoPRo, calibrate
 from lopro_fx.evaluation.text import read_text, token_windows
 from lopro_fx.kernels.cpu.native import PATHS, forced
@@ -25,6 +26,7 @@ from lopro_fx.kernels.formats.trellis import quantizer as trellis
 from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer, TrellisRounder
 from lopro_fx.methods.base import Context, Solved, Unit
 from lopro_fx.methods.observers import Statistics
+from lopro_fx.methods.rounding import Rounding
 from lopro_fx.models.export import export_causal_lm
 from lopro_fx.models.load import load_model
 
@@ -57,6 +59,7 @@ def _columns(bits: float, value: int) -> AbstractContextManager[Any]:
 
 _UNFITTED = mock.patch.object(TrellisQuantizer, "refine", Quantizer.refine)
 _EQUAL = mock.patch.object(trellis, "TrellisRounder", _EqualRows)
+_VECTORS = {bits: mock.patch.object(Rounding, "quantizer", VectorQuantizer(bits=bits)) for bits in (2, 3)}
 # Name, settings of LoPRo, and what is changed besides.
 CASES: Sequence[tuple[str, dict[str, Any], Sequence[AbstractContextManager[Any]]]] = (
     ("3 bits, window 14, strips of 512", {}, ()),
@@ -80,6 +83,8 @@ CASES: Sequence[tuple[str, dict[str, Any], Sequence[AbstractContextManager[Any]]
     ("2 bits, pairs of columns", {"bits": 2}, (_columns(2, 2),)),
     ("2.5 bits, pairs of columns", {"bits": 2.5}, ()),
     ("4 bits, single columns", {"bits": 4}, ()),
+    ("vector codebooks of LoPRo_v, 2 bits (2.17 to 2.22 bits per weight)", {}, (_VECTORS[2],)),
+    ("vector codebooks of LoPRo_v, 3 bits (3.04 to 3.05 bits per weight)", {}, (_VECTORS[3],)),
     ("affine, 3 bits g64 (3.30 bits per weight)", {"format": "affine"}, ()),
     ("affine, 3 bits g32 (3.59 bits per weight)", {"format": "affine", "group_size": 32}, ()),
 )

@@ -1,12 +1,12 @@
 // The search of every path.
 //
-// A step has 2^window states. State s follows one of the 2^step states that share its upper bits, moved up by `step`:
+// A step has 2^window states. State s follows one of the 2^step states that share its upper bits, moved up by `step`, so
+// that what leads to it is one number for each value p of its upper bits, the prefix:
 //
-//   least[p] = least over j of cost[j << (window - step) | p]
-//   cost'[p << step | b] = least[p] + importance * (x - value[p << step | b])^2
+//   next[p] = least over j of (least[s >> step] + importance * (x - value[s])^2),  s = j << (window - step) | p
 //
-// Both run in one pass over p, so costs are read and written once. `least` of each step is kept, to walk back from the
-// cheapest last state. Costs are 16-bit integers above the cheapest of the step before, and those too large are all the same.
+// `least` of each step is kept, to walk back from the cheapest last state. Costs are 16-bit integers above the cheapest of
+// the step before, and those too large are all the same.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -27,30 +27,32 @@ class Search {
   explicit Search(int64_t window)
       : window_(window), size_(int64_t{1} << window), prefixes_(size_ >> STEP),
         // Sections of one length whose distance is a power of two would share lines of the cache.
-        section_(prefixes_ + ((SHORTS << STEP) <= prefixes_ ? 32 : 0)), costs_(2 * (section_ << STEP)) {}
+        section_(prefixes_ + (prefixes_ >= GROUP ? 2 * SHORTS : 0)), table_(PAIR * (section_ << STEP)) {}
+
+  // Takes the values of all states, of a pair one column after the other.
+  void read(const float* values) {
+    for (int64_t s = 0; s < PAIR * size_; ++s) table_[s / prefixes_ * section_ + s % prefixes_] = fixed(values[s], VALUE_BITS);
+  }
 
   // States of rows [0, count). The last row is the first step, and state 0 comes before it.
-  void states(const int16_t* table, const std::vector<Row>& rows, uint16_t* found) {
+  void states(const std::vector<Row>& rows, uint16_t* found) {
     const int64_t count = static_cast<int64_t>(rows.size());
-    kept_.resize(count * prefixes_);
-    std::fill(costs_.begin(), costs_.end(), FAR);
-    uint16_t *cost = costs_.data(), *next = cost + (section_ << STEP);
-    cost[0] = 0;
+    kept_.resize(count * prefixes_ + SHORTS);
+    uint16_t* least = kept_.data() + (count - 1) * prefixes_;
+    std::fill(least, least + prefixes_, FAR);
+    least[0] = 0;
     uint16_t lowest = 0;
-    for (int64_t i = count - 1; i >= 0; --i) {
+    for (int64_t i = count - 1; i > 0; --i, least -= prefixes_) {
       // While some states are unreached, nothing is taken off: reached ones are never dearer, and come first where equal.
-      const uint16_t base = count - 1 - i < near(window_) ? 0 : lowest;
-      uint16_t* kept = kept_.data() + i * prefixes_;
-      lowest = rows[i].coarser < 0 ? advance<-1>(table, rows[i], base, cost, next, kept)
-               : rows[i].coarser   ? advance<1>(table, rows[i], base, cost, next, kept)
-                                   : advance<0>(table, rows[i], base, cost, next, kept);
-      std::swap(cost, next);
+      const Change change{count - i < near(window_) ? uint16_t{0} : lowest, rows[i - 1].down, rows[i - 1].up};
+      lowest = rows[i].coarser < 0 ? advance<-1>(rows[i], change, least, least - prefixes_)
+               : rows[i].coarser   ? advance<1>(rows[i], change, least, least - prefixes_)
+                                   : advance<0>(rows[i], change, least, least - prefixes_);
     }
-    int64_t state = std::min_element(cost, cost + (section_ << STEP)) - cost;
-    state = state / section_ * prefixes_ + state % section_;
+    int64_t state = cheapest(rows[0], least, 0, 1, size_);
     for (int64_t i = 0; i < count; ++i) {
       found[i] = static_cast<uint16_t>(state);
-      if (i + 1 < count) state = before(table, rows[i + 1], kept_.data() + (i + 1) * prefixes_, state >> STEP);
+      if (i + 1 < count) state = cheapest(rows[i + 1], kept_.data() + (i + 1) * prefixes_, state >> STEP, prefixes_, 1 << STEP);
     }
   }
 
@@ -90,65 +92,91 @@ class Search {
     return cost;
   }
 
-  template <int HALVES>
-  __attribute__((always_inline)) Shorts least(const uint16_t* cost) const {
-    if constexpr (HALVES == 0) {
-      return load<Shorts>(cost);
-    } else {
-      return least_of(least<HALVES - 1>(cost), least<HALVES - 1>(cost + (section_ << (HALVES - 1))));
+  // What is done to costs between two rows: `base` is taken off, then they are moved to the next row's units.
+  struct Change {
+    uint16_t base;
+    int down, up;
+  };
+
+  // Prefixes whose costs are found together: each element of a vector of costs is spread over 2^STEP of them.
+  static constexpr int64_t GROUP = SHORTS << STEP;
+  // Vectors of a group that fit the registers, and no more than the narrowest window has.
+  static constexpr int PARTS = std::min(1 << STEP, std::min(8, (1 << (12 - STEP)) / SHORTS));
+
+  // Vectors FIRST + PART of a group: the cheapest ways to prefixes from `prefix` on.
+  template <int COARSER, int FIRST, int... PART>
+  __attribute__((always_inline)) void reach(const Lanes& row, const uint16_t* least, int64_t prefix, Shorts* best,
+                                            std::integer_sequence<int, PART...>) const {
+    ((best[PART] = all(FAR)), ...);
+    for (int64_t j = 0; j < 1 << STEP; ++j) {
+      const Spread<STEP> before(load<Shorts>(least + ((j * prefixes_ + prefix) >> STEP)));
+      const int16_t* value = table_.data() + j * section_ + prefix + FIRST * SHORTS;
+      const int16_t* value2 = value + (PAIR - 1) * (section_ << STEP);
+      ((best[PART] = least_of(best[PART], add_costs(before.template part<FIRST + PART>(),
+                                                    errors<COARSER>(value + PART * SHORTS, value2 + PART * SHORTS, row)))),
+       ...);
     }
   }
 
-  template <int COARSER, int... PART>
-  __attribute__((always_inline)) static void branches(Shorts least, const int16_t* value, const int16_t* value2,
-                                                      const Lanes& row, uint16_t* next,
-                                                      std::integer_sequence<int, PART...>) {
-    const Spread<STEP> spread(least);
-    (store(next + PART * SHORTS, add_costs(spread.template part<PART>(),
-                                           errors<COARSER>(value + PART * SHORTS, value2 + PART * SHORTS, row))),
-     ...);
-  }
-
-  // One step; returns the least of `kept`.
-  template <int COARSER>
-  uint16_t advance(const int16_t* table, const Row& numbers, uint16_t base, const uint16_t* cost, uint16_t* next,
-                   uint16_t* kept) const {
-    const Lanes row(numbers);
-    const Shorts lower = all(base), upper = all(FAR >> numbers.up);
-    const int up = numbers.up, down = numbers.down;
+  template <int COARSER, int... PASS>
+  __attribute__((always_inline)) Shorts reach_group(const Lanes& row, const Change& change, const uint16_t* least, int64_t prefix,
+                                                    uint16_t* next, std::integer_sequence<int, PASS...>) const {
     Shorts lowest = all(FAR);
-    for (int64_t p = 0; p < prefixes_; p += SHORTS) {
-      const Shorts above = least_of(subtract_costs(least<STEP>(cost + p), lower), upper);
-      const Shorts now = (Shorts)((Costs)above << up >> down);
-      store(kept + p, now);
-      lowest = least_of(lowest, now);
-      const int16_t* value = table + (p << STEP);
-      const int64_t state = p << STEP;
-      branches<COARSER>(now, value, value + size_, row, next + state / prefixes_ * section_ + state % prefixes_,
-                        std::make_integer_sequence<int, 1 << STEP>{});
-    }
+    const Shorts lower = all(change.base), upper = all(FAR >> change.up);
+    const auto pass = [&](auto first) __attribute__((always_inline)) {
+      if (decltype(first)::value * SHORTS >= prefixes_) return;
+      Shorts best[PARTS];
+      reach<COARSER, decltype(first)::value>(row, least, prefix, best, std::make_integer_sequence<int, PARTS>{});
+      for (int part = 0; part < PARTS; ++part) {
+        const Shorts above = least_of(subtract_costs(best[part], lower), upper);
+        const Shorts now = (Shorts)((Costs)above << change.up >> change.down);
+        store(next + prefix + (decltype(first)::value + part) * SHORTS, now);
+        lowest = least_of(lowest, now);
+      }
+    };
+    (pass(std::integral_constant<int, PASS * PARTS>{}), ...);
+    return lowest;
+  }
+
+  // One step; returns the least of `next`.
+  template <int COARSER>
+  uint16_t advance(const Row& numbers, const Change& change, const uint16_t* least, uint16_t* next) const {
+    const Lanes row(numbers);
+    Shorts lowest = all(FAR);
+    for (int64_t p = 0; p < prefixes_; p += GROUP)
+      lowest = least_of(lowest, reach_group<COARSER>(row, change, least, p, next,
+                                                     std::make_integer_sequence<int, (1 << STEP) / PARTS>{}));
     uint16_t result = FAR;
     for (int i = 0; i < SHORTS; ++i) result = std::min(result, static_cast<uint16_t>(lowest[i]));
     return result;
   }
 
-  // The state at a row that leads to `prefix` at the least cost; the lowest of equal ones.
-  int64_t before(const int16_t* table, const Row& row, const uint16_t* kept, int64_t prefix) const {
+  // The cheapest at a row of `count` states, each `stride` above the one before; the lowest of equal ones.
+  int64_t cheapest(const Row& row, const uint16_t* least, int64_t first, int64_t stride, int64_t count) const {
     const Lanes lanes(row);
     int64_t best = 0;
-    int32_t least = INT32_MAX;
-    for (int64_t j = 0; j < 1 << STEP; ++j) {
-      const int64_t state = j << (window_ - STEP) | prefix;
-      int16_t value[SHORTS] = {table[state]}, value2[SHORTS] = {PAIR == 2 ? table[size_ + state] : int16_t{0}};
+    int32_t lowest = INT32_MAX;
+    for (int64_t from = 0; from < count; from += SHORTS) {
+      int16_t value[SHORTS] = {}, value2[SHORTS] = {};
+      const int64_t some = std::min<int64_t>(SHORTS, count - from);
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t s = first + (from + i) * stride, at = s / prefixes_ * section_ + s % prefixes_;
+        value[i] = table_[at];
+        value2[i] = table_[at + (PAIR - 1) * (section_ << STEP)];
+      }
       const Shorts error = row.coarser < 0 ? errors<-1>(value, value2, lanes) : errors<1>(value, value2, lanes);
-      const int32_t cost = std::min<int32_t>(kept[state >> STEP] + static_cast<uint16_t>(error[0]), FAR);
-      if (cost < least) least = cost, best = state;
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t s = first + (from + i) * stride;
+        const int32_t cost = std::min<int32_t>(least[s >> STEP] + static_cast<uint16_t>(error[i]), FAR);
+        if (cost < lowest) lowest = cost, best = s;
+      }
     }
     return best;
   }
 
   int64_t window_, size_, prefixes_, section_;
-  std::vector<uint16_t> costs_, kept_;
+  std::vector<int16_t> table_;
+  std::vector<uint16_t> kept_;
 };
 
 }  // namespace

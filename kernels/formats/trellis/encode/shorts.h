@@ -53,7 +53,7 @@ inline Shorts rounded_product(Shorts a, Shorts b) {
   const Costs upper = (Costs)product(a, b), lower = (Costs)lower_product(a, b);
   return (Shorts)((upper << 1) + (lower >> 15) + (lower >> 14 & 1));
 }
-inline Shorts least_of(Shorts a, Shorts b) { return a - subtract_costs(a, b); }
+inline Shorts least_of(Shorts a, Shorts b) { return (Shorts)((Costs)a - (Costs)subtract_costs(a, b)); }
 #endif
 #elif defined(__ARM_NEON)
 #define LOPRO_SIGNED(name, call) \

@@ -12,8 +12,7 @@ void encode_strip(const Columns& b, int64_t start, int64_t count) {
   using Own = Search<STEP, PAIR>;
   Own search(b.window);
   const int64_t size = int64_t{1} << b.window;
-  std::vector<int16_t> table(PAIR * size);
-  for (int64_t i = 0; i < PAIR * size; ++i) table[i] = fixed(b.table[i], VALUE_BITS);
+  search.read(b.table);
   std::vector<Row> rows(count);
   std::vector<int> units(count);
   std::vector<float> second(PAIR == 2 ? count : 0);
@@ -26,7 +25,7 @@ void encode_strip(const Columns& b, int64_t start, int64_t count) {
     fill_rows(rows, units, target, PAIR == 2 ? second.data() : nullptr, b.importance + start, carry, ratio,
               Own::near(b.window), Own::FINE);
     uint16_t* states = b.states + j / PAIR * b.rows + start;
-    search.states(table.data(), rows, states);
+    search.states(rows, states);
     for (int64_t part = 0; part < PAIR; ++part) {
       float* error = b.error + (j + part) * b.rows + start;
       for (int64_t i = 0; i < count; ++i) error[i] = column[part * b.rows + i] - b.table[part * size + states[i]];
