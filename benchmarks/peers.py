@@ -27,7 +27,8 @@ from lopro_fx.models.export import export_causal_lm
 from lopro_fx.models.load import load_model
 from lopro_fx.models.smollm2 import smollm2_folder
 
-LLAMA = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K_S", "Q4_K_S", "IQ4_XS")
+# Types whose fallbacks the package gguf can read.
+LLAMA = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q2_K", "Q3_K_S", "IQ4_NL", "Q4_0")
 PACKAGES = tuple(f"{name}-{bits}" for name in ("gptqmodel", "hqq", "autoround") for bits in (2, 3, 4))
 
 

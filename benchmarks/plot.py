@@ -26,11 +26,16 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=_SIZE)
     own = _rows("frontier")
     kinds = {
-        "lopro_fx, budget": [row for row in own if row["row"].startswith("budget")],
-        "lopro_fx, one setting": [row for row in own if row["row"].startswith("trellis") and "rank" not in row["row"]],
+        "lopro_fx, budget": [row for row in own if row["row"].startswith("budget") and "window" not in row["row"]],
+        "lopro_fx, one setting": [
+            row
+            for row in own
+            if row["row"].startswith("trellis") and not set(row["row"].split("-")) & {"rank", "window"}
+        ],
+        "lopro_fx, window=16": [row for row in own if "window" in row["row"]],
     }
-    for (label, rows), marker in zip(kinds.items(), "o^", strict=True):
-        axes.plot(*_points(rows), marker=marker, label=label)
+    for (label, rows), marker in zip(kinds.items(), "o^*", strict=True):
+        axes.plot(*_points(rows), marker=marker, label=label, linestyle="none" if "window" in label else "-")
     for (label, kind), marker in zip(_PEERS.items(), "sxdv", strict=True):
         rows = [row for row in _rows("peers") if (row["row"].startswith(kind) if kind else "-" not in row["row"])]
         if not rows:

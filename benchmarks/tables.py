@@ -80,6 +80,11 @@ _BEST = (
 )  # fmt: skip
 _TASKS = ("hellaswag", "piqa", "arc_easy")
 
+# Rows of the frontier in the README.
+_FRONTIER = (
+    "budget-2.35-asymmetric", "budget-2.65", "budget-3.05-window-16", "budget-3.35", "budget-4.15", "gptqmodel-3",
+    "hqq-3", "IQ2_XXS", "IQ3_XXS", "Q2_K", "Q4_0", "gptqmodel-4",
+)  # fmt: skip
 # Names of packages in benchmarks/peers.py; all in groups of 64.
 _PEERS = {"gptqmodel": "GPTQModel", "hqq": "HQQ", "autoround": "AutoRound"}
 
@@ -96,11 +101,11 @@ def quality(names: Iterable[str] = _SETTINGS) -> str:
     return _table(("setting", "bits per weight", "perplexity", "HellaSwag", "PIQA", "ARC-easy"), lines)
 
 
-def frontier() -> str:
+def frontier(names: Iterable[str] = ()) -> str:
     """Budgets, uniform settings and other quantisers by true bits: perplexity, its ratio to the unquantised one, KL and
-    agreement."""
-    rows = [(_own_name(row["row"]), row) for row in _rows("frontier")]
-    rows += [(peer_name(row["row"]), row) for row in _rows("peers")]
+    agreement. `names`: rows; all by default."""
+    rows = [(_own_name(row["row"]), row) for row in _rows("frontier") if not names or row["row"] in names]
+    rows += [(peer_name(row["row"]), row) for row in _rows("peers") if not names or row["row"] in names]
     lines = [
         (
             name, f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
@@ -233,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality-brief": lambda: quality(_BEST),
     "frontier": frontier,
+    "frontier-brief": lambda: frontier(_FRONTIER),
     "serving": serving,
     "serving-avx2": lambda: serving(_SERVING_AVX2, _SERVING_AVX2, "serving_avx2"),
     "serving-brief": lambda: serving(_BRIEF),

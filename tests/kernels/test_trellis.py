@@ -136,7 +136,9 @@ def test_compiled_search_is_the_definition(path: str, step: tuple[int, int], kin
         assert torch.equal(error[j : j + columns], weight[j : j + columns] - found.T)
         carry, ratio = (float(upper[j, j + 1]), float(pivots[j + 1] / pivots[j])) if columns == 2 else (0.0, 0.0)
         second = target[j + columns - 1] + carry * (weight[j] - target[j])
-        for first, other, own, part in zip(*(t.split(rows) for t in (target[j], second, importance, found)), strict=True):
+        for first, other, own, part in zip(
+            *(t.split(rows) for t in (target[j], second, importance, found)), strict=True
+        ):
             best = values_[reference.search(first, other, carry, own, ratio, new, values_)]
             cost += _squared(first, other, carry, own, ratio, part)
             least += _squared(first, other, carry, own, ratio, best)
