@@ -7,6 +7,7 @@ the dequantised weights of the decoder's Linears, and in its metadata the bytes 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -51,6 +52,8 @@ def autoround(model: nn.Module, ids: Tensor, bits: int, iters: int = 200) -> tup
 
 def gptqmodel(folder: str, ids: Tensor, bits: int) -> tuple[Weights, int]:
     """GPTQ of GPTQModel with its defaults, in groups of 64 with zeros."""
+    # Its pool of threads refuses to start with one worker, which is what it takes on two cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import QuantizeConfig
 
