@@ -78,12 +78,12 @@ def measure_importance(
         `Importance` by the group's name.
 
     Raises:
-        CalibrationError: no output depends on a group, or a gradient is not finite.
+        CalibrationError: no output depends on a group, or an output or a gradient is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     squared: dict[Node, list[Tensor]] = {site.nodes[0]: [] for group in groups for site in group.sites}
     for index, batch in enumerate(batches):
-        for node, gradient in _squared_gradients(program, set(squared), batch, generator, device).items():
+        for node, gradient in _squared_gradients(program, set(squared), batch, index, generator, device).items():
             squared[node].append(gradient)
         progress(index + 1, len(batches), "importance of tokens")
     return {group.name: _weights(group, [squared[site.nodes[0]] for site in group.sites]) for group in groups}
@@ -130,6 +130,7 @@ def _squared_gradients(
     program: ExportedProgram,
     watched: set[Node],
     batch: Sequence[Any],
+    index: int,
     generator: torch.Generator,
     device: torch.device | None,
 ) -> dict[Node, Tensor]:
@@ -146,6 +147,11 @@ def _squared_gradients(
     logits = floating[0].reshape(-1, floating[0].shape[-1]).to(torch.float32)
     # Gradient of the summed cross-entropy in closed form, softmax minus one-hot: one copy of the logits, no more.
     gradient = logits.detach().softmax(-1)
+    if not torch.isfinite(gradient).all():
+        raise CalibrationError(
+            f"the predictions on calibration batch {index} are not finite; look for an overflow (try float32) or a "
+            "damaged weight"
+        )
     padding = Padding(program, batch)
     visible = padding.visible(floating[0].shape[:-1])
     labels = _next_tokens(batch, floating[0], visible)

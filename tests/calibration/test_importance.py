@@ -115,3 +115,11 @@ class _Ids(nn.Module):
 def test_a_program_without_a_differentiable_output_is_refused() -> None:
     with pytest.raises(CalibrationError, match="importance='gradient'"):
         _importance(export(seeded(_Ids()), rows(2, 3)), rows(2, 3))
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_predictions_that_are_no_numbers_are_refused_by_their_batch(damage: float) -> None:
+    damaged = rows(2, 3)
+    damaged[1, 2] = damage
+    with pytest.raises(CalibrationError, match="calibration batch 1 are not finite"):
+        _importance(export(seeded(_LastToken()), rows(2, 3)), rows(2, 3), damaged)
