@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -37,7 +38,8 @@ def by_package(name: str, python: str, ids: Tensor, scratch: Path) -> tuple[dict
     torch.save(ids, scratch / "ids.pt")
     out = scratch / f"{name}.safetensors"
     command = [python, "-m", "benchmarks.peers_child", name, str(smollm2_folder()), str(scratch / "ids.pt"), str(out)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    # Packages leave logs where they run.
+    subprocess.run(command, check=True, cwd=scratch, env={**os.environ, "PYTHONPATH": str(ROOT)})
     with safe_open(out, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["found"])  # noqa: SIM118
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import lopro_fx
 from lopro_fx.commands import quantize, target
 from lopro_fx.models import load_model
+from lopro_fx.selection import select
 from lopro_fx.store.manifest import MANIFEST
 from tests.cli.conftest import SMALL
+from tests.programs import decoder
 
 _RTN = (*SMALL, "--method", "rtn", "--bits", "4")
 
@@ -168,3 +173,15 @@ def test_json_is_not_put_in_the_place_of_the_journal(run, model_folder, tmp_path
     code, _, err = run("quantize", model_folder, "--out", tmp_path / "out", "--json", tmp_path / "out.partial")
     assert code == 2
     assert "out.partial" in err
+
+
+def test_space_that_is_asked_for_holds_the_folder(monkeypatch, tmp_path) -> None:
+    _, program = decoder()
+    config = lopro_fx.RTN(bits=4, group_size=32)
+    out = target.Target(tmp_path / "q")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(lopro_fx.CheckpointError, match="are free") as refused:
+        out.require_space(program, select(program, config), config)
+    needed = int(re.search(r"([\d,]+) bytes are needed", str(refused.value))[1].replace(",", ""))
+    lopro_fx.save(lopro_fx.quantize(program, None, config), tmp_path / "q")
+    assert sum(file.stat().st_size for file in (tmp_path / "q").iterdir()) <= needed
