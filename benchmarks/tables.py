@@ -74,47 +74,57 @@ _CONTENDERS = {
     "w4a8, step a token": "4 bits, int8 activations, rotation",
 }
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
-_BEST = (
-    "fp32", "torchao-rtn-3-g64", "gptq-3-g64", "lopro-3-g64", "trellis-4", "trellis-3", "lopro-2-g64",
-    "trellis-2",
-)  # fmt: skip
 _TASKS = ("hellaswag", "piqa", "arc_easy")
 
 # Rows of the frontier in the README.
 _FRONTIER = (
-    "budget-2.35-asymmetric", "budget-2.65", "budget-3.05-window-16", "budget-3.35", "budget-4.15", "gptqmodel-3",
-    "hqq-3", "IQ2_XXS", "IQ3_XXS", "Q2_K", "Q4_0", "gptqmodel-4",
+    "budget-2.35-asymmetric", "budget-2.65", "budget-3.05-window-16", "budget-3.35", "budget-4.15", "hqq-3", "IQ2_XXS",
+    "IQ3_XXS", "Q2_K", "Q4_0",
 )  # fmt: skip
 # Names of packages in benchmarks/peers.py; all in groups of 64.
 _PEERS = {"gptqmodel": "GPTQModel", "hqq": "HQQ", "autoround": "AutoRound"}
 
 
-def quality(names: Iterable[str] = _SETTINGS) -> str:
-    """Perplexity and accuracy of these rows."""
+def quality() -> str:
+    """Perplexity and accuracy of each setting."""
     rows = {row["row"]: row for row in _rows("accuracy")}
     lines = []
-    for name in names:
-        row, label = rows[name], _SETTINGS[name]
+    for name, label in _SETTINGS.items():
+        row = rows[name]
         bits = f"{row['bits_per_weight']:.2f}".removesuffix(".00")
         tasks = [f"{100 * row[task]:.1f}" if task in row else "" for task in _TASKS]
         lines.append((label, bits, f"{row['perplexity']:.2f}", *tasks))
     return _table(("setting", "bits per weight", "perplexity", "HellaSwag", "PIQA", "ARC-easy"), lines)
 
 
-def frontier(names: Iterable[str] = ()) -> str:
+def frontier() -> str:
     """Budgets, uniform settings and other quantisers by true bits: perplexity, its ratio to the unquantised one, KL and
-    agreement. `names`: rows; all by default."""
-    rows = [(_own_name(row["row"]), row) for row in _rows("frontier") if not names or row["row"] in names]
-    rows += [(peer_name(row["row"]), row) for row in _rows("peers") if not names or row["row"] in names]
+    agreement."""
     lines = [
         (
             name, f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
             f"{row['perplexity'] / row['original']:.3f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
             f"{100 * row['top1']:.1f} %",
         )
-        for name, row in sorted(rows, key=lambda pair: pair[1]["bits_per_weight"])
+        for name, row in _by_size()
     ]  # fmt: skip
     return _table(("", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
+
+
+def frontier_brief() -> str:
+    """Some rows and columns of it, for the README."""
+    lines = [
+        (name, f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}", f"{row['kl']:.3f}")
+        for name, row in _by_size()
+        if row["row"] in _FRONTIER
+    ]
+    return _table(("setting", "bits per weight", "perplexity", "KL"), lines)
+
+
+def _by_size() -> list[tuple[str, dict[str, Any]]]:
+    rows = [(_own_name(row["row"]), row) for row in _rows("frontier")]
+    rows += [(peer_name(row["row"]), row) for row in _rows("peers")]
+    return sorted(rows, key=lambda pair: pair[1]["bits_per_weight"])
 
 
 def _own_name(row: str) -> str:
@@ -236,9 +246,8 @@ def families() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
-    "quality-brief": lambda: quality(_BEST),
     "frontier": frontier,
-    "frontier-brief": lambda: frontier(_FRONTIER),
+    "frontier-brief": frontier_brief,
     "serving": serving,
     "serving-avx2": lambda: serving(_SERVING_AVX2, _SERVING_AVX2, "serving_avx2"),
     "serving-brief": lambda: serving(_BRIEF),
