@@ -12,13 +12,9 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AVX512BW__)
-#define SHORTS 32
-#elif defined(__AVX2__)
-#define SHORTS 16
-#else
-#define SHORTS 8
-#endif
+#include "cpu/lanes.h"
+
+#define SHORTS (2 * LANES)
 
 namespace lopro {
 namespace {
