@@ -32,6 +32,8 @@ _PATHS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
+# Templates of the standard library are of the file alone, so that no path runs the instructions of another (GCC).
+_LOCAL = ("-fno-weak",)
 _SHARED = "cpu"
 # Folders of kernels; kernel.cpp is compiled for each path, other files once.
 _KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode", "formats/affine/columns")
@@ -97,9 +99,11 @@ def _build(compiler: str, target: Path) -> None:
             _run(compiler, *_flags(), *flags, *includes, "-c", str(_ROOT / source), "-o", str(result))
             return result
 
-        jobs = _jobs()
+        jobs = _jobs(_LOCAL if "Free Software Foundation" in _version(compiler) else ())
         with ThreadPoolExecutor(compilers(_COMPILER_BYTES)) as pool:
             objects = list(pool.map(compiled, enumerate(jobs)))
+        # The linker takes the first of equal symbols: it has to be one that every processor runs.
+        jobs, objects = jobs[::-1], objects[::-1]
         libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         _run(compiler, *_flags(), "-shared", *map(str, objects), libraries, "-ltorch_cpu", "-lc10",
              "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
@@ -109,10 +113,10 @@ def _build(compiler: str, target: Path) -> None:
         folder.rename(target)
 
 
-def _jobs() -> list[tuple[str, tuple[str, ...]]]:
-    """Sources and their own flags, the largest first."""
+def _jobs(local: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """Sources and their own flags: those of the latest processors first, which are the largest, and of any last."""
     paths = _PATHS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
-    large = [(f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags))
+    large = [(f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags, *local))
              for path, flags in paths.items() for folder in _KERNELS]  # fmt: skip
     small = (file for folder in (_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.cpp")))
     return [*large, *((str(file.relative_to(_ROOT)), ()) for file in small if file.name != "kernel.cpp")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lopro_fx.kernels import scratch
+from lopro_fx.kernels.cpu import build, native
 
 # Counts itself, and how many run together, then compiles for real; what is built here need not be fast.
 _COMPILER = """#!/bin/sh
@@ -114,3 +117,27 @@ def test_compilers_are_as_many_as_cores_and_memory_allow(monkeypatch: pytest.Mon
             os.sched_setaffinity(0, before)
     monkeypatch.setenv("MAX_JOBS", "5")
     assert scratch.compilers(1 << 60) == 5
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one path")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_what_paths_share_runs_on_every_processor() -> None:
+    """Templates of the standard library are instantiated by every path, and the linker keeps one copy."""
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    library = str(build.shared_library())
+
+    def told(*command: str) -> list[str]:
+        return subprocess.run([*command, library], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    merged = {line.split()[-1] for line in told("nm") if line.split()[-2] in "VW"}
+    functions: dict[str, list[str]] = {}
+    for line in told("objdump", "--disassemble", "--no-show-raw-insn"):
+        if header := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            functions[header[1]] = []
+        elif functions:
+            next(reversed(functions.values())).append(line)
+    # Instructions of AVX and later begin with v.
+    later = {name for name, lines in functions.items() if any(re.search(r":\s+v[a-z]", line) for line in lines)}
+    assert later
+    assert not later & merged
