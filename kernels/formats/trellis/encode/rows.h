@@ -17,6 +17,7 @@ namespace {
 constexpr int VALUE_BITS = 13, CARRY_BITS = 13;
 // Largest value, but for one bit of the last place.
 constexpr float RANGE = 1 << (15 - VALUE_BITS);
+constexpr int NONE = INT16_MIN;
 
 // Squared error of one column, or of a pair whose first error changes the second target by `carry`:
 // weight * e^2 + second_weight * (second + carry * e - value2)^2, e = first - value.
@@ -38,10 +39,10 @@ inline uint16_t portion(float weight, int exponent) {
 }
 
 // Rows [0, count) of a column with the targets `first` and `second`; the second is nullptr for one column.
-// `near` is the number of steps that fill a window. Errors beyond half of RANGE are all the same if `fine`.
-inline void fill_rows(std::vector<Row>& rows, std::vector<int>& units, const float* first, const float* second,
+// `near` is the number of steps that fill a window. Errors beyond half of RANGE are all the same if `fine`. Returns the
+// exponent of the unit of costs after row 0, NONE where no row counts.
+inline int fill_rows(std::vector<Row>& rows, std::vector<int>& units, const float* first, const float* second,
                       const float* importance, float carry, float ratio, int64_t near, bool fine) {
-  constexpr int NONE = INT16_MIN;
   const int64_t count = static_cast<int64_t>(rows.size());
   for (int64_t i = 0; i < count; ++i) {
     const float other = second ? second[i] : 0, largest = std::max(std::fabs(first[i]), std::fabs(other));
@@ -70,6 +71,7 @@ inline void fill_rows(std::vector<Row>& rows, std::vector<int>& units, const flo
     rows[i].down = std::min(std::max(change, 0), 15), rows[i].up = std::min(std::max(-change, 0), 15);
     if (unit != NONE) before = unit;
   }
+  return before;
 }
 
 }  // namespace

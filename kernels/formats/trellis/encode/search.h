@@ -1,12 +1,12 @@
-// The search of every path.
+// The search of every path through the rows of a column (or pair).
 //
 // A step has 2^window states. State s follows one of the 2^step states that share its upper bits, moved up by `step`, so
 // that what leads to it is one number for each value p of its upper bits, the prefix:
 //
 //   next[p] = least over j of (least[s >> step] + importance * (x - value[s])^2),  s = j << (window - step) | p
 //
-// `least` of each step is kept, to walk back from the cheapest last state. Costs are 16-bit integers above the cheapest of
-// the step before, and those too large are all the same.
+// `least` of each step is kept, to walk back from the last. Costs are 16-bit integers above the cheapest of the step
+// before, and those too large are all the same.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -29,32 +29,45 @@ class Search {
         // Sections of one length whose distance is a power of two would share lines of the cache.
         section_(prefixes_ + (prefixes_ >= GROUP ? 2 * SHORTS : 0)), table_(PAIR * (section_ << STEP)) {}
 
-  // Takes the values of all states, of a pair one column after the other.
-  void read(const float* values) {
-    for (int64_t s = 0; s < PAIR * size_; ++s) table_[s / prefixes_ * section_ + s % prefixes_] = fixed(values[s], VALUE_BITS);
+  // Takes the value of each state, of a pair one column after the other; state s is at `order[s]`.
+  void read(const float* values, const std::vector<uint16_t>& order) {
+    for (int64_t s = 0; s < PAIR * size_; ++s) {
+      const int64_t part = s / size_ * size_;
+      table_[s / prefixes_ * section_ + s % prefixes_] = fixed(values[part + order[s - part]], VALUE_BITS);
+    }
   }
 
-  // States of rows [0, count). The last row is the first step, and state 0 comes before it.
-  void states(const std::vector<Row>& rows, uint16_t* found) {
+  // Runs through the rows, of which the last is the first step, and returns what leads to each prefix after row 0. State 0
+  // comes before the first step, or any state.
+  const uint16_t* run(const std::vector<Row>& rows, bool any) {
     const int64_t count = static_cast<int64_t>(rows.size());
-    kept_.resize(count * prefixes_ + SHORTS);
-    uint16_t* least = kept_.data() + (count - 1) * prefixes_;
-    std::fill(least, least + prefixes_, FAR);
+    kept_.resize((count + 1) * prefixes_ + SHORTS);
+    uint16_t* least = kept_.data() + count * prefixes_;
+    std::fill(least, least + prefixes_, any ? 0 : FAR);
     least[0] = 0;
     uint16_t lowest = 0;
-    for (int64_t i = count - 1; i > 0; --i, least -= prefixes_) {
+    for (int64_t i = count - 1; i >= 0; --i, least -= prefixes_) {
       // While some states are unreached, nothing is taken off: reached ones are never dearer, and come first where equal.
-      const Change change{count - i < near(window_) ? uint16_t{0} : lowest, rows[i - 1].down, rows[i - 1].up};
+      const uint16_t base = count - i < near(window_) ? 0 : lowest;
+      const Change change{base, i ? rows[i - 1].down : 0, i ? rows[i - 1].up : 0};
       lowest = rows[i].coarser < 0 ? advance<-1>(rows[i], change, least, least - prefixes_)
                : rows[i].coarser   ? advance<1>(rows[i], change, least, least - prefixes_)
                                    : advance<0>(rows[i], change, least, least - prefixes_);
     }
-    int64_t state = cheapest(rows[0], least, 0, 1, size_);
-    for (int64_t i = 0; i < count; ++i) {
-      found[i] = static_cast<uint16_t>(state);
-      if (i + 1 < count) state = cheapest(rows[i + 1], kept_.data() + (i + 1) * prefixes_, state >> STEP, prefixes_, 1 << STEP);
+    return least;
+  }
+
+  // Gives each row from 0 on its state to `put`, on the way back from the prefix of the state after row 0.
+  template <class Put>
+  void walk(const std::vector<Row>& rows, int64_t prefix, const Put& put) const {
+    for (int64_t i = 0; i < static_cast<int64_t>(rows.size()); ++i) {
+      const int64_t state = cheapest(rows[i], kept_.data() + (i + 1) * prefixes_, prefix);
+      put(i, static_cast<uint16_t>(state));
+      prefix = state >> STEP;
     }
   }
+
+  int64_t prefixes() const { return prefixes_; }
 
  private:
   static constexpr uint16_t FAR = 65535;
@@ -151,22 +164,21 @@ class Search {
     return result;
   }
 
-  // The cheapest at a row of `count` states, each `stride` above the one before; the lowest of equal ones.
-  int64_t cheapest(const Row& row, const uint16_t* least, int64_t first, int64_t stride, int64_t count) const {
+  // The cheapest at a row of the states that end in `prefix`; the lowest of equal ones.
+  int64_t cheapest(const Row& row, const uint16_t* least, int64_t prefix) const {
     const Lanes lanes(row);
-    int64_t best = 0;
+    int64_t best = prefix;
     int32_t lowest = INT32_MAX;
-    for (int64_t from = 0; from < count; from += SHORTS) {
+    for (int64_t from = 0; from < 1 << STEP; from += SHORTS) {
       int16_t value[SHORTS] = {}, value2[SHORTS] = {};
-      const int64_t some = std::min<int64_t>(SHORTS, count - from);
+      const int64_t some = std::min<int64_t>(SHORTS, (1 << STEP) - from);
       for (int64_t i = 0; i < some; ++i) {
-        const int64_t s = first + (from + i) * stride, at = s / prefixes_ * section_ + s % prefixes_;
-        value[i] = table_[at];
-        value2[i] = table_[at + (PAIR - 1) * (section_ << STEP)];
+        value[i] = table_[(from + i) * section_ + prefix];
+        value2[i] = table_[((PAIR - 1 << STEP) + from + i) * section_ + prefix];
       }
       const Shorts error = row.coarser < 0 ? errors<-1>(value, value2, lanes) : errors<1>(value, value2, lanes);
       for (int64_t i = 0; i < some; ++i) {
-        const int64_t s = first + (from + i) * stride;
+        const int64_t s = (from + i) * prefixes_ + prefix;
         const int32_t cost = std::min<int32_t>(least[s >> STEP] + static_cast<uint16_t>(error[i]), FAR);
         if (cost < lowest) lowest = cost, best = s;
       }
