@@ -80,11 +80,25 @@ def test_a_finished_run_is_read_back(whole: QuantState, tmp_path: Path) -> None:
     }
 
 
-def test_a_damaged_group_is_solved_again(whole: QuantState, tmp_path: Path) -> None:
-    _calibrate(tmp_path)
-    path = tmp_path / "blocks.0.o.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    _same(_calibrate(tmp_path), whole)
+@pytest.mark.parametrize("damage", ["cut", "flipped bit", "zeros", "another unit", "another run", "empty", "metadata"])
+def test_a_damaged_group_is_solved_again(damage: str, whole: QuantState, tmp_path: Path) -> None:
+    _calibrate(tmp_path / "run")
+    path = tmp_path / "run" / "blocks.0.o.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        data[-5] ^= 4
+    elif damage == "zeros":
+        data[-64:] = bytes(64)
+    elif damage == "another unit":
+        data = bytearray((tmp_path / "run" / "blocks.1.o.safetensors").read_bytes())
+    elif damage == "another run":
+        _calibrate(tmp_path / "other", replace(CONFIG, seed=1))
+        data = bytearray((tmp_path / "other" / path.name).read_bytes())
+    elif damage == "metadata":
+        data = data.replace(b"block", b"bl\xffck")
+    path.write_bytes({"cut": data[:100], "empty": b""}.get(damage, data))
+    assert damage in ("cut", "empty", "metadata") or path.stat().st_size == len(data)
+    _same(_calibrate(tmp_path / "run"), whole)
 
 
 class _Turned(nn.Module):

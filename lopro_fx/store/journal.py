@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
@@ -48,42 +49,46 @@ class Journal:
         budget: Budget | None = None,
     ) -> None:
         self._folder = Path(folder)
-        found = _fingerprint(program, config, batches, budget)
-        fingerprint = {"fingerprint": found, "config": config.to_dict()}
+        self._run = _fingerprint(program, config, batches, budget)
         marker = self._folder / _MARKER
         if marker.exists():
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))["fingerprint"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
-            if found != fingerprint["fingerprint"]:
+            if found != self._run:
                 raise CheckpointError(
                     f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name "
                     "another"
                 )
         else:
             with replacing(marker) as temporary:
-                write_json(temporary, fingerprint)
+                write_json(temporary, {"fingerprint": self._run, "config": config.to_dict()})
 
     def read(self, name: str) -> Solved | None:
-        """Read a finished unit, or None; a damaged file counts as unfinished."""
+        """Read a finished unit, or None; a damaged file, or one of another unit or run, counts as unfinished."""
         path = self._path(name)
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["record"])
+                metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                inputs, layers = restore(record, among(tensors))
-        except (SafetensorError, KeyError, ValueError, CheckpointError):
+            if metadata["seal"] != self._seal(name, metadata["record"], tensors):
+                return None
+            inputs, layers = restore(json.loads(metadata["record"]), among(tensors))
+        # Bytes that were damaged may raise anything.
+        except Exception:
             return None
         (shared,) = inputs.values()
         return Solved(shared, tuple(layers[reader] for reader in shared.readers))
 
     def write(self, solved: Solved) -> None:
+        name, tensors = solved.input.name, tensors_of([solved.input], solved.layers)
         record = json.dumps(describe([solved.input], solved.layers))
-        with replacing(self._path(solved.input.name)) as temporary:
-            write_tensors(temporary, tensors_of([solved.input], solved.layers), {"record": record})
+        metadata = {"record": record, "seal": self._seal(name, record, tensors)}
+        with replacing(self._path(name)) as temporary:
+            write_tensors(temporary, tensors, metadata)
 
     def discard(self) -> None:
         """Forget the run, if nothing of it is finished: the folder may then hold another."""
@@ -93,17 +98,24 @@ class Journal:
     def read_plan(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
         """Read the overrides of a plan and its figures, or None; a damaged file counts as no plan."""
         try:
-            overrides, figures = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            overrides, figures, seal = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
-        whole = isinstance(overrides, dict) and all(isinstance(values, dict) for values in overrides.values())
-        known = isinstance(figures, dict) and figures.keys() == {"kl", "uniform", "checked"}
-        return (overrides, figures) if whole and known else None
+        return (overrides, figures) if seal == self._seal(_PLAN, _text(overrides, figures), {}) else None
 
     def write_plan(self, overrides: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Any]) -> None:
         settings = {name: dict(values) for name, values in overrides.items()}
         with replacing(self._folder / _PLAN) as temporary:
-            write_json(temporary, [settings, dict(figures)])
+            write_json(temporary, [settings, dict(figures), self._seal(_PLAN, _text(settings, figures), {})])
+
+    def _seal(self, name: str, record: str, tensors: Mapping[str, Tensor]) -> str:
+        """Hash of what a file holds, of which unit and of which run."""
+        digest = Digest()
+        digest.text(self._run, name, record)
+        for key, tensor in sorted(tensors.items()):
+            digest.text(key)
+            digest.value(tensor)
+        return digest.hexdigest()
 
     def _path(self, name: str) -> Path:
         """Path for any module's name, also on a case-insensitive file system."""
@@ -111,6 +123,10 @@ class Journal:
             digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
             name = f"{re.sub(r'[^A-Za-z0-9._]', '_', name)[:_LONGEST]}-{digest[:32]}"
         return self._folder / f"{name}.safetensors"
+
+
+def _text(overrides: object, figures: object) -> str:
+    return json.dumps([overrides, figures], sort_keys=True)
 
 
 def _source(method: type[Method]) -> str:
