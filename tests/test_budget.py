@@ -336,7 +336,7 @@ def _dense(state: lopro_fx.QuantState, name: str) -> Tensor:
 )
 def test_linears_that_read_one_tensor_may_differ_in_format(config: Rounding) -> None:
     name = "model.layers.0.self_attn.{}_proj".format
-    config = replace(config, sequential=False)
+    config = replace(config, sequential=False, asymmetry=0.0)
     apart = replace(config, overrides={"*.v_proj": {"bits": 8, "format": "affine"}, "*.k_proj": {"bits": 2}})
     whole, mixed = (lopro_fx.calibrate(_program(), _batches(), each) for each in (config, apart))
     weights = dict(tiny_llama().named_parameters())
@@ -385,7 +385,7 @@ def test_patterns_of_overrides_that_match_nothing() -> None:
 def test_the_gaussian_source_foretells_other_settings(name: str, seed: int) -> None:
     weight, x = torch.randn(256, 128, generator=generator(seed)), heavy_tailed(4096, 128, seed)
     stats = Statistics({"gram": gram_of(x), "magnitude": x.abs().mean(0)}, 4096, 4096)
-    low, high = (METHODS[name].changed({"bits": bits}) for bits in (2, 4))
+    low, high = (METHODS[name].changed({"bits": bits, "asymmetry": 0.0}) for bits in (2, 4))
     assert isinstance(low, Rounding)
     assert isinstance(high, Rounding)
     found = [each.solution([weight], stats, generator(seed)).relative for each in (low, high)]

@@ -82,7 +82,9 @@ def test_caches_are_delivered_clean() -> None:
 def test_what_follows_is_measured_on_what_will_be_stored(transform: str) -> None:
     """Feeding forward other weights than the packed ones would make the second layer's loss another one."""
     module, batches = CASES["odd widths"]
-    config = LoPRo(bits=3, group_size=32, rank=1, clip_steps=4, salient=16, transforms=transform, token_clip=0)
+    config = LoPRo(
+        bits=3, group_size=32, rank=1, clip_steps=4, salient=16, transforms=transform, token_clip=0, asymmetry=0
+    )
     program = export(module, _wide(16))
     state = lopro_fx.calibrate(program, batches, config)
     last = state.layers["4"]

@@ -88,6 +88,7 @@ class FLRQ(Rounding):
     sweeps: int = 2
     damp: float = 0.01
     name: ClassVar[str] = "flrq"
+    default_asymmetry: ClassVar[float] = 0.4
     of_language_models: ClassVar[Mapping[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
 
     def __post_init__(self) -> None:
@@ -131,6 +132,7 @@ class FLRQ(Rounding):
             "refit": False,
             "feedback": False,
             "token_clip": 0,
+            "asymmetry": 0.0,
         }
         return cls(**{**choices, **changes})
 

@@ -77,6 +77,7 @@ class LoPRo(Rounding):
     sweeps: int = 2
     damp: float = 0.01
     name: ClassVar[str] = "lopro"
+    default_asymmetry: ClassVar[float] = 0.4
     of_language_models: ClassVar[Mapping[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class LoPRo(Rounding):
             "sweeps": 0,
             "clip_steps": 90,
             "token_clip": 0,
+            "asymmetry": 0.0,
         }
         return cls(**{**choices, **changes})
 

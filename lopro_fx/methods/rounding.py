@@ -43,7 +43,8 @@ class Rounding(Method):
         window: trellis: bits of a state, 12 to 16. Each more halves the speed of rounding.
         strip: trellis: rows of a bit string, a multiple of 32, or -1 for all rows.
         asymmetry: part, 0 to 1, of the drift of quantised inputs that the weights make up for, see `asymmetric`. More
-            than 0 runs the unquantised model beside the quantised one.
+            than 0 runs the unquantised model beside the quantised one. By default 0.4 for LoPRo and FLRQ if they are
+            `sequential`, else 0.
     """
 
     format: str = setting("affine", "affine (scales by group) or trellis (default: affine)")
@@ -54,8 +55,12 @@ class Rounding(Method):
     clip_steps: int = 24
     window: int | None = None
     strip: int | None = None
-    asymmetry: float = setting(0.0, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0)")
+    asymmetry: float | None = setting(
+        None, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0.4 for lopro, flrq)", kind=float
+    )
     name: ClassVar[str]
+    # Default of `asymmetry` for a method that is sequential.
+    default_asymmetry: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +77,8 @@ class Rounding(Method):
         for name, allowed in kind.allowed.items():
             checks.choice(self, name, tuple(allowed))
         checks.whole(self, "clip_steps", 0, 1000)
+        if self.asymmetry is None:
+            object.__setattr__(self, "asymmetry", self.default_asymmetry if self.sequential is True else 0.0)
         checks.at_least(self, "asymmetry", 0, 1)
         if self.asymmetry and not self.sequential:
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lopro_fx
-from lopro_fx import LoPRo
+from lopro_fx import FLRQ, GPTQ, RTN, LoPRo
 from lopro_fx.errors import ConfigError
 from lopro_fx.layer import dense_weight
 from lopro_fx.methods.asymmetric import compensated
@@ -62,7 +64,7 @@ def test_only_layers_behind_quantised_ones_change() -> None:
         state = lopro_fx.calibrate(program, batches, config)
         return {name: dense_weight(state.inputs[layer.input], layer) for name, layer in state.layers.items()}
 
-    plain, asymmetric = weights(), weights(asymmetry=0.5)
+    plain, asymmetric = weights(asymmetry=0), weights(asymmetry=0.5)
     same = [torch.equal(plain[name], asymmetric[name]) for name in plain]
     assert same[0]
     assert not all(same)
@@ -73,14 +75,21 @@ def test_only_layers_behind_quantised_ones_change() -> None:
 def test_one_layer_can_have_it() -> None:
     module, _ = decoder()
     program = export(module, ids(), dynamic=True)
-    names = list(lopro_fx.calibrate(program, [ids()], LoPRo(rank=0, bits=2)).layers)
-    config = LoPRo(rank=0, bits=2, overrides={names[-1]: {"asymmetry": 0.5}})
-    states = [lopro_fx.calibrate(program, [ids()], each) for each in (LoPRo(rank=0, bits=2), config)]
+    plain = LoPRo(rank=0, bits=2, asymmetry=0)
+    names = list(lopro_fx.calibrate(program, [ids()], plain).layers)
+    config = replace(plain, overrides={names[-1]: {"asymmetry": 0.5}})
+    states = [lopro_fx.calibrate(program, [ids()], each) for each in (plain, config)]
     before, after = ({name: layer.tensors for name, layer in state.layers.items()} for state in states)
     changed = [
         name for name in names if any(not torch.equal(before[name][key], after[name][key]) for key in before[name])
     ]
     assert changed == [names[-1]]
+
+
+def test_by_default_the_methods_with_their_own_recipe_have_it() -> None:
+    assert LoPRo().asymmetry == FLRQ().asymmetry == 0.4
+    assert LoPRo(sequential=False).asymmetry == FLRQ(sequential=False).asymmetry == 0
+    assert LoPRo.paper().asymmetry == FLRQ.paper().asymmetry == GPTQ().asymmetry == RTN().asymmetry == 0
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "half", True])
