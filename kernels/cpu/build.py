@@ -6,6 +6,8 @@ Results are cached by a hash of sources, flags, compiler and torch, so a change 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import shutil
 import subprocess
@@ -37,6 +39,8 @@ _LOCAL = ("-fno-weak",)
 _SHARED = "cpu"
 # Folders of kernels; kernel.cpp is compiled for each path, other files once.
 _KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode", "formats/affine/columns")
+# SHA-256 of the other files.
+_SUMS = "sums.json"
 _EAGER_ONLY = "register.cpp"
 # Memory that g++ 12 takes for the largest of them.
 _COMPILER_BYTES = 1 << 30
@@ -72,11 +76,11 @@ def _built() -> Path:
     for file in (*(file for file in sources if file.suffix in (".cpp", ".h")), Path(__file__)):
         key.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
-    if not (target / f"{_NAME}.so").is_file():
+    if not _whole(target):
         try:
             # One lock for all builds in the cache: compilers are large, and the second finds what the first has built.
             with locked(target.with_name(f"{_NAME}.lock")):
-                if not (target / f"{_NAME}.so").is_file():
+                if not _whole(target):
                     _build(compiler, target)
         except OSError as error:
             raise BuildError(f"{target} can't be written ({error}): set LOPRO_FX_CACHE to a writable folder") from error
@@ -109,8 +113,28 @@ def _build(compiler: str, target: Path) -> None:
              "-o", str(folder / f"{_NAME}.so"))  # fmt: skip
         shared = [str(path) for job, path in zip(jobs, objects, strict=True) if not job[0].endswith(_EAGER_ONLY)]
         _run(shutil.which("ar") or "ar", "rcs", str(folder / f"lib{target.name}.a"), *shared)
+        sums = {file.name: _sum(file) for file in folder.iterdir()}
+        (folder / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
+        for file in folder.iterdir():
+            with file.open("rb") as open_file:
+                os.fsync(open_file.fileno())
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
+
+
+def _whole(target: Path) -> bool:
+    """Whether a build is as it was written: a damaged library would end every process that loads it."""
+    try:
+        sums = json.loads((target / _SUMS).read_text(encoding="utf-8"))
+        return sums.keys() == {f"{_NAME}.so", f"lib{target.name}.a"} and all(
+            _sum(target / name) == known for name, known in sums.items()
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _jobs(local: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lopro_fx.commands import data, output, scores
 from lopro_fx.commands.source import Source, add_device, add_model, device_of, is_checkpoint, open_either
-from lopro_fx.errors import ConfigError, LoProError, first_line
+from lopro_fx.errors import ConfigError, LoProError, ModelError, first_line
 from lopro_fx.evaluation import DivergenceResult, Item, divergence, predicted_bytes, read_task, zero_shot
+from lopro_fx.models.load import SMOLLM2
 from lopro_fx.passes.to_device import to_device
 from lopro_fx.progress import reporting
 from lopro_fx.store.checkpoint import load
@@ -34,7 +35,9 @@ def add(parser: ArgumentParser) -> None:
     data.positive(parser, "--seq-len", 512, "tokens in a window")
     against = parser.add_mutually_exclusive_group()
     against.add_argument(
-        "--against", metavar="ORIGINAL", help="model to compare with (default for DIR: the one that it was made from)"
+        "--against",
+        metavar="ORIGINAL",
+        help="model to compare with (default for DIR: the one that it was made from, if that is on this machine)",
     )
     against.add_argument("--alone", action="store_true", help="compare with nothing")
     parser.add_argument(
@@ -125,8 +128,12 @@ def _original(model: str, against: str | None, dtype: str) -> Source | None:
         made = json.loads(report.read_text(encoding="utf-8"))
         # A folder may have been named relative to where quantize ran; its origin holds the whole path.
         before, prefix, path = made["source"].partition("folder ")
-        return open_either(path if prefix and not before else made["model"], dtype)
-    except (OSError, ValueError, KeyError, LoProError) as error:
+        name = path if prefix and not before else made["model"]
+        # The folder may be a stranger's: the hub is not asked for a name that it gives.
+        if name != SMOLLM2 and not Path(name).expanduser().exists():
+            raise ModelError(f"{name} is not on this machine")
+        return open_either(name, dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, LoProError) as error:
         advice = "--against names the original, --alone leaves it out"
         warnings.warn(f"{model} is not compared with its original: {first_line(error)} ({advice})", stacklevel=2)
         return None

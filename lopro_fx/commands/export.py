@@ -112,6 +112,6 @@ def _settings(folder: str) -> tuple[Any, Any]:
         with quiet():
             from transformers import AutoConfig, GenerationConfig
 
-            return AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False), GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises anything on a configuration that it can't read
         raise ModelError(f"{folder}: its configuration can't be read: {first_line(error)}") from error

@@ -116,7 +116,7 @@ def open_checkpoint(name: str) -> Source:
         with quiet():
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ImportError as error:
         raise ModelError(f"{name}: its tokenizer needs transformers: pip install 'lopro_fx[hf]'") from error
     except Exception as error:  # transformers raises anything on a folder without a tokenizer

@@ -71,10 +71,10 @@ def read_gguf(file: str | Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str,
         else:
             _join(parts, whole)
         source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": whole.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
         config = GgufConfig(dequantize=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=dtype, quantization_config=config, output_loading_info=True
+            **source, trust_remote_code=False, dtype=dtype, quantization_config=config, output_loading_info=True
         )
     model, info = loaded
     return model, tokenizer, info

@@ -92,8 +92,10 @@ def _locate(name: str) -> tuple[str, str]:
 def _read(location: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(location)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        location, trust_remote_code=False, dtype=dtype, output_loading_info=True
+    )
     model, info = loaded
     return model, tokenizer, info
 
@@ -102,7 +104,7 @@ def _stored(location: str) -> torch.dtype:
     """Return the dtype that the configuration names, float32 if it isn't a 16-bit one."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(location)
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return named if named in (torch.bfloat16, torch.float16) else torch.float32
 

@@ -216,7 +216,7 @@ def _tokenizer(path: Path) -> Any:
             if inner.startswith(_EXTRA + _TOKENIZER):
                 target = Path(folder, Path(inner).name)
                 target.write_bytes(archive.read(name))
-        return AutoTokenizer.from_pretrained(folder) if any(Path(folder).iterdir()) else None
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if any(Path(folder).iterdir()) else None
 
 
 def _require_device(path: Path, manifest: dict[str, Any], device_index: int) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import sys
 
 import pytest
@@ -70,14 +71,26 @@ def test_a_folder_does_not_diverge_from_its_copy(run, quantized_folder, tmp_path
     assert (figures["divergence"]["kl_max"], figures["divergence"]["top1"]) == (0, 1)
 
 
-def test_original_that_is_gone(run, quantized_folder, tmp_path):
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"source": "folder /nonexistent/model"},
+        {"source": "Hugging Face hub, some/model", "model": "some/model"},
+        {"source": 5},
+        {"source": "", "model": ["/nonexistent/model"]},
+    ],
+)
+def test_original_that_is_gone(run, quantized_folder, tmp_path, monkeypatch, record):
+    """No network is asked for a name that a folder gives."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
     folder = shutil.copytree(quantized_folder, tmp_path / "copy")
     report = json.loads((folder / "report.json").read_text())
-    (folder / "report.json").write_text(json.dumps({**report, "source": "folder /nonexistent/model"}))
+    (folder / "report.json").write_text(json.dumps({**report, **record}))
     figures, _, err = _run(run, tmp_path, folder)
     assert "divergence" not in figures
     assert "warning" in err
-    assert "/nonexistent/model" in err
+    assert "is not compared with its original" in err
+    assert record["source"] != "folder /nonexistent/model" or "/nonexistent/model" in err
     assert "--against" in err
 
 

@@ -63,7 +63,8 @@ def _count(compiler: Path, name: str) -> list[int]:
 
 
 def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: Path, tmp_path: Path) -> None:
-    """Also in a cache whose path no shell takes, and where a process that was killed has left its folder."""
+    """Also in a cache whose path no shell takes, and where a process that was killed has left its folder; what was
+    damaged later is built again."""
     cache = tmp_path / "a 'b' \"c\" $HOME é:;&"
     (cache / ".lopro_cpu-left").mkdir(parents=True)
     processes = [_start(compiler, cache, threads=3, MAX_JOBS="2") for _ in range(2)]
@@ -77,6 +78,29 @@ def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: P
     assert len(_count(compiler, "calls")) == _FILES
     assert max(_count(compiler, "together")) <= 2
     assert sorted(path.name for path in cache.iterdir() if path.name.startswith(".")) == []
+    (library,) = cache.glob("lopro_cpu-*/lopro_cpu.so")
+    os.truncate(library, library.stat().st_size // 2)
+    out, err = _start(compiler, cache, MAX_JOBS="2").communicate(timeout=900)
+    assert out.split()[0] == path, err
+    assert len(_count(compiler, "calls")) == 2 * _FILES
+
+
+@pytest.mark.parametrize("name", ["lopro_cpu.so", "lib{}.a", "sums.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped bit", "missing"])
+def test_a_damaged_build_is_seen(name: str, damage: str, tmp_path: Path) -> None:
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    built = build.shared_library().parent
+    target = tmp_path / built.name
+    shutil.copytree(built, target)
+    assert build._whole(target)
+    file = target / name.format(built.name)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes({"empty": b"", "cut": data[:-1]}.get(damage, data))
+    if damage == "missing":
+        file.unlink()
+    assert not build._whole(target)
 
 
 def test_a_builder_that_is_killed_blocks_nobody(compiler: Path, tmp_path: Path) -> None:
