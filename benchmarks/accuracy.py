@@ -2,9 +2,9 @@
 
 Protocol: dequantised fp32 model; calibration on the first 32 x 512 tokens of c4_calib.txt; perplexity of the first 24
 windows of 512 tokens of wikitext2_test.txt, no BOS, no overlap, computed by the rewritten program on packed weights;
-zero-shot `acc` on the first 400 items of HellaSwag, PIQA and ARC-easy. Bits per weight count everything that replaced
-the weights. "perplexity_int8" is that of the CPU's kernels, which round activations to int8. Rows are added to the
-result file as they finish; run with names of rows to redo only those.
+zero-shot `acc` on the first 400 items of HellaSwag, PIQA, ARC-easy and WinoGrande. Bits per weight count everything
+that replaced the weights. "perplexity_int8" is that of the CPU's kernels, which round activations to int8. Rows are
+added to the result file as they finish; run with names of rows to redo only those.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ ROWS: dict[str, Method] = {
 }
 # Rounding to nearest by torchao, 3 bits in groups of 64 with 16-bit scales and zeros of 3 bits: what both store.
 TORCHAO = "torchao-rtn-3-g64"
-TASKS = {"hellaswag": "hellaswag_val", "piqa": "piqa_valid", "arc_easy": "arc_easy_test"}
+TASKS = {
+    "hellaswag": "hellaswag_val",
+    "piqa": "piqa_valid",
+    "arc_easy": "arc_easy_test",
+    "winogrande": "winogrande_dev",
+}
 
 
 def dense_program(program: ExportedProgram, state: QuantState) -> Callable[..., Any]:
@@ -83,11 +88,12 @@ def torchao_rounded(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def tasks(scorer: Callable[..., Any], tokenizer: Any, items: int) -> dict[str, float]:
-    """Accuracy by task."""
+    """Accuracy and its standard error by task."""
     results = {}
     for name, file in TASKS.items():
-        results[name] = zero_shot(scorer, tokenizer, read_task(DATA / f"{file}.jsonl", items)).acc
-        print(f"  {name}: {results[name]:.4f}", flush=True)
+        found = zero_shot(scorer, tokenizer, read_task(DATA / f"{file}.jsonl", items))
+        results |= {name: found.acc, f"{name}_stderr": found.acc_stderr}
+        print(f"  {name}: {found.acc:.4f}", flush=True)
     return results
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.accuracy import tasks
 from benchmarks.common import DATA, RESULTS, ROOT, save_result
 from benchmarks.peers_llama import quantised
 from lopro_fx.evaluation.divergence import divergence
 from lopro_fx.evaluation.text import read_text, token_windows
-from lopro_fx.models.export import export_causal_lm
+from lopro_fx.models.export import export_causal_lm, export_scorer
 from lopro_fx.models.load import load_model
 from lopro_fx.models.smollm2 import smollm2_folder
 
@@ -44,11 +46,18 @@ def by_package(name: str, python: str, ids: Tensor, scratch: Path) -> tuple[dict
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["found"])  # noqa: SIM118
 
 
+def _replace(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for layer, weight in weights.items():
+        # A new parameter: the old one is the model's own.
+        module.get_submodule(layer).weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", help=f"any of {', '.join((*PACKAGES, *LLAMA))}")
     parser.add_argument("--python", help="interpreter of the packages")
     parser.add_argument("--llama-quantize", type=Path)
+    parser.add_argument("--items", type=int, default=0, help="of each zero-shot task; 0 runs none")
     args = parser.parse_args()
     loaded = load_model("smollm2-135m", torch.float32)
     original = export_causal_lm(loaded.model).module()
@@ -64,9 +73,7 @@ def main() -> None:
             else:
                 weights, found = by_package(name, args.python, calibration, Path(folder))
                 row |= found
-            for layer, weight in weights.items():
-                # A new parameter: the old one is the model's own.
-                module.get_submodule(layer).weight = torch.nn.Parameter(weight, requires_grad=False)
+            _replace(module, weights)
             row["bits_per_weight"] = 8 * row["bytes"] / sum(weight.numel() for weight in weights.values())
             found = divergence(module, original, windows)
             row |= {"layers": len(weights), "perplexity": found.program.ppl, "original": found.original.ppl}
@@ -76,6 +83,10 @@ def main() -> None:
                 "top1": found.top1,
                 "top1_stderr": found.top1_stderr,
             }
+            if args.items:
+                scorer = export_scorer(loaded.model).module()
+                _replace(scorer, weights)
+                row |= tasks(scorer, loaded.tokenizer, args.items)
             print(row, flush=True)
             # Read again at each row, so that two runs can share the file.
             path = RESULTS / "peers.json"

@@ -57,9 +57,9 @@ def gptqmodel(folder: str, ids: Tensor, bits: int) -> tuple[Weights, int]:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import QuantizeConfig
 
-    model = GPTQModel.load(
-        folder, QuantizeConfig(bits=bits, group_size=_GROUP, sym=False), device="cpu", backend=BACKEND.TORCH
-    )
+    # Offloaded weights can't be read back, and the zeros of its first format are one less until a file is loaded.
+    config = QuantizeConfig(bits=bits, group_size=_GROUP, sym=False, offload_to_disk=False, format="gptq_v2")
+    model = GPTQModel.load(folder, config, device="cpu", backend=BACKEND.TORCH)
     model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1)
     weights, size = {}, 0
     for name, module in model.model.named_modules():

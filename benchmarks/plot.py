@@ -26,12 +26,8 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=_SIZE)
     own = _rows("frontier")
     kinds = {
-        "lopro_fx, budget": [row for row in own if row["row"].startswith("budget") and "window" not in row["row"]],
-        "lopro_fx, one setting": [
-            row
-            for row in own
-            if row["row"].startswith("trellis") and not set(row["row"].split("-")) & {"rank", "window"}
-        ],
+        "lopro_fx, budget": _kind(own, "budget"),
+        "lopro_fx, one setting": _kind(own, "trellis"),
         "lopro_fx, window=16": [row for row in own if "window" in row["row"]],
     }
     for (label, rows), marker in zip(kinds.items(), "o^*", strict=True):
@@ -51,6 +47,12 @@ def main() -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "frontier.png", dpi=120)
+
+
+def _kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Rows of a kind with the default settings."""
+    known = {"rank", "window", "plain"}
+    return [row for row in rows if row["row"].startswith(kind) and not set(row["row"].split("-")) & known]
 
 
 def _points(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

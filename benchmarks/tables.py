@@ -74,13 +74,22 @@ _CONTENDERS = {
     "w4a8, step a token": "4 bits, int8 activations, rotation",
 }
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
-_TASKS = ("hellaswag", "piqa", "arc_easy")
+_TASKS = ("hellaswag", "piqa", "arc_easy", "winogrande")
 
 # Rows of the frontier in the README.
 _FRONTIER = (
     "budget-2.35-asymmetric", "budget-2.65", "budget-3.05-window-16", "budget-3.35", "budget-4.15", "hqq-3", "IQ2_XXS",
     "IQ3_XXS", "Q2_K", "Q4_0",
 )  # fmt: skip
+_BRANCH = (
+    "trellis-2-rank-8", "budget-2.18", "trellis-2-rank-16", "budget-2.35", "trellis-2-rank-32", "budget-2.65",
+    "trellis-3-rank-16", "budget-3.35",
+)  # fmt: skip
+# Rows of the format "affine".
+_AFFINE = {"flrq": "FLRQ", "fixed": "fixed rank, not rotated", "rotated": "LoPRo, the same rank"}
+_KINDS = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
+# Largest ranks of a column of the histogram.
+_RANKS = (0, 4, 8, 16, 32, 64)
 # Names of packages in benchmarks/peers.py; all in groups of 64.
 _PEERS = {"gptqmodel": "GPTQModel", "hqq": "HQQ", "autoround": "AutoRound"}
 
@@ -92,21 +101,24 @@ def quality() -> str:
     for name, label in _SETTINGS.items():
         row = rows[name]
         bits = f"{row['bits_per_weight']:.2f}".removesuffix(".00")
-        tasks = [f"{100 * row[task]:.1f}" if task in row else "" for task in _TASKS]
-        lines.append((label, bits, f"{row['perplexity']:.2f}", *tasks))
-    return _table(("setting", "bits per weight", "perplexity", "HellaSwag", "PIQA", "ARC-easy"), lines)
+        lines.append((label, bits, f"{row['perplexity']:.2f}"))
+    return _table(("setting", "bits per weight", "perplexity"), lines)
 
 
 def frontier() -> str:
     """Budgets, uniform settings and other quantisers by true bits: perplexity, its ratio to the unquantised one, KL and
     agreement."""
+    return _measured(_by_size())
+
+
+def _measured(rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
     lines = [
         (
             name, f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
             f"{row['perplexity'] / row['original']:.3f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
             f"{100 * row['top1']:.1f} %",
         )
-        for name, row in _by_size()
+        for name, row in rows
     ]  # fmt: skip
     return _table(("", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
 
@@ -121,24 +133,78 @@ def frontier_brief() -> str:
     return _table(("setting", "bits per weight", "perplexity", "KL"), lines)
 
 
+def stories() -> str:
+    """Settings and budgets of stories260k."""
+    return _measured([(_own_name(row["row"]), row) for row in _in_order(_rows("frontier_stories"))])
+
+
+def branch() -> str:
+    """Low-rank branches of the trellis, and budgets of their sizes without one."""
+    rows = [row for row in _rows("frontier") if row["row"] in _BRANCH]
+    return _measured([(_own_name(row["row"]), row) for row in _in_order(rows)])
+
+
+def flexible() -> str:
+    """FLRQ, a fixed rank without a rotation, and LoPRo, of one size; 3 bits in groups of 64 and the like."""
+    rows = [row for row in _rows("frontier") if row["row"].split("-")[0] in _AFFINE]
+    return _measured([(_own_name(row["row"]), row) for row in _in_order(rows)])
+
+
+def chosen_ranks() -> str:
+    """Shared inputs by the rank that FLRQ chose, by bits and kind of layer."""
+    lines = []
+    for row in _rows("frontier"):
+        if row["row"].startswith("flrq"):
+            for kind, label in _KINDS.items():
+                found = [rank for name, rank in row["ranks"].items() if name.endswith(kind)]
+                counts = Counter(next(top for top in _RANKS if rank <= top) for rank in found)
+                mean = f"{sum(found) / len(found):.1f}"
+                lines.append((row["row"][-1], label, *(str(counts[top] or "") for top in _RANKS), mean))
+    lows = (0, *(top + 1 for top in _RANKS[:-1]))
+    heads = (str(top) if low == top else f"{low} to {top}" for low, top in zip(lows, _RANKS, strict=True))
+    return _table(("bits", "input of", *heads, "mean"), lines)
+
+
+def zero_shot() -> str:
+    """Accuracy on tasks, with standard errors."""
+    known = [*_rows("accuracy"), *_rows("frontier"), *_rows("peers")]
+    rows = _in_order([row for row in known if "winogrande" in row])
+    lines = [
+        (
+            name, f"{row['bits_per_weight']:.2f}".removesuffix(".00"),
+            *(f"{100 * row[task]:.1f} ± {100 * row[f'{task}_stderr']:.1f}" for task in _TASKS),
+            f"{100 * sum(row[task] for task in _TASKS) / len(_TASKS):.1f}",
+        )
+        for row in rows
+        for name in [_any_name(row["row"])]
+    ]  # fmt: skip
+    return _table(("", "bits per weight", "HellaSwag", "PIQA", "ARC-easy", "WinoGrande", "mean"), lines)
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: row["bits_per_weight"])
+
+
 def _by_size() -> list[tuple[str, dict[str, Any]]]:
-    rows = [(_own_name(row["row"]), row) for row in _rows("frontier")]
-    rows += [(peer_name(row["row"]), row) for row in _rows("peers")]
-    return sorted(rows, key=lambda pair: pair[1]["bits_per_weight"])
+    own = [row for row in _rows("frontier") if row["row"].split("-")[0] in ("budget", "trellis")]
+    return [(_any_name(row["row"]), row) for row in _in_order([*own, *_rows("peers")])]
+
+
+def _any_name(row: str) -> str:
+    if row == "fp32":
+        return row
+    return _own_name(row) if row.split("-")[0] in ("budget", "trellis", *_AFFINE) else peer_name(row)
 
 
 def _own_name(row: str) -> str:
     kind, bits, *more = row.split("-")
+    if kind in _AFFINE:
+        return f"{_AFFINE[kind]}, {bits} bits" + (", `asymmetry=0`" if "plain" in more else "")
     name = f"budget of {bits} bits" if kind == "budget" else f"{bits} bits for all"
     if more[:1] == ["rank"]:
         name += f", rank {more[1]}"
-    return (
-        "**"
-        + name
-        + (", `asymmetry=0.4`" if "asymmetric" in more else "")
-        + (", `window=16`" if "window" in more else "")
-        + "**"
-    )
+    window = ", `window=16`" if "window" in more else ""
+    return f"**{name}{window}{', `asymmetry=0`' if 'plain' in more else ''}**"
 
 
 def peer_name(row: str) -> str:
@@ -258,6 +324,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis,
     "searching": searching,
     "sketches": sketches,
+    "branch": branch,
+    "flexible": flexible,
+    "chosen-ranks": chosen_ranks,
+    "zero-shot": zero_shot,
+    "stories": stories,
 }
 
 
