@@ -12,10 +12,11 @@ A process without lopro_fx reads it with `load_pt2(path, load_weights_from_disk=
 from __future__ import annotations
 
 import json
+import stat
 import tempfile
 import time
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
 _EXTRA, _WEIGHTS = "extra/", "data/weights/"
 # Bytes above which a tensor is not compressed: packed codes don't shrink, and trying takes time.
 _LARGE = 1 << 16
+
+# A package unpacks to no more than this many times its size, and this many bytes.
+_MOST_GROWTH, _LEAST_GROWTH = 20, 1 << 26
 
 
 def package(
@@ -118,15 +122,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_package`.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file; a package is one")
     try:
         with zipfile.ZipFile(path) as archive:
+            _require_plain(path, archive)
             damaged = archive.testzip()
             names = {name.partition("/")[2]: name for name in archive.namelist()}
             text = archive.read(names[_EXTRA + _MANIFEST]) if _EXTRA + _MANIFEST in names else None
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder; a package is one file") from error
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is truncated, or no package ({first_line(error)}); write it again") from error
     if damaged is not None:
@@ -145,6 +150,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
         )
     return manifest
+
+
+def _require_plain(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse what would be written outside of the folder that torch unpacks to, and what grows without measure.
+
+    Raises:
+        CheckpointError: names the member, or the size.
+    """
+    members = archive.infolist()
+    for member in members:
+        name = PurePosixPath(member.filename)
+        link = stat.S_ISLNK(member.external_attr >> 16)
+        if link or name.is_absolute() or ".." in name.parts or set(member.filename) & set("\\:\0"):
+            raise CheckpointError(f"{path}: its member {member.filename!r} is outside of the package; don't load it")
+    if len({member.filename for member in members}) < len(members):
+        raise CheckpointError(f"{path} holds two members of one name; write it again")
+    size = sum(member.file_size for member in members)
+    if size > _MOST_GROWTH * path.stat().st_size + _LEAST_GROWTH:
+        raise CheckpointError(f"{path} would unpack to {size:,} bytes, more than packages do; don't load it")
 
 
 def _prepared(program: ExportedProgram, device: torch.device, activations: str) -> ExportedProgram:
@@ -177,7 +201,10 @@ def _compress(source: Path, target: Path) -> None:
             inner = info.filename.partition("/")[2]
             large = inner.startswith(_WEIGHTS) and info.file_size > _LARGE
             method = zipfile.ZIP_STORED if large else zipfile.ZIP_DEFLATED
-            smaller.writestr(f"{target.stem}/{inner}", archive.read(info), method)
+            # Without the time: the same files make the same bytes.
+            plain = zipfile.ZipInfo(f"{target.stem}/{inner}")
+            plain.external_attr = 0o600 << 16
+            smaller.writestr(plain, archive.read(info), method)
 
 
 def _flat(cache: CacheSpec) -> dict[str, str]:

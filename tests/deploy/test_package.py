@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -216,6 +219,46 @@ def test_files_that_are_no_package(tmp_path, binary):
     done = subprocess.run([binary, tmp_path / "other.pt2", "2"], input="5", capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
+
+
+def _member(name: str, mode: int = 0o100600) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "reason"),
+    [
+        (_member("model/../../outside"), b"x", "outside"),
+        (_member("/outside"), b"x", "outside"),
+        (_member("model/..\\..\\outside"), b"x", "outside"),
+        (_member("model/data/link", 0o120777), b"/etc", "outside"),
+        (_member("model/data/weights/w"), bytes(100 << 20), "unpack to 104,857,"),
+        (_member("model/extra/lopro_fx.json"), b"{}", "two members"),
+    ],
+)
+def test_hostile_members_are_refused_before_anything_is_unpacked(tmp_path, member, content, reason):
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("model/extra/lopro_fx.json", json.dumps({"format": "lopro_fx package", "version": 1}))
+        archive.writestr(member, content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=reason):
+        lopro_fx.load_package(path)
+    assert names(tmp_path) == ["model.pt2"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_fifo_is_no_package(tmp_path):
+    os.mkfifo(tmp_path / "model.pt2")
+    with pytest.raises(CheckpointError, match="no file"):
+        lopro_fx.load_package(tmp_path / "model.pt2")
+
+
+def test_the_same_files_make_the_same_archive(packaged):
+    with zipfile.ZipFile(packaged.path) as archive:
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_a_full_disk_leaves_nothing(programs, tmp_path):
