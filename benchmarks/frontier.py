@@ -31,10 +31,8 @@ from lopro_fx.models.load import load_model
 BUDGETS = (1.6, 2.03, 2.18, 2.35, 2.65, 3.03, 3.35, 4.15)
 # Bits and ranks of low-rank branches that are compared with budgets of their size.
 RANKS = ((2, 8), (2, 16), (2, 32), (3, 16))
-# Mean ranks of FLRQ by bits, for a fixed rank of the same size.
-_CHOSEN = {2: 16, 3: 8, 4: 4}
-_ROTATED = LoPRo(importance="gradient")
-_FIXED = replace(_ROTATED, transforms=("identity",))
+_ROTATED = LoPRo(importance="gradient", rank=8)
+_FIXED = replace(_ROTATED, transforms=("identity",), rank=1)
 # Without the asymmetric target.
 _PLAIN = replace(TRELLIS, asymmetry=0.0)
 _WIDE = replace(TRELLIS, window=16)
@@ -46,10 +44,12 @@ ROWS: dict[str, tuple[Rounding, Budget | None]] = {
     **{f"budget-{bits}": (TRELLIS, Budget(bits_per_weight=bits)) for bits in BUDGETS},
     **{f"budget-{bits}-plain": (_PLAIN, Budget(bits_per_weight=bits)) for bits in BUDGETS},
     "budget-3.05-window-16": (_WIDE, Budget(bits_per_weight=3.05)),
-    **{f"flrq-{bits}": (FLRQ(bits=bits, importance="gradient"), None) for bits in _CHOSEN},
-    **{f"fixed-{bits}": (replace(_FIXED, bits=bits, rank=rank), None) for bits, rank in _CHOSEN.items()},
-    **{f"rotated-{bits}": (replace(_ROTATED, bits=bits, rank=rank), None) for bits, rank in _CHOSEN.items()},
-    "rotated-3-plain": (replace(_ROTATED, rank=_CHOSEN[3], asymmetry=0.0), None),
+    **{f"flrq-{bits}": (FLRQ(bits=bits, importance="gradient"), None) for bits in (2, 3, 4)},
+    # A rank that costs no more than what FLRQ chooses.
+    **{f"fixed-{bits}": (replace(_FIXED, bits=bits), None) for bits in (2, 3, 4)},
+    "rotated-3": (_ROTATED, None),
+    "rotated-3-plain": (replace(_ROTATED, asymmetry=0.0), None),
+    "groups-3.45": (replace(_ROTATED, rank=0), Budget(bits_per_weight=3.454)),
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib as mpl
 
+from benchmarks.accuracy_tables import peer_name
 from benchmarks.common import RESULTS, ROOT
-from benchmarks.tables import peer_name
 
 _SIZE = (7.5, 4.8)
 # First word of the rows of each peer; llama.cpp's are named by the type alone.

@@ -7,31 +7,17 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`. With --check no
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import RESULTS, ROOT
+from benchmarks import accuracy_tables as accuracy
+from benchmarks.common import ROOT
+from benchmarks.table import rows_of, table
 
 _MARK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_SETTINGS = {
-    "fp32": "fp32",
-    "torchao-rtn-3-g64": "RTN of torchao 0.18, asymmetric, 3 bits g64",
-    "gptq-3-g64": "GPTQ, act-order with static groups, 3 bits g64",
-    "hadamard-3-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 3 bits g32",
-    "lopro-3-g64-unweighted": "LoPRo, rank 19, 3 bits g64, tokens count the same",
-    "lopro-3-g64": '**LoPRo, rank 19, 3 bits g64, `importance="gradient"`**',
-    "trellis-4": '`format="trellis"`, no branch, 4 bits',
-    "trellis-3-rank16": '`format="trellis"`, rank 16, 3 bits',
-    "trellis-3": '**`format="trellis"`, no branch, 3 bits**',
-    "hadamard-2-g32": "random-sign block Hadamard + GPTQ (`rank=0`), 2 bits g32",
-    "lopro-2-g64": '**LoPRo, rank 19, 2 bits g64, `importance="gradient"`**',
-    "trellis-2": '**`format="trellis"`, no branch, 2 bits**',
-}
 _SERVING = {
     "decode-smollm2-4": "SmolLM2-135M, decode of 64 tokens, 4 bits against Q4_0",
     "prefill-smollm2-4": "SmolLM2-135M, prefill of 512 tokens, 4 bits against Q4_0",
@@ -74,148 +60,11 @@ _CONTENDERS = {
     "w4a8, step a token": "4 bits, int8 activations, rotation",
 }
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
-_TASKS = ("hellaswag", "piqa", "arc_easy", "winogrande")
-
-# Rows of the frontier in the README.
-_FRONTIER = (
-    "budget-2.35-asymmetric", "budget-2.65", "budget-3.05-window-16", "budget-3.35", "budget-4.15", "hqq-3", "IQ2_XXS",
-    "IQ3_XXS", "Q2_K", "Q4_0",
-)  # fmt: skip
-_BRANCH = (
-    "trellis-2-rank-8", "budget-2.18", "trellis-2-rank-16", "budget-2.35", "trellis-2-rank-32", "budget-2.65",
-    "trellis-3-rank-16", "budget-3.35",
-)  # fmt: skip
-# Rows of the format "affine".
-_AFFINE = {"flrq": "FLRQ", "fixed": "fixed rank, not rotated", "rotated": "LoPRo, the same rank"}
-_KINDS = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
-# Largest ranks of a column of the histogram.
-_RANKS = (0, 4, 8, 16, 32, 64)
-# Names of packages in benchmarks/peers.py; all in groups of 64.
-_PEERS = {"gptqmodel": "GPTQModel", "hqq": "HQQ", "autoround": "AutoRound"}
-
-
-def quality() -> str:
-    """Perplexity and accuracy of each setting."""
-    rows = {row["row"]: row for row in _rows("accuracy")}
-    lines = []
-    for name, label in _SETTINGS.items():
-        row = rows[name]
-        bits = f"{row['bits_per_weight']:.2f}".removesuffix(".00")
-        lines.append((label, bits, f"{row['perplexity']:.2f}"))
-    return _table(("setting", "bits per weight", "perplexity"), lines)
-
-
-def frontier() -> str:
-    """Budgets, uniform settings and other quantisers by true bits: perplexity, its ratio to the unquantised one, KL and
-    agreement."""
-    return _measured(_by_size())
-
-
-def _measured(rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
-    lines = [
-        (
-            name, f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f}",
-            f"{row['perplexity'] / row['original']:.3f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
-            f"{100 * row['top1']:.1f} %",
-        )
-        for name, row in rows
-    ]  # fmt: skip
-    return _table(("", "bits per weight", "perplexity", "times fp32", "KL", "same token"), lines)
-
-
-def frontier_brief() -> str:
-    """Some rows and columns of it, for the README."""
-    lines = [
-        (name, f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}", f"{row['kl']:.3f}")
-        for name, row in _by_size()
-        if row["row"] in _FRONTIER
-    ]
-    return _table(("setting", "bits per weight", "perplexity", "KL"), lines)
-
-
-def stories() -> str:
-    """Settings and budgets of stories260k."""
-    return _measured([(_own_name(row["row"]), row) for row in _in_order(_rows("frontier_stories"))])
-
-
-def branch() -> str:
-    """Low-rank branches of the trellis, and budgets of their sizes without one."""
-    rows = [row for row in _rows("frontier") if row["row"] in _BRANCH]
-    return _measured([(_own_name(row["row"]), row) for row in _in_order(rows)])
-
-
-def flexible() -> str:
-    """FLRQ, a fixed rank without a rotation, and LoPRo, of one size; 3 bits in groups of 64 and the like."""
-    rows = [row for row in _rows("frontier") if row["row"].split("-")[0] in _AFFINE]
-    return _measured([(_own_name(row["row"]), row) for row in _in_order(rows)])
-
-
-def chosen_ranks() -> str:
-    """Shared inputs by the rank that FLRQ chose, by bits and kind of layer."""
-    lines = []
-    for row in _rows("frontier"):
-        if row["row"].startswith("flrq"):
-            for kind, label in _KINDS.items():
-                found = [rank for name, rank in row["ranks"].items() if name.endswith(kind)]
-                counts = Counter(next(top for top in _RANKS if rank <= top) for rank in found)
-                mean = f"{sum(found) / len(found):.1f}"
-                lines.append((row["row"][-1], label, *(str(counts[top] or "") for top in _RANKS), mean))
-    lows = (0, *(top + 1 for top in _RANKS[:-1]))
-    heads = (str(top) if low == top else f"{low} to {top}" for low, top in zip(lows, _RANKS, strict=True))
-    return _table(("bits", "input of", *heads, "mean"), lines)
-
-
-def zero_shot() -> str:
-    """Accuracy on tasks, with standard errors."""
-    known = [*_rows("accuracy"), *_rows("frontier"), *_rows("peers")]
-    rows = _in_order([row for row in known if "winogrande" in row])
-    lines = [
-        (
-            name, f"{row['bits_per_weight']:.2f}".removesuffix(".00"),
-            *(f"{100 * row[task]:.1f} ± {100 * row[f'{task}_stderr']:.1f}" for task in _TASKS),
-            f"{100 * sum(row[task] for task in _TASKS) / len(_TASKS):.1f}",
-        )
-        for row in rows
-        for name in [_any_name(row["row"])]
-    ]  # fmt: skip
-    return _table(("", "bits per weight", "HellaSwag", "PIQA", "ARC-easy", "WinoGrande", "mean"), lines)
-
-
-def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: row["bits_per_weight"])
-
-
-def _by_size() -> list[tuple[str, dict[str, Any]]]:
-    own = [row for row in _rows("frontier") if row["row"].split("-")[0] in ("budget", "trellis")]
-    return [(_any_name(row["row"]), row) for row in _in_order([*own, *_rows("peers")])]
-
-
-def _any_name(row: str) -> str:
-    if row == "fp32":
-        return row
-    return _own_name(row) if row.split("-")[0] in ("budget", "trellis", *_AFFINE) else peer_name(row)
-
-
-def _own_name(row: str) -> str:
-    kind, bits, *more = row.split("-")
-    if kind in _AFFINE:
-        return f"{_AFFINE[kind]}, {bits} bits" + (", `asymmetry=0`" if "plain" in more else "")
-    name = f"budget of {bits} bits" if kind == "budget" else f"{bits} bits for all"
-    if more[:1] == ["rank"]:
-        name += f", rank {more[1]}"
-    window = ", `window=16`" if "window" in more else ""
-    return f"**{name}{window}{', `asymmetry=0`' if 'plain' in more else ''}**"
-
-
-def peer_name(row: str) -> str:
-    """Name of a row of benchmarks/peers.py for readers."""
-    kind, *bits = row.split("-")
-    return f"{_PEERS[kind]}, {bits[0]} bits" if bits else f"llama.cpp {row}"
 
 
 def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:
     """Both sides of every case of benchmarks/serving.py."""
-    rows = {row["row"]: row for row in _rows(result)}
+    rows = {row["row"]: row for row in rows_of(result)}
     lines = []
     for name in names:
         row = rows[name]
@@ -223,34 +72,36 @@ def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVIN
         ours, theirs = row["peak_rss_mb" if memory else "tokens_per_second"]
         unit, digits = ("MB" if memory else "tokens/s"), 0 if ours >= 300 else 1
         lines.append((labels[name], f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f}", f"{row['ratio']:.2f}"))
-    return _table(("case", "lopro_fx", "other side", "ratio"), lines)
+    return table(("case", "lopro_fx", "other side", "ratio"), lines)
 
 
 def linears() -> str:
     """One Linear on a CPU: microseconds, and how many times faster than bf16."""
     lines = [
         (row["shape"], str(row["tokens"]), row["case"], f"{row['us'] / 1000:.2f} ms", f"{row['times bf16']:.1f}")
-        for row in _rows("cpu_linear")
+        for row in rows_of("cpu_linear")
         if "shape" in row
     ]
-    return _table(("weight", "tokens", "kernel", "time", "times bf16"), lines)
+    return table(("weight", "tokens", "kernel", "time", "times bf16"), lines)
 
 
 def gpu(cases: Iterable[str] = _GPU) -> str:
     """Products on a GPU: microseconds, and how many times faster than bf16."""
     lines = []
     for case in cases:
-        found = {row["contender"]: row for row in _rows("gpu_linear") if row["case"] == case and "microseconds" in row}
+        found = {
+            row["contender"]: row for row in rows_of("gpu_linear") if row["case"] == case and "microseconds" in row
+        }
         for name, row in found.items():
             if (label := _CONTENDERS.get(name)) and "form" not in row:
                 times = f"{row['speed_beside_bf16']:.2f}"
                 lines.append((_GPU[case], label, f"{row['microseconds']:.1f} us", times))
-    return _table(("weight, tokens", "product", "time", "times bf16"), lines)
+    return table(("weight, tokens", "product", "time", "times bf16"), lines)
 
 
 def solving() -> str:
     """Time to solve one layer, on the CPU and on the GPU."""
-    sides = [{row["case"]: row for row in _rows(name)} for name in ("solve_layer", "gpu_solve_layer")]
+    sides = [{row["case"]: row for row in rows_of(name)} for name in ("solve_layer", "gpu_solve_layer")]
 
     def cells(case: str, column: str, formats: tuple[str, str]) -> list[str]:
         return [
@@ -261,33 +112,33 @@ def solving() -> str:
         (case, *cells(case, "seconds", (".0f", ".2f")), *cells(case, "relative_loss", (".5f", ".5f")))
         for case in sides[0]
     ]
-    return _table(("method", "CPU, s", "H100, s", "loss, CPU", "loss, H100"), lines)
+    return table(("method", "CPU, s", "H100, s", "loss, CPU", "loss, H100"), lines)
 
 
 def trellis() -> str:
     """Relative loss of one layer's units by choice of the trellis format, and seconds to solve them."""
     lines = [
         (row["case"], *(f"{100 * loss:.3f} %" for loss in row["losses"]), f"{row['seconds']:.0f} s")
-        for row in _rows("trellis") if "case" in row
+        for row in rows_of("trellis") if "case" in row
     ]  # fmt: skip
-    return _table(("choice", "q/k/v", "o", "gate/up", "down", "time"), lines)
+    return table(("choice", "q/k/v", "o", "gate/up", "down", "time"), lines)
 
 
 def searching() -> str:
     """Microseconds a weight of the trellis's search, by instruction set, bits and window."""
-    rows = [row for row in _rows("trellis") if "search" in row]
+    rows = [row for row in rows_of("trellis") if "search" in row]
     times = {(row["search"], row["bits"], row["window"]): f"{1e6 / row['weights_per_second']:.2f} us" for row in rows}
     sizes = sorted({row["window"] for row in rows})
     lines = [
         (path, str(bits), *(times[path, bits, window] for window in sizes))
         for path, bits in dict.fromkeys((row["search"], row["bits"]) for row in rows)
     ]
-    return _table(("instructions", "bits", *(f"window {window}" for window in sizes)), lines)
+    return table(("instructions", "bits", *(f"window {window}" for window in sizes)), lines)
 
 
 def sketches() -> str:
     """Seconds of a low-rank approximation, and its squared error over that of the best."""
-    cells = {(row["case"], row["iterations"], tuple(row["shape"])): row for row in _rows("sketch")}
+    cells = {(row["case"], row["iterations"], tuple(row["shape"])): row for row in rows_of("sketch")}
     shapes = list(dict.fromkeys(shape for _, _, shape in cells))
     lines = []
     for case, its in dict.fromkeys((case, its) for case, its, _ in cells):
@@ -295,25 +146,25 @@ def sketches() -> str:
         found = [text for row in rows for text in (f"{row['seconds']:.2f} s", f"{row['error_over_best']:.4f}")]
         lines.append((case, str(its or ""), *found, *[""] * (2 * (len(shapes) - len(rows)))))
     heads = [text for m, n in shapes for text in (f"{m}×{n}", "error")]
-    return _table(("approximation", "iterations", *heads), lines)
+    return table(("approximation", "iterations", *heads), lines)
 
 
 def families() -> str:
     """What became of every architecture, by step."""
-    columns = [name for name in _rows("families")[0] if name not in ("architecture", "seconds")]
+    columns = [name for name in rows_of("families")[0] if name not in ("architecture", "seconds")]
     lines = []
     for column in columns:
-        outcomes = Counter(row.get(column, "-").partition(":")[0] for row in _rows("families"))
+        outcomes = Counter(row.get(column, "-").partition(":")[0] for row in rows_of("families"))
         outcomes.pop("-", None)
         rest = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if outcome != "ok")
         lines.append((column, str(outcomes["ok"]), rest))
-    return _table(("step / head bits", "as transformers", "others"), lines)
+    return table(("step / head bits", "as transformers", "others"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "quality": quality,
-    "frontier": frontier,
-    "frontier-brief": frontier_brief,
+    "quality": accuracy.quality,
+    "frontier": accuracy.frontier,
+    "frontier-brief": accuracy.frontier_brief,
     "serving": serving,
     "serving-avx2": lambda: serving(_SERVING_AVX2, _SERVING_AVX2, "serving_avx2"),
     "serving-brief": lambda: serving(_BRIEF),
@@ -324,11 +175,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis,
     "searching": searching,
     "sketches": sketches,
-    "branch": branch,
-    "flexible": flexible,
-    "chosen-ranks": chosen_ranks,
-    "zero-shot": zero_shot,
-    "stories": stories,
+    "branch": accuracy.branch,
+    "flexible": accuracy.flexible,
+    "chosen-ranks": accuracy.chosen_ranks,
+    "zero-shot": accuracy.zero_shot,
+    "stories": accuracy.stories,
 }
 
 
@@ -352,15 +203,6 @@ def main() -> None:
         if not check:
             page.write_text(filled(page.read_text()))
     sys.exit(bool(check and stale))
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-
-
-def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    rule = tuple("---" for _ in head)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
 if __name__ == "__main__":
