@@ -20,9 +20,9 @@ from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.solution import GroupSolution
 
 _CASES = {
-    "lopro, rank 16": LoPRo(bits=3, rank=16),
+    "lopro, rank 16": LoPRo(bits=3, rank=16, asymmetry=0),
     "gptq": GPTQ(bits=3),
-    "trellis": LoPRo(format="trellis", bits=3, rank=0),
+    "trellis": LoPRo(format="trellis", bits=3, rank=0, asymmetry=0),
 }
 
 

@@ -116,7 +116,7 @@ def main() -> None:
     units = [(weights, seen) for weights, seen in _SEEN if seen.tokens]
     rows: list[dict[str, Any]] = []
     for name, settings, changes in CASES:
-        chosen = {"format": "trellis", "rank": 0, "importance": "gradient", **settings}
+        chosen = {"format": "trellis", "rank": 0, "importance": "gradient", "asymmetry": 0, **settings}
         with ExitStack() as stack:
             for change in changes:
                 stack.enter_context(change)

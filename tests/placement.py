@@ -74,7 +74,9 @@ def check_reads(name: str) -> None:
 
         def solved(x: torch.Tensor = x, weight: torch.Tensor = weight) -> object:
             x, weight = x.to(ELSEWHERE), weight.to(ELSEWHERE)
-            stats = Statistics({"gram": x.T @ x / len(x), "magnitude": x.abs().mean(0)}, len(x), len(x))
+            drift = torch.zeros_like(gram := x.T @ x / len(x))
+            values = {"gram": gram, "magnitude": x.abs().mean(0), "drift": drift}
+            stats = Statistics(values, len(x), len(x))
             return config.solution([weight], stats, generator())
 
         reads.append(placed(solved)[1].reads)

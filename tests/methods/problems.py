@@ -10,7 +10,7 @@ from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.kernels.formats.affine.rounded import AffineRounded
 from lopro_fx.kernels.formats.registry import dequantize
 from lopro_fx.kernels.formats.scales import stored_scales
-from lopro_fx.methods.observers import Gram, Magnitude, Statistics
+from lopro_fx.methods.observers import Drift, Gram, Magnitude, Statistics
 from lopro_fx.methods.prior import informed
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.solution import GroupSolution
@@ -73,7 +73,7 @@ EDGES: dict[str, Problem] = {
 
 
 def statistics(x: Tensor) -> Statistics:
-    return measure([x], "layer", "node", [Gram(), Magnitude()])
+    return measure([x], "layer", "node", [Gram(), Magnitude(), Drift()])
 
 
 def run(problem: Problem, config: Rounding, seed: int = 0) -> GroupSolution:
