@@ -96,7 +96,9 @@ class LockstepRunner:
         for node, spec in zip(program.graph.find_nodes(op="placeholder"), specs, strict=True):
             if spec.kind == InputKind.USER_INPUT:
                 for values, batch in zip(self._values, batches, strict=True):
-                    values[node] = self._near(batch[user])
+                    # A graph may write to an input, such as a cache: each run writes to a copy of its own.
+                    given = batch[user]
+                    values[node] = self._near(given.clone() if self._mutates and isinstance(given, Tensor) else given)
                 user += 1
                 continue
             assert spec.target is not None
