@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.runner import LockstepRunner
@@ -169,3 +170,24 @@ def test_a_node_that_fails_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"'index'.*aten\.index\.Tensor") as caught:
         _stops(program, [((torch.tensor([0, 9]),), {})])
     assert "\n" not in str(caught.value)
+
+
+class _Written(nn.Module):
+    """Writes to an input, as models with a cache of the caller's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        return self.linear(total)
+
+
+def test_inputs_that_a_graph_writes_to_stay_as_they_were() -> None:
+    batch = torch.ones(3, 8), torch.zeros(3, 8)
+    program = torch.export.export(_Written(), batch, strict=False)
+    runners = [LockstepRunner(program, [batch]) for _ in range(2)]
+    first, second = (runner.outputs()[0] for runner in runners)
+    assert not batch[1].any()
+    assert torch.equal(pytree.tree_leaves(first)[-1], pytree.tree_leaves(second)[-1])
