@@ -194,7 +194,7 @@ def _twin(model: Any, state: Any) -> Any:
             dense = dense_weight(state.inputs[site.input], site)
             weight = weights[f"{name}.weight" if f"{name}.weight" in weights else name]
             # Some are stored transposed, and of a square one the shape doesn't tell.
-            forms = [form for form in (dense, dense.T) if form.shape == weight.shape]
+            forms = [form for form in (dense, dense.mT) if form.shape == weight.shape]
             weight.copy_(min(forms, key=lambda form: (form - weight).norm()))
     return twin
 

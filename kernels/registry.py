@@ -28,16 +28,25 @@ def register(schema: str, kernel: Callable[..., torch.Tensor]) -> None:
     _library.impl(name, _on_one_device(name, kernel), "CompositeImplicitAutograd")
 
 
-def register_opaque(schema: str, kernel: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
+def register_opaque(
+    schema: str,
+    kernel: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+    derivative: tuple[Callable[..., Any], Callable[..., None]] | None = None,
+) -> None:
     """Define `lopro::<schema>` as an operator that stays one node in compiled programs.
 
-    `kernel` serves every backend that has none of its own, `fake` makes the result's shape and dtype.
+    `kernel` serves every backend that has none of its own, `fake` makes the result's shape and dtype, `derivative` is
+    the backward function and what saves its operands, as in `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _on_one_device(name, kernel), "CompositeExplicitAutograd")
     # An operand on meta among others on a CPU brings the call here, before any kernel.
     torch.library.register_fake(f"lopro::{name}", _on_one_device(name, fake), lib=_library)
+    if derivative is not None:
+        backward, save = derivative
+        torch.library.register_autograd(f"lopro::{name}", backward, setup_context=save, lib=_library)
 
 
 def register_triton(name: str, launch: Callable[..., Any]) -> Any:

@@ -18,6 +18,7 @@ from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rtn import RTN
+from lopro_fx.methods.tileq import TileQ
 from lopro_fx.packages.aoti import export_aoti
 from lopro_fx.packages.package import load_package, package
 from lopro_fx.passes.optimize import optimize
@@ -48,6 +49,7 @@ __all__ = [
     "Plan",
     "QuantState",
     "Report",
+    "TileQ",
     "__version__",
     "apply",
     "backend_report",

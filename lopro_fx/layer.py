@@ -5,6 +5,7 @@ W ≈ (Q + B A) Tᵀ    Q: `Layer.weight`, B: `Layer.up`, A: `Input.down`, T: `I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,15 +113,18 @@ class Input:
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantised Linear.
+    """One quantised Linear, or the experts of a layer.
 
     Args:
         name: fully qualified.
         input: name of its `Input`.
-        weight: packed, (out_features, in_features) of the transformed input.
-        up: low-rank up factor; None without a branch.
+        weight: packed, (out_features, in_features) of the transformed input, or such for each of the experts.
+        up: low-rank up factor; None without a branch. Of experts, (columns, out_features, rank), with dim=-1.
         metrics: the layer's row in the report, ready for JSON.
         embedding: whether embeddings that share the weight read it packed too.
+        cells: int32 (experts, 2), row of the down factor and column of the up factor of each expert; None gives each
+            its own. The input's down factor is (rows * rank, in_features).
+        core: fp16 (experts, rank, rank) between the factors; None for the identity.
     """
 
     name: str
@@ -129,19 +133,33 @@ class Layer:
     up: Factor | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     embedding: bool = False
+    cells: Tensor | None = None
+    core: Tensor | None = None
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.weight.shape[-2]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self.weight.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts; 0 for a Linear."""
+        return self.weight.experts
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.weight.shape)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by buffer name: those of the format, up, up_scale."""
-        return {**self.weight.tensors, **_named("up", self.up)}
+        """Tensors by buffer name: those of the format, up, up_scale, cells, core."""
+        others = {"cells": self.cells, "core": self.core}
+        given = {key: tensor for key, tensor in others.items() if tensor is not None}
+        return {**self.weight.tensors, **_named("up", self.up), **given}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -155,15 +173,29 @@ class Layer:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Layer:
         """Return a copy with `change` applied to each tensor."""
-        return replace(self, weight=self.weight.map(change), up=_mapped(self.up, change))
+        cells, core = (None if tensor is None else change(tensor) for tensor in (self.cells, self.core))
+        return replace(self, weight=self.weight.map(change), up=_mapped(self.up, change), cells=cells, core=core)
 
 
 def dense_weight(shared: Input, layer: Layer) -> Tensor:
-    """Return the matrix that the operators amount to: fp32 (out_features, in_features), in original coordinates."""
+    """Return what the operators amount to, in original coordinates: fp32, of the weight's shape."""
     dense = dequantize(layer.weight, torch.float32)
     if layer.up is not None and shared.down is not None:
-        dense = dense + layer.up.dense() @ shared.down.dense()
+        dense = dense + branch(shared.down, layer)
     return shared.transform.inverse(dense)
+
+
+def branch(down: Factor, layer: Layer) -> Tensor:
+    """Return the low-rank branch of a layer that has one: fp32, of the weight's shape, in transformed coordinates."""
+    assert layer.up is not None
+    up, low = layer.up.dense(), down.dense()
+    if not layer.experts:
+        return up @ low
+    low = low.view(-1, layer.up.rank, low.shape[1])
+    if layer.cells is not None:
+        rows, columns = layer.cells.long().unbind(1)
+        up, low = up[columns], low[rows]
+    return (up if layer.core is None else up @ layer.core.to(torch.float32)) @ low
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:

@@ -103,7 +103,7 @@ def require_possible(selection: Selection, method: Rounding, budget: Budget) -> 
         ConfigError: says what is possible.
     """
     head, head_weights = _heads(selection, method)
-    weights = head_weights + sum(site.out_features * site.in_features for g in selection.groups for site in g.sites)
+    weights = head_weights + sum(site.weights for g in selection.groups for site in g.sites)
     limit = budget.bytes_for(weights)
     parts = (part for group in selection.groups for part in parts_of(group, method))
     smallest = (options_of(Sensitivity(part), method) for part in parts)
@@ -121,7 +121,7 @@ def _heads(selection: Selection, method: Rounding) -> tuple[int, int]:
     """Bytes and weights of the output projections; the sites of a head share one weight."""
     heads = [site for head in selection.heads for site in head.sites[:1]]
     size = sum(packed_bytes(head_method(method), (site.out_features, site.in_features)) for site in heads)
-    return size, sum(site.out_features * site.in_features for site in heads)
+    return size, sum(site.weights for site in heads)
 
 
 def planned(
@@ -137,7 +137,7 @@ def planned(
     """Make the plan of `plan` on `batches`, flattened inputs on `device`."""
     groups = selection.groups
     head, head_weights = _heads(selection, method)
-    weights = sum(site.out_features * site.in_features for group in groups for site in group.sites)
+    weights = sum(site.weights for group in groups for site in group.sites)
     limit = budget.bytes_for(weights + head_weights)
     limit = None if limit is None else limit - head
     text = text_of(program, batches)
@@ -154,7 +154,7 @@ def planned(
     choices = tuple(
         Choice(
             tuple(site.name for site in part.sites),
-            sum(site.out_features * site.in_features for site in part.sites),
+            sum(site.weights for site in part.sites),
             option,
         )
         for part, option in zip(found, chosen, strict=True)

@@ -24,6 +24,7 @@ from lopro_fx.errors import CalibrationError, ConfigError, LoProError, first_lin
 from lopro_fx.kernels.formats.registry import format_of
 from lopro_fx.layer import Activation, Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, Method, Solved, Unit, seed_of
+from lopro_fx.methods.experts import solve_experts
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import Rounding, pack_solution
@@ -35,7 +36,7 @@ from lopro_fx.passes.rewrite import RewritePass
 from lopro_fx.passes.sites import Group, Selection, weight_of
 from lopro_fx.plan import plannable, planned, require_possible
 from lopro_fx.progress import Progress, bar
-from lopro_fx.selection import require_finite, select, warn_of_patterns
+from lopro_fx.selection import require_finite, select, warn_of_lost, warn_of_patterns
 from lopro_fx.state import QuantState
 from lopro_fx.store.journal import Journal
 
@@ -102,6 +103,7 @@ def calibrate(
     if budget is not None and method is not None:
         require_possible(selection, method, budget)
     warn_of_patterns(selection, config)
+    warn_of_lost(selection)
     settings = _settings(selection, config)
     require_finite(program, selection)
     batches = None if calibration is None else flatten_batches(program, calibration, place)
@@ -210,7 +212,8 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
     generator = torch.Generator().manual_seed(seed_of(unit.name, config.seed))
     started = time.monotonic()
     try:
-        found = config.solve(unit, seen, Context(place, generator))
+        context = Context(place, generator)
+        found = solve_experts(config, unit, seen, context) if unit.experts else config.solve(unit, seen, context)
     except (LoProError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
@@ -220,6 +223,11 @@ def _solve(unit: Unit, seen: Statistics, config: Method, place: torch.device) ->
     notes, known = [], {}
     if seen.tokens:
         known["distinct_tokens"] = seen.distinct
+        if seen.experts:
+            known["expert_tokens"] = routed = [own.routed for own in seen.experts]
+            few = sum(tokens < unit.in_features for tokens in routed)
+            if few:
+                notes.append(f"{few} of {len(routed)} experts have fewer tokens than {unit.in_features} inputs")
         if seen.distinct < unit.in_features:
             notes.append(f"{seen.distinct} distinct tokens for {unit.in_features} inputs")
     damp, used = getattr(config, "damp", None), max(layer.metrics.get("damp", 0.0) for layer in solved.layers)
@@ -262,7 +270,7 @@ def _reported(solved: Solved, method: str, started: float, known: Mapping[str, A
             **layer.metrics,
             "method": method,
             **layer.facts,
-            "bits_per_weight": 8 * size / (layer.out_features * layer.in_features),
+            "bits_per_weight": 8 * size / layer.weights,
             "seconds": (time.monotonic() - started) / len(solved.layers),
             **known,
         }
@@ -289,7 +297,7 @@ class _Result:
         self.progress = progress
         # Distinct tokens and inputs of the units with fewer tokens than inputs, by name.
         self._few: dict[str, tuple[int, int]] = {}
-        self._total = sum(site.out_features * site.in_features for site in selection.sites)
+        self._total = sum(site.weights for site in selection.sites)
         self._done = 0
         progress(0, self._total, "")
 
@@ -300,7 +308,7 @@ class _Result:
             self.tokens = max(self.tokens, seen.tokens)
             if seen.tokens and seen.distinct < solved.input.in_features:
                 self._few[solved.input.name] = seen.distinct, solved.input.in_features
-        self._done += sum(layer.out_features * layer.in_features for layer in solved.layers)
+        self._done += sum(layer.weights for layer in solved.layers)
         self.progress(self._done, self._total, solved.input.name)
 
     def warn_of_few_tokens(self) -> None:

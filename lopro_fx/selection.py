@@ -29,6 +29,14 @@ def select(program: ExportedProgram, config: Method) -> Selection:
     return selection
 
 
+def warn_of_lost(selection: Selection) -> None:
+    """Warn of parameters that look like experts and were not recognised: they may be most of the model."""
+    lost = [item for item in selection.skipped if item.lost]
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warnings.warn(f"'{lost[0].name}'{more} is not quantised: {lost[0].reason}", stacklevel=4)
+
+
 def warn_of_patterns(selection: Selection, config: Method) -> None:
     """Warn of patterns that match no Linear: a mistyped one takes nothing, or excludes nothing."""
     solved = [site.name for group in selection.groups for site in group.sites]

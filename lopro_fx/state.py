@@ -35,7 +35,7 @@ class QuantState:
     @property
     def weights(self) -> int:
         """Number of weights that were quantised."""
-        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
+        return sum(layer.weights for layer in self.layers.values())
 
     @property
     def bits_per_weight(self) -> float:

@@ -63,7 +63,7 @@ def stored_weight(node: Node, stored: Callable[[Node], Tensor]) -> Packed:
     """Packed weight of a node; `stored` gives the tensors of its operands."""
     call, format = operands(node), format_of(node)
     tensors = {name: stored(call.named[name]) for name in format.tensor_names}
-    width = call.named["in_features"] if "ids" in call.named else call.x.meta["val"].shape[-1]
+    width = call.named["in_features"] if "in_features" in call.named else call.x.meta["val"].shape[-1]
     return format.of({**call.named, **tensors}, int(width))
 
 
@@ -98,7 +98,7 @@ class PackedPass(ProgramPass):
     """
 
     def requires(self, program: ExportedProgram) -> None:
-        if not packed_calls(program.graph, "linear", "site", "int8"):
+        if not packed_calls(program.graph, "linear", "site", "int8", "experts"):
             raise GraphError(
                 "the program holds no packed Linear to optimise; quantise it first, and don't decompose it in between"
             )

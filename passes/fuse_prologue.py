@@ -8,8 +8,19 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import ROTATE, ROUND, PackedPass, kind_of, packed_calls, same_shape, table_of, weight_fqn
+from lopro_fx.passes.calls import (
+    ROTATE,
+    ROUND,
+    PackedPass,
+    format_of,
+    kind_of,
+    packed_calls,
+    same_shape,
+    table_of,
+    weight_fqn,
+)
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands
 from lopro_fx.passes.mutation import written_between
@@ -78,7 +89,9 @@ def as_site(editor: ProgramEditor, node: Node) -> Node:
     """Replace a packed Linear by a "site"; return a site itself."""
     if kind_of(node) == "site":
         return node
-    site = editor.add_operator(node, f"site_{node.name}", fused_operands(node), node)
+    site = editor.add_operator(
+        node, f"site_{node.name}", fused_operands(node, operator_of(format_of(node).name, "site")), node
+    )
     site.meta[META] = node.meta[META]
     editor.replace(node, site)
     return site

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -69,20 +72,23 @@ def unrounded(node: Node) -> Node:
     return operands(node).x if rounded is None else operands(rounded).x
 
 
-def fused_operands(node: Node) -> Operands:
-    """Operands of a "site" of a packed Linear with its rotation and projection, and without rounding."""
+def fused_operands(node: Node, operator: OpOverload, **others: Any) -> Operands:
+    """Operands of `operator`, such as a "site", of a packed Linear with its rotation and projection, and without
+    rounding; `others` are further ones."""
     call, x = operands(node).replace(x=unrounded(node)), unrounded(node)
     rotation = operands(x).named if x.target is ROTATE else {"block": 1, "skip": 0}
     projection = {}
     if call.latent is not None:
         project = operands(call.latent)
         projection = {"down": project.down, "down_scale": project.scale}
-    return call.replace(latent=None).to(operator_of(format_of(node).name, "site"), **rotation, **projection)
+    # An operator without defaults needs a value for each operand.
+    turn = {"perm": None, "signs": None, **rotation}
+    return call.replace(latent=None).to(operator, **turn, **projection, **others)
 
 
 def _fuse(editor: ProgramEditor, node: Node) -> None:
-    call = operands(node)
-    fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(node), node)
+    call, operator = operands(node), operator_of(format_of(node).name, "site")
+    fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(node, operator), node)
     fused.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
     editor.replace(node, fused)
     for gone in (call.latent, call.x if call.x.target is ROTATE else None):

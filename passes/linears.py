@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from lopro_fx.passes.base import ProgramPass, counters
 from lopro_fx.passes.editor import ProgramEditor
+from lopro_fx.passes.experts import ExpertsPass
 from lopro_fx.passes.inline import InlineModesPass
 from lopro_fx.passes.weights import FLOATS, Seen, Weights
 
@@ -58,8 +59,9 @@ class LinearsPass(ProgramPass):
 
 
 def as_linears(program: ExportedProgram) -> ExportedProgram:
-    """Prepare a program for `find_sites`: inline graphs that only switch modes, rewrite products as `aten.linear`."""
-    return LinearsPass()(InlineModesPass()(program))
+    """Prepare a program for `find_sites`: inline graphs that only switch modes, rewrite products as `aten.linear`, and
+    those of experts as `lopro::routed_linear`."""
+    return ExpertsPass()(LinearsPass()(InlineModesPass()(program)))
 
 
 def _products(program: ExportedProgram) -> bool:

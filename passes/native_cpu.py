@@ -16,7 +16,8 @@ from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
 
 
 class NativeCpuPass(PackedPass):
-    """Replace each "site", and each "linear" with its rotation and projection, by the format's "cpu" operator.
+    """Replace each "site", and each "linear" with its rotation and projection, by the format's "cpu" operator, and
+    experts by its "cpu_experts".
 
     Each reader of a shared rotation or projection computes it again, which costs less than a separate operator.
     Parameters no longer require gradients. Skipped, with the reason in the record: a Linear whose format has no such
@@ -46,7 +47,7 @@ class NativeCpuPass(PackedPass):
         for placeholder in editor.graph.find_nodes(op="placeholder"):
             editor.freeze(placeholder)
         notes: list[Note] = []
-        for node in packed_calls(editor.graph, "linear", "site"):
+        for node in packed_calls(editor.graph, "linear", "site", "experts"):
             reason = _reason_to_leave(node)
             notes.append({"what": sites_of(node), **({"reason": reason} if reason else {})})
             if reason is None:
@@ -56,9 +57,9 @@ class NativeCpuPass(PackedPass):
     def _replace(self, editor: ProgramEditor, node: Node) -> None:
         call, fused = operands(node), kind_of(node) == "site"
         rounded = None if fused else rounding_of(node)
-        site = call if fused else fused_operands(node)
         act_bits = self.act_bits if rounded is None else operands(rounded).bits
-        site = site.to(operator_of(format_of(node).name, "cpu"), act_bits=act_bits)
+        operator = operator_of(format_of(node).name, _kernel_of(node))
+        site = call.to(operator, act_bits=act_bits) if fused else fused_operands(node, operator, act_bits=act_bits)
         native = editor.add_operator(node, f"native_{node.name}", site, node)
         native.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
         editor.replace(node, native)
@@ -72,10 +73,16 @@ class NativeCpuPass(PackedPass):
             self.promise(_reason_to_leave(node) is not None, f"'{sites_of(node)[0]}' is still a {node.target}")
 
 
+def _kernel_of(node: Node) -> str:
+    """Kind of the operator that replaces a packed node."""
+    return "cpu_experts" if kind_of(node) == "experts" else "cpu"
+
+
 def _reason_to_leave(node: Node) -> str | None:
     format = format_of(node)
-    if operator_of(format.name, "cpu") is None:
-        return f"format '{format.name}' has no compiled kernel for CPUs"
+    if operator_of(format.name, _kernel_of(node)) is None:
+        of = " of experts" if kind_of(node) == "experts" else ""
+        return f"format '{format.name}' has no compiled kernel{of} for CPUs"
     if kind_of(node) == "site":
         return None
     call = operands(node)

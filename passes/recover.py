@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.layer import Activation, Factor, Input, Layer, Transform
-from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, packed_calls, stored_weight
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, kind_of, packed_calls, stored_weight
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.passes.weights import parameter_fqns, tensor_of
@@ -33,11 +33,15 @@ def recover(program: ExportedProgram) -> tuple[dict[str, Input], dict[str, Layer
 
     looked_up = {name for node in packed_calls(program.graph, "embedding") for name in sites_of(node)}
     layers: dict[str, Layer] = {}
-    for node in packed_calls(program.graph, "linear"):
+    for node in packed_calls(program.graph, "linear", "experts"):
         (name,), call = sites_of(node), operands(node)
         if name not in layers:
-            up, weight = factor(call.up, call.up_scale, 1), stored_weight(node, stored)
-            layers[name] = Layer(name, group_of(node), weight, up, record["sites"][name], name in looked_up)
+            up, weight = (
+                factor(call.up, call.up_scale, -1 if kind_of(node) == "experts" else 1),
+                stored_weight(node, stored),
+            )
+            others = {key: stored(call.named[key]) for key in ("cells", "core") if call.named.get(key) is not None}
+            layers[name] = Layer(name, group_of(node), weight, up, record["sites"][name], name in looked_up, **others)
     transforms = {group_of(node): operands(node) for node in _calls(program, ROTATE)}
     projections = {group_of(node): operands(node) for node in _calls(program, PROJECT)}
     roundings = {group_of(node): operands(node) for node in _calls(program, ROUND)}

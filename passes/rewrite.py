@@ -1,4 +1,5 @@
-"""Replace each calibrated Linear by rotate → project, round_activation → packed linear; tied embeddings by lookups."""
+"""Replace each calibrated Linear by rotate → project, round_activation → packed linear, and experts likewise; tied
+embeddings by lookups."""
 
 from __future__ import annotations
 
@@ -65,8 +66,7 @@ class RewritePass(ProgramPass):
                 "are missing); was it exported from the same model, and not quantised or decomposed yet?"
             )
         for name, packed in self._layers.items():
-            have = (found[name].out_features, found[name].in_features)
-            want = (packed.out_features, packed.in_features)
+            have, want = found[name].shape, tuple(packed.weight.shape)
             if have != want:
                 raise GraphError(f"Linear '{name}' has a weight of {have}, but was calibrated as {want}")
 
@@ -80,7 +80,7 @@ class RewritePass(ProgramPass):
         uses = [(editor.by_name[node.name], site) for site in self._ordered(found) for node in site.nodes]
         for node, site in sorted(uses, key=lambda use: order[use[0]]):
             self._rewrite(editor, node, site, own[site.name], shared, inputs)
-            counters["rewrite.linear"] += 1
+            counters["rewrite.experts" if site.experts else "rewrite.linear"] += 1
         for name, packed in self._layers.items():
             for node in found[name].embeddings if packed.embedding else ():
                 _look_up(editor, editor.by_name[node.name], packed, own[name])
@@ -90,7 +90,7 @@ class RewritePass(ProgramPass):
         return editor.finish()
 
     def ensures(self, program: ExportedProgram) -> None:
-        done = {name for node in packed_calls(program.graph, "linear") for name in sites_of(node)}
+        done = {name for node in packed_calls(program.graph, "linear", "experts") for name in sites_of(node)}
         for name in self._layers:
             self.promise(name in done, f"'{name}' is not packed")
 
@@ -109,7 +109,6 @@ class RewritePass(ProgramPass):
         layer = self._layers[site.name]
         group = self._inputs[layer.input]
         source = linear.args[0]
-        bias = linear.args[2] if len(linear.args) > 2 else None
         assert isinstance(source, Node)
         known = inputs.get((group.name, source))
         # A value that was written in place since is another one.
@@ -117,9 +116,13 @@ class RewritePass(ProgramPass):
             rotated, latent = self._input_side(editor, linear, source, group, shared[group.name])
         else:
             rotated, latent = known.rotated, known.latent
+        if site.experts:
+            kind, others = "experts", {"ids": linear.args[1], "slots": linear.args[3]}
+        else:
+            kind, others = "linear", {"bias": linear.args[2] if len(linear.args) > 2 else None}
         operands = Operands.of(
-            operator_of(layer.weight.format, "linear"), x=rotated, bias=bias,
-            latent=None if layer.up is None else latent, **layer.weight.spec, **own,
+            operator_of(layer.weight.format, kind), x=rotated, latent=None if layer.up is None else latent,
+            **layer.weight.spec, **own, **others,
         )  # fmt: skip
         call = editor.add_operator(linear, f"packed_{linear.name}", operands, linear)
         call.meta[META] = Mark(site=site.name, group=group.name)

@@ -1,14 +1,18 @@
-"""Find every Linear of an exported program.
+"""Find every Linear of an exported program, and every stack of experts.
 
 A site is a parameter that multiplies activations in `aten.linear`, as it is or transposed. Its name is the fully
 qualified name (FQN) of the module that owns the weight, so one calibrated result fits every program of a model. A
 shared weight is named after the module that computes the first Linear. Sites whose Linear nodes read the same tensor
 form a group: they share one Gram matrix, one rotation and one low-rank down factor.
+
+The experts of a layer are one site too: a parameter (experts, out_features, in_features) of `lopro::routed_linear`,
+named by its own FQN. They form a group with others that read the same tensor by the same ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lopro_fx.passes.experts import ROUTED
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.routers import find_routers
 from lopro_fx.passes.ties import identity
@@ -26,6 +31,9 @@ from lopro_fx.passes.weights import FLOATS, Seen, Weights, tensor_of
 aten = torch.ops.aten
 _EMBEDDING = aten.embedding.default
 _LINEAR = aten.linear.default
+# Products that are quantised, with the position of the weight.
+_TAKEN = {_LINEAR: (1,), ROUTED: (2,)}
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 # Other products, with the positions of operands that can be weights; with a parameter they are reported as skipped.
 _PRODUCTS = {
     aten.addmm: (1, 2),
@@ -52,7 +60,8 @@ class Site:
     """One Linear: FQN of its module, its weight's and bias's FQN, and every node that applies it.
 
     `embeddings` are the `aten.embedding` nodes whose table is the same tensor, `owners` the names of all modules that
-    have it as their `weight`. With `transposed`, the weight is stored as (in_features, out_features).
+    have it as their `weight`. With `transposed`, the weight is stored as (in_features, out_features). `experts` is the
+    number of such matrices in the weight, 0 for a Linear.
     """
 
     name: str
@@ -65,6 +74,17 @@ class Site:
     embeddings: list[Node] = field(default_factory=list)
     transposed: bool = False
     owners: Sequence[str] = ()
+    experts: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight: (out_features, in_features), after the number of experts."""
+        return (*([self.experts] if self.experts else []), self.out_features, self.in_features)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
 
 @dataclass
@@ -88,15 +108,21 @@ class Group:
     def in_features(self) -> int:
         return self.sites[0].in_features
 
+    @property
+    def experts(self) -> int:
+        """Number of experts; 0 for Linears."""
+        return self.sites[0].experts
+
 
 @dataclass(frozen=True)
 class Skipped:
-    """A product with a parameter that is not quantised, with the reason."""
+    """A parameter that multiplies something and is not quantised, with the reason; `lost` if it looks like experts."""
 
     name: str
     target: str
     shape: tuple[int, ...]
     reason: str
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +166,7 @@ def find_sites(
     skipped: list[Skipped] = []
     rejected: set[str] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or (node.target is not _LINEAR and _packet(node) not in _PRODUCTS):
+        if node.op != "call_function" or (node.target not in _TAKEN and _packet(node) not in _PRODUCTS):
             continue
         found = _weight_of(node, weights)
         if found is None:
@@ -155,9 +181,12 @@ def find_sites(
         tensor = tensor_of(program, fqn)
         tied = names.get(identity(tensor), ())
         name = sites[fqn].name if fqn in sites else _name(node, fqn, tied)
-        transposed = not found.whole and found.transposed
+        experts = node.target is ROUTED
+        whole, transposed = (found.whole_stack, found.transposed_stack) if experts else (found.whole, found.transposed)
+        transposed = transposed and not whole
         if fqn in sites:
-            if node.target is _LINEAR and (found.whole or transposed) and transposed == sites[fqn].transposed:
+            same = transposed == sites[fqn].transposed and experts == bool(sites[fqn].experts)
+            if node.target in _TAKEN and (whole or transposed) and same:
                 sites[fqn].nodes.append(node)
                 continue
             # Packed rows serve one form only; keeping the weight for the other would save nothing.
@@ -177,27 +206,48 @@ def find_sites(
             reason = output or _reason_to_keep(node, routers)
         if reason:
             rejected.add(fqn)
-            skipped.append(Skipped(name, str(node.target), tuple(tensor.shape), reason))
+            lost = tensor.dim() > 2 and node.target not in _TAKEN and _packet(node) not in _CONVOLUTIONS
+            skipped.append(Skipped(name, str(node.target), tuple(tensor.shape), reason, lost))
             continue
-        matrix = tensor.t() if transposed else tensor
-        bias = node.args[2] if len(node.args) > 2 else None
+        matrix = tensor.mT if transposed else tensor
+        bias = node.args[2] if len(node.args) > 2 and not experts else None
         bias_fqn = weights.fqns.get(bias.name) if isinstance(bias, Node) else None
         tables = [reader for reader, table in embeddings.items() if identity(table) == identity(matrix)]
         owners = [other.removesuffix(".weight") for other in tied]
-        rows, width = matrix.shape
-        sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed, owners)
+        count, (rows, width) = matrix.shape[0] if experts else 0, matrix.shape[-2:]
+        sites[fqn] = Site(name, fqn, bias_fqn, rows, width, tensor.dtype, [node], tables, transposed, owners, count)
     skipped += [
         Skipped(name, target, (), f"inside the nested graph of {parent}; only the top-level graph is rewritten")
         for parent, name, target in _nested_linears(program.graph_module, weights)
     ]
+    skipped += _unknown_stacks(program, weights, {*sites, *rejected})
     grouped = _grouped(site for fqn, site in sites.items() if fqn not in outputs)
     return Selection(grouped, skipped, [Group([site]) for fqn, site in sites.items() if fqn in outputs])
 
 
 def weight_of(program: ExportedProgram, site: Site) -> torch.Tensor:
-    """The site's original weight (out_features, in_features)."""
+    """The site's original weight, of its shape."""
     tensor = tensor_of(program, site.weight).detach()
-    return tensor.t().contiguous() if site.transposed else tensor
+    return tensor.mT.contiguous() if site.transposed else tensor
+
+
+def _unknown_stacks(program: ExportedProgram, weights: Weights, known: Set[str]) -> list[Skipped]:
+    """Parameters that hold several matrices and are read in a form that isn't known: they may be experts."""
+    found = []
+    for placeholder in program.graph.find_nodes(op="placeholder"):
+        seen = weights.seen(placeholder)
+        if seen is None or not placeholder.users or not weights.is_parameter(seen) or weights.fqn(seen) in known:
+            continue
+        name, tensor = weights.fqn(seen), tensor_of(program, weights.fqn(seen))
+        if tensor.dim() < 3 or tensor.dtype not in FLOATS or min(tensor.shape) < 2:
+            continue
+        reader = next(iter(placeholder.users))
+        if _packet(reader) in _CONVOLUTIONS:
+            continue
+        size = tensor.numel() * tensor.element_size() / 1e6
+        reason = f"{size:.1f} MB in {tensor.dim()} dimensions, read by '{reader.name}' ({reader.target}): no known form"
+        found.append(Skipped(name, str(reader.target), tuple(tensor.shape), f"{reason} of experts", True))
+    return found
 
 
 def _names(program: ExportedProgram) -> dict[Any, list[str]]:
@@ -228,12 +278,12 @@ def _weight_of(node: Node, weights: Weights) -> Seen | None:
     For operators other than `aten.linear`, a buffer or constant counts only if it is read directly: models multiply by
     views of frequency tables, masks and the like.
     """
-    places = (1,) if node.target is _LINEAR else _PRODUCTS[_packet(node)]
+    places = _TAKEN[node.target] if node.target in _TAKEN else _PRODUCTS[_packet(node)]  # pyright: ignore[reportArgumentType]
     for place in places:
         operand = node.args[place] if place < len(node.args) else None
         for candidate in operand if isinstance(operand, (list, tuple)) else (operand,):
             found = weights.seen(candidate) if isinstance(candidate, Node) else None
-            if found and (node.target is _LINEAR or weights.is_parameter(found) or candidate is found.placeholder):
+            if found and (node.target in _TAKEN or weights.is_parameter(found) or candidate is found.placeholder):
                 return found
     return None
 
@@ -243,10 +293,13 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _reason_to_leave(node: Node, found: Seen, tensor: torch.Tensor) -> str | None:
+    if node.target is ROUTED:
+        taken = tensor.dtype in FLOATS and (found.whole_stack or found.transposed_stack)
+        return None if taken else "its weight is a part of the parameter, or no fp32, bf16 or fp16"
     if tensor.dim() == 2 and not found.whole and not found.transposed:
         return "its weight is a part or another view of the parameter, which only whole or transposed is taken"
     if node.target is not _LINEAR:
-        return f"{node.target} is not aten.linear (experts and convolutions keep their weights)"
+        return f"{node.target} is not aten.linear, and no known form of experts"
     if tensor.dim() != 2:
         return f"its weight has {tensor.dim()} dimensions"
     if tensor.dtype not in FLOATS:
@@ -337,14 +390,16 @@ def _attribute(root: GraphModule, node: Node) -> Any:
 
 
 def _grouped(sites: Iterable[Site]) -> list[Group]:
-    groups: dict[Node, Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     found: list[Group] = []
     for site in sites:
-        source = site.nodes[0].args[0]
+        source, *others = site.nodes[0].args
         assert isinstance(source, Node)
-        group = groups.get(source)
+        # Experts: those of the same ids.
+        key = (source, others[0], site.experts, others[2]) if site.experts else (source,)
+        group = groups.get(key)
         if group is None or written_between(source, group.sites[-1].nodes[0], site.nodes[0]):
-            groups[source] = group = Group([])
+            groups[key] = group = Group([])
             found.append(group)
         group.sites.append(site)
     return found

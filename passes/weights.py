@@ -43,9 +43,19 @@ class Seen:
         """Whether it is the transpose of the parameter."""
         return self._is(torch.t)
 
-    def _is(self, of: Callable[[Tensor], Tensor]) -> bool:
+    @property
+    def whole_stack(self) -> bool:
+        """Whether it is a whole parameter of three dimensions."""
+        return self._is(lambda matrices: matrices, 3)
+
+    @property
+    def transposed_stack(self) -> bool:
+        """Whether it is a parameter of three dimensions, each matrix transposed."""
+        return self._is(lambda matrices: matrices.mT, 3)
+
+    def _is(self, of: Callable[[Tensor], Tensor], dims: int = 2) -> bool:
         matrix = _contiguous(self.placeholder.meta["val"])
-        return self.view is not None and matrix.dim() == 2 and _placement(self.view) == _placement(of(matrix))
+        return self.view is not None and matrix.dim() == dims and _placement(self.view) == _placement(of(matrix))
 
 
 class Weights:

@@ -6,6 +6,7 @@
 namespace lopro {
 namespace {
 
+// Token `token` of x in fp32.
 template <class V>
 void load_token(const Site& s, int64_t token, float* out) {
   int64_t offset = 0;
@@ -48,7 +49,13 @@ void hadamard(float* x, int64_t n, int64_t block) {
 // x' in fp32, zeros up to `columns`.
 template <class V>
 void rotate(const Site& s, const Sizes& p, int64_t token, float* raw, float* out) {
-  load_token<V>(s, token, s.perm ? raw : out);
+  int64_t source = source_of(s, token);
+  if (s.rotated) {
+    std::memcpy(out, s.rotated + source * s.in, static_cast<size_t>(s.in) * 4);
+    std::memset(out + s.in, 0, static_cast<size_t>(p.columns + 16 - s.in) * 4);
+    return;
+  }
+  load_token<V>(s, source, s.perm ? raw : out);
   if (s.perm_type == Type::i16) {
     const int16_t* perm = static_cast<const int16_t*>(s.perm);
     for (int64_t j = 0; j < s.in; ++j) out[j] = raw[perm[j]];
@@ -88,7 +95,32 @@ void project_rows(const Site& s, int64_t r, const float* x, int64_t stride, floa
   repeat<R>([&](auto i) LOPRO_INLINE { repeat<T>([&](auto t) LOPRO_INLINE { out[i][t] = V::reduce(sum[i][t]); }); });
 }
 
-// latents[t] = scales ∘ (down · x[t]), T tokens at once.
+// From scales ∘ (down · x) to what `up` multiplies: times the core, then the scales of each part; zeros after it.
+template <class V>
+void finish_latent(const Site& s, const Sizes& p, float* latent) {
+  for (int64_t r = s.rank; r < p.lanes; ++r) latent[r] = 0.0f;
+  if (s.core) {
+    Scratch scratch(p.lanes * 4);
+    float* raw = scratch.take<float>(p.lanes);
+    std::memcpy(raw, latent, static_cast<size_t>(p.lanes) * 4);
+    for (int64_t r = 0; r < s.rank; ++r) {
+      typename V::F sum = V::zero();
+      for (int64_t j = 0; j < s.rank; j += 16) {
+        int n = static_cast<int>(least(16, s.rank - j));
+        sum = V::fma(V::load_f16(s.core + r * s.rank + j, n), V::load(raw + j), sum);
+      }
+      latent[r] = V::reduce(sum);
+    }
+  }
+  // The first part last: its scales replace what the others read.
+  for (int64_t part = s.parts - 1; part >= 0; --part) {
+    for (int64_t r = 0; r < s.rank; ++r)
+      latent[part * p.lanes + r] = latent[r] * load_scalar(s.up_scale, s.up_scale_type, part * s.rank + r);
+    for (int64_t r = s.rank; r < p.lanes; ++r) latent[part * p.lanes + r] = 0.0f;
+  }
+}
+
+// latents[t] = scales ∘ (core · scales ∘ (down · x[t])), T tokens at once.
 template <class V, int T>
 void project(const Site& s, const Sizes& p, const float* x, int64_t stride, Token* tokens) {
   constexpr int R = T == 1 ? 4 : 1;
@@ -100,18 +132,10 @@ void project(const Site& s, const Sizes& p, const float* x, int64_t stride, Toke
         project_rows<V, 1, T>(s, r, x, stride, reinterpret_cast<float(&)[1][T]>(products[r - first]));
     for (int64_t r = first; r < least(first + R, s.rank); ++r) {
       float scale = s.down_scale ? load_scalar(s.down_scale, s.down_scale_type, r) : 1.0f;
-      for (int t = 0; t < T; ++t) {
-        float latent = products[r - first][t] * scale;
-        tokens[t].latent[r] = latent;
-        for (int64_t part = 0; part < s.parts; ++part)
-          tokens[t].latent[part * p.lanes + r] =
-              latent * load_scalar(s.up_scale, s.up_scale_type, part * s.rank + r);
-      }
+      for (int t = 0; t < T; ++t) tokens[t].latent[r] = products[r - first][t] * scale;
     }
   }
-  for (int t = 0; t < T; ++t)
-    for (int64_t part = 0; part < (s.parts > 1 ? s.parts : 1); ++part)
-      for (int64_t r = s.rank; r < p.lanes; ++r) tokens[t].latent[part * p.lanes + r] = 0.0f;
+  for (int t = 0; t < T; ++t) finish_latent<V>(s, p, tokens[t].latent);
 }
 
 // Steps and sums of the blocks of x; with INT8, also x as integers in the order of the columns.

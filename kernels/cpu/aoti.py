@@ -23,23 +23,24 @@ _C_TYPES = {"Tensor": "AtenTensorHandle", "Optional[Tensor]": "AtenTensorHandle*
 
 
 @contextmanager
-def inductor_options(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Context with options for `torch._inductor.aot_compile` of a program with `lopro::<name>`; compile inside it.
+def inductor_options(folder: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """Context with options for `torch._inductor.aot_compile` of a program with `lopro::<name>` of any of the names;
+    compile inside it.
 
     Args:
         folder: empty, with a path that a command line takes; the linker finds the kernel there.
-        name: of a format's "cpu" operator.
+        names: of a format's operators for CPUs.
 
     Raises: BuildError if the archive could not be built.
     """
     archive = build.archive()
-    operator = getattr(torch.ops.lopro, name).default
+    operators = [getattr(torch.ops.lopro, name).default for name in names]
     # A link: the cache's own path may hold the character that separates folders.
     (folder / archive.name).symlink_to(archive.absolute())
     # gcc and clang look for libraries here; Inductor has no option for a folder.
     with variable("LIBRARY_PATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("LIBRARY_PATH"))))):
         yield {
-            "aot_inductor.custom_ops_to_c_shims": {operator: [_declaration(operator)]},
+            "aot_inductor.custom_ops_to_c_shims": {operator: [_declaration(operator)] for operator in operators},
             "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
         }
 

@@ -36,8 +36,8 @@ _PATHS = {
 }
 # Templates of the standard library are of the file alone, so that no path runs the instructions of another (GCC).
 _LOCAL = ("-fno-weak",)
-_SHARED = "cpu"
-# Folders of kernels; kernel.cpp is compiled for each path, other files once.
+# Folders of files that are compiled once, and of kernels: there, kernel.cpp is compiled for each path.
+_SHARED = ("cpu", "formats/affine/cpu_experts", "formats/trellis/cpu_experts")
 _KERNELS = ("formats/affine/cpu_site", "formats/trellis/cpu", "formats/trellis/encode", "formats/affine/columns")
 # SHA-256 of the other files.
 _SUMS = "sums.json"
@@ -72,7 +72,7 @@ def _built() -> Path:
     for part in (compiler, _version(compiler), *torch_build, sys.platform, *platform.libc_ver(), platform.machine()):
         key.update(part.encode() + b"\0")
     # The flags are in this file.
-    sources = (file for folder in (_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.*")))
+    sources = (file for folder in (*_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.*")))
     for file in (*(file for file in sources if file.suffix in (".cpp", ".h")), Path(__file__)):
         key.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     target = cache_dir() / f"{_NAME}-{key.hexdigest()[:20]}"
@@ -142,7 +142,7 @@ def _jobs(local: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
     paths = _PATHS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
     large = [(f"{folder}/kernel.cpp", (f"-DLOPRO_PATH={path}", *flags, *local))
              for path, flags in paths.items() for folder in _KERNELS]  # fmt: skip
-    small = (file for folder in (_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.cpp")))
+    small = (file for folder in (*_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.cpp")))
     return [*large, *((str(file.relative_to(_ROOT)), ()) for file in small if file.name != "kernel.cpp")]
 
 

@@ -172,6 +172,10 @@ struct Token {
   float* latent;  // (max(parts, 1), lanes), scaled
 };
 
+// Row of y of a site's token, and its token of x.
+inline int64_t row_of(const Site& s, int64_t token) { return s.rows ? s.rows[token] : token; }
+inline int64_t source_of(const Site& s, int64_t token) { return s.rows ? s.rows[token] / s.slots : token; }
+
 inline int64_t part_of(const Site& s, int64_t row) { return s.parts > 1 ? row * s.parts / s.out : 0; }
 
 }  // namespace

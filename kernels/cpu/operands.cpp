@@ -42,7 +42,8 @@ Type type_of(AtenTensorHandle tensor) {
   if (type == aoti_torch_dtype_bfloat16()) return Type::bf16;
   if (type == aoti_torch_dtype_int8() || type == aoti_torch_dtype_uint8()) return Type::i8;
   if (type == aoti_torch_dtype_int16()) return Type::i16;
-  return type == aoti_torch_dtype_int32() ? Type::i32 : Type::none;
+  if (type == aoti_torch_dtype_int32()) return Type::i32;
+  return type == aoti_torch_dtype_int64() ? Type::i64 : Type::none;
 }
 
 int64_t dims(AtenTensorHandle tensor) {
@@ -65,6 +66,11 @@ const void* address(AtenTensorHandle* tensor, int64_t count, const char* what) {
   check(contiguous && elements(*tensor) == count, what);
   ok(aoti_torch_get_data_ptr(*tensor, &result));
   return result;
+}
+
+const void* moved(const void* address, Type type, int64_t count) {
+  int64_t width = type == Type::i64 ? 8 : type == Type::f32 || type == Type::i32 ? 4 : type == Type::i8 ? 1 : 2;
+  return address ? static_cast<const char*>(address) + count * width : nullptr;
 }
 
 void take_input(Site& s, AtenTensorHandle x, int64_t act_bits) {
@@ -106,27 +112,32 @@ void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64
   s.signs = data<uint8_t>(signs, (s.in + 7) / 8, "signs doesn't fit x");
   if (down && up) {
     s.rank = size(*down, 0);
-    s.down_type = type_of(*down);
-    s.up_type = type_of(*up);
-    check((s.down_type == Type::i8 || s.down_type == Type::f16) && (s.up_type == Type::i8 || s.up_type == Type::f16),
-          "down or up is not int8 or float16");
-    s.down = data<void>(down, s.rank * s.in, "down doesn't fit x");
-    s.up = data<void>(up, s.out * s.rank, "up doesn't fit down and scales");
-    s.down_scale_type = down_scale ? type_of(*down_scale) : Type::f16;
-    s.up_scale_type = up_scale ? type_of(*up_scale) : Type::f16;
-    check(is_scale(s.down_scale_type) && is_scale(s.up_scale_type), "down_scale or up_scale is not float16 or float32");
-    s.down_scale = data<void>(down_scale, s.rank, "down_scale doesn't fit down");
     if (up_scale) {
       s.parts = dims(*up_scale) == 2 ? size(*up_scale, 0) : 1;
-      s.up_scale = data<void>(up_scale, s.parts * s.rank, "up_scale doesn't fit up");
       check(s.parts > 0 && s.out % s.parts == 0, "the parts of up_scale don't divide the rows of up");
     }
+    take_factors(s, 1, 1, down, down_scale, up, up_scale);
   }
   if (bias) {
     s.bias_type = type_of(*bias);
     check(is_float(s.bias_type), "bias is not float32, bfloat16 or float16");
     s.bias = data<void>(bias, s.out, "bias doesn't fit scales");
   }
+}
+
+void take_factors(Site& s, int64_t downs, int64_t ups, AtenTensorHandle* down, AtenTensorHandle* down_scale,
+                  AtenTensorHandle* up, AtenTensorHandle* up_scale) {
+  s.down_type = type_of(*down);
+  s.up_type = type_of(*up);
+  check((s.down_type == Type::i8 || s.down_type == Type::f16) && (s.up_type == Type::i8 || s.up_type == Type::f16),
+        "down or up is not int8 or float16");
+  s.down = data<void>(down, downs * s.rank * s.in, "down doesn't fit x");
+  s.up = data<void>(up, ups * s.out * s.rank, "up doesn't fit down and scales");
+  s.down_scale_type = down_scale ? type_of(*down_scale) : Type::f16;
+  s.up_scale_type = up_scale ? type_of(*up_scale) : Type::f16;
+  check(is_scale(s.down_scale_type) && is_scale(s.up_scale_type), "down_scale or up_scale is not float16 or float32");
+  s.down_scale = data<void>(down_scale, downs * s.rank, "down_scale doesn't fit down");
+  s.up_scale = data<void>(up_scale, ups * s.parts * s.rank, "up_scale doesn't fit up");
 }
 
 AtenTensorHandle make_output(Site& s, AtenTensorHandle x) {

@@ -34,6 +34,9 @@ const T* data(AtenTensorHandle* tensor, int64_t count, const char* what) {
   return static_cast<const T*>(address(tensor, count, what));
 }
 
+// Address of the element `count` elements later.
+const void* moved(const void* address, Type type, int64_t count);
+
 inline bool is_scale(Type type) { return type == Type::f16 || type == Type::f32; }
 
 // Sizes, strides and address of x, and act_bits.
@@ -42,6 +45,9 @@ void take_input(Site& s, AtenTensorHandle x, int64_t act_bits);
 void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,
                  AtenTensorHandle* down, AtenTensorHandle* down_scale, AtenTensorHandle* bias, AtenTensorHandle* up,
                  AtenTensorHandle* up_scale);
+// Factors of the low-rank branch, as many of down and of up, one after another; rank and parts are known.
+void take_factors(Site& s, int64_t downs, int64_t ups, AtenTensorHandle* down, AtenTensorHandle* down_scale,
+                  AtenTensorHandle* up, AtenTensorHandle* up_scale);
 // A new tensor for y.
 AtenTensorHandle make_output(Site& s, AtenTensorHandle x);
 

@@ -5,7 +5,7 @@
 
 namespace lopro {
 
-enum class Type { none, f32, f16, bf16, i8, i16, i32 };
+enum class Type { none, f32, f16, bf16, i8, i16, i32, i64 };
 
 // Tensors other than x are contiguous. Names and shapes are those of the operators' definitions.
 struct Site {
@@ -14,6 +14,10 @@ struct Site {
   int64_t tokens, in, column_stride;
   int64_t dims;  // leading dimensions of x
   const int64_t *sizes, *strides;
+  // Rows of y that an expert has, (tokens,): row i is of token i / slots of x. Null: token i of x has row i of y.
+  const int64_t* rows;
+  int64_t slots;
+  const float* rotated;  // (tokens of x, in), the rotated activation where it is known; else null
 
   const void* perm;
   Type perm_type;
@@ -37,9 +41,20 @@ struct Site {
   const void* up_scale;
   Type up_scale_type;
   int64_t parts;  // 0 without up_scale
+  const uint16_t* core;  // f16 (rank, rank) between down and up, or null
 
   bool int8;
   void* y;
+};
+
+// Sites that differ in their tensors and rows alone.
+template <class S>
+struct Sites {
+  const S* first;
+  int64_t count;
+  // Memory for the rotated activation of all `tokens` of x, which the sites read; null: each rotates what it reads.
+  float* rotated;
+  int64_t tokens;
 };
 
 }  // namespace lopro

@@ -42,7 +42,7 @@ class Format:
         """Prefix of its operators' names: `lopro::<prefix>_linear`, `_site` and `_embedding`."""
         return self.name
 
-    def empty(self, shape: tuple[int, int], spec: Mapping[str, Scalar]) -> Packed:
+    def empty(self, shape: tuple[int, ...], spec: Mapping[str, Scalar]) -> Packed:
         """Tensors of the right shapes and dtypes on the meta device, in the order of the operators' operands.
 
         A tensor whose dtype depends on the weight has the usual one here.
@@ -104,10 +104,10 @@ class Format:
         return tuple(self.empty((32, 32), self.spec).tensors)
 
     def of(self, named: Mapping[str, Any], in_features: int) -> Packed:
-        """The packed weight among the operands of an operator, by their names."""
+        """The packed weight among the operands of an operator, by their names; of experts, for "experts"."""
         tensors = {name: named[name] for name in self.tensor_names}
-        rows = next(iter(tensors.values())).shape[0]
-        return Packed(self.name, (rows, in_features), {key: named[key] for key in self.spec}, tensors)
+        lead = next(iter(tensors.values())).shape[: 2 if "slots" in named else 1]
+        return Packed(self.name, (*lead, in_features), {key: named[key] for key in self.spec}, tensors)
 
     def has_rows(self, packed: Packed) -> bool:
         """Whether each tensor has one row an output feature."""

@@ -12,6 +12,8 @@ from lopro_fx.kernels.formats.base import Format
 from lopro_fx.kernels.project.reference import dense_factor, project
 from lopro_fx.kernels.prologue.reference import prologue
 from lopro_fx.kernels.rotate.reference import rotate
+from lopro_fx.kernels.routed.branches import Branches
+from lopro_fx.kernels.routed.reference import by_expert, require_fit
 
 
 def linear(format: Format, named: Mapping[str, Any]) -> Tensor:
@@ -61,6 +63,42 @@ def site(format: Format, named: Mapping[str, Any]) -> Tensor:
     latent = None if named["down"] is None else project(x, named["down"], named["down_scale"])
     y = linear(format, {**named, "x": x, "latent": latent})
     return y if named["residual"] is None else y + named["residual"]
+
+
+def experts(format: Format, named: Mapping[str, Any]) -> Tensor:
+    """Multiply each token by the packed weights of its experts, and add their low-rank branches.
+
+    Expert e has the branch up[c] core[e] down[r], with (r, c) = cells[e]: experts share factors by rows and columns of
+    a grid (TileQ, arXiv 2605.09281).
+
+    Args:
+        format: of the weights.
+        named: operands by name:
+            x: (tokens, in_features) rotated activation.
+            ids: int64 or int32 (tokens * slots,), the experts of a token beside one another, each in [0, experts).
+            slots: experts of a token.
+            the format's tensors, each with a first dimension of experts, and the names of its spec.
+            latent: (tokens, rows * rank), the output of `lopro::project` for the factors down of all rows, or None.
+            up: int8 or fp16 (columns, out_features, rank), with `latent`.
+            up_scale: (columns, rank), or None for fp16 factors.
+            cells: int32 (experts, 2), row and column of each expert; None gives each its own.
+            core: fp16 (experts, rank, rank), or None for the identity.
+
+    Returns:
+        (tokens * slots, out_features) of x's dtype.
+    """
+    x, ids, slots = (named[key] for key in ("x", "ids", "slots"))
+    packed = format.of(named, x.shape[-1])
+    require_fit(x, ids, packed.experts, packed.shape[-1], slots)
+    branches = None if named["latent"] is None else Branches.of(named, packed.experts)
+    y = x.new_zeros(ids.shape[0], packed.shape[1])
+    for expert, rows in by_expert(ids, packed.experts):
+        tokens = rows // slots
+        part = functional.linear(x[tokens], format.dequantize(packed.expert(expert), x.dtype))
+        if branches is not None:
+            part = part + branches.of_expert(expert, named["latent"][tokens])
+        y[rows] = part
+    return y
 
 
 def embedding(format: Format, named: Mapping[str, Any]) -> Tensor:

@@ -5,13 +5,17 @@ Schemas follow from a format's tensors and spec:
     <prefix>_linear     x, tensors, bias, latent, up, up_scale, spec
     <prefix>_site       x, perm, signs, block, skip, down, down_scale, tensors, bias, up, up_scale, spec,
                         norm, eps, gate, activation, residual
+    <prefix>_experts    x, ids, slots, tensors, latent, up, up_scale, cells, core, spec
     <prefix>_embedding  ids, tensors, spec, in_features, dtype
+
+"experts" stays one node: which rows an expert has is known only at run time. The others are composite.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +29,13 @@ from lopro_fx.kernels.formats.base import Format, Kernel, Packed
 FORMATS: dict[str, Format] = {}
 # Format and kind of each operator.
 OPERATORS: dict[torch._ops.OpOverload, tuple[Format, str]] = {}
-KINDS = ("linear", "site", "embedding")
+KINDS = ("linear", "site", "experts", "embedding")
 _TYPES: dict[type, str] = {int: "int", float: "float", str: "str"}
 # Names of operands that every format's operators have.
 _TAKEN = frozenset(
     ("x", "perm", "signs", "block", "skip", "down", "down_scale", "bias", "latent", "up", "up_scale", "norm", "eps",
-     "gate", "activation", "residual", "ids", "in_features", "dtype", "act_bits", "act_group")
+     "gate", "activation", "residual", "ids", "in_features", "dtype", "act_bits", "act_group",
+     "slots", "cells", "core")
 )  # fmt: skip
 _AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual": None}
 
@@ -101,8 +106,24 @@ def known_format(name: str) -> Format:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """Dequantise a packed weight to (out_features, in_features) of `dtype`."""
+    """Dequantise a packed weight to `dtype`, of its shape."""
+    if packed.experts:
+        return torch.stack([dequantize(packed.expert(index), dtype) for index in range(packed.experts)])
     return format_of(packed).dequantize(packed, dtype)
+
+
+def empty(format: str, shape: tuple[int, ...], spec: Mapping[str, Any]) -> Packed:
+    """Tensors of a packed weight, or of experts, on the meta device; see `Format.empty`.
+
+    Raises:
+        ConfigError: the format isn't registered.
+    """
+    single = known_format(format).empty(shape[-2:], spec)
+    if len(shape) == 2:
+        return single
+    return replace(single, shape=tuple(shape), tensors={
+        name: tensor.new_empty(shape[0], *tensor.shape) for name, tensor in single.tensors.items()
+    })  # fmt: skip
 
 
 @functools.cache
@@ -130,12 +151,26 @@ def _define(format: Format, kind: str) -> None:
             *weight, "Tensor? bias", "Tensor? up", "Tensor? up_scale", *spec,
             "Tensor? norm=None", "float eps=0.0", "Tensor? gate=None", 'str activation=""', "Tensor? residual=None",
         ]  # fmt: skip
+    elif kind == "experts":
+        operands = [
+            "Tensor x", "Tensor ids", "int slots", *weight, "Tensor? latent", "Tensor? up", "Tensor? up_scale",
+            "Tensor? cells", "Tensor? core", *spec,
+        ]  # fmt: skip
     else:
         operands = ["Tensor ids", *weight, *spec, "int in_features", "ScalarType dtype"]
     schema = f"{format.prefix}_{kind}({', '.join(operands)}) -> Tensor"
     names = [operand.split()[1].partition("=")[0] for operand in operands]
     kernels = [kernel for kernel in format.kernels() if kernel.operator == kind]
-    registry.register(schema, _implementation(format, kind, names, kernels))
+    run = _implementation(format, kind, names, kernels)
+    if kind != "experts":
+        registry.register(schema, run)
+        return
+
+    def fake(*args: Any, **kwargs: Any) -> Tensor:
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return named["x"].new_empty(named["ids"].shape[0], named[format.tensor_names[0]].shape[1])
+
+    registry.register_opaque(schema, run, fake)
 
 
 def _implementation(

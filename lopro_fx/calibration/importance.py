@@ -25,6 +25,7 @@ from lopro_fx.calibration.padding import Padding, kept
 from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.errors import CalibrationError
 from lopro_fx.methods.base import Method
+from lopro_fx.passes.experts import ROUTED
 from lopro_fx.passes.sites import Group, Selection
 from lopro_fx.progress import Progress, silent
 
@@ -165,7 +166,10 @@ def _squared_gradients(
     ).mul_(labels >= 0)
     del outputs, floating
     logits.backward(gradient)
-    parts = [_of_text(total, padding.visible(recorder.leads[node])) for node, total in recorder.found.items()]
+    parts = [
+        _of_text(total, padding.of_pairs(lead[0]) if node.target is ROUTED else padding.visible(lead))
+        for (node, total), lead in zip(recorder.found.items(), recorder.leads.values(), strict=True)
+    ]
     # One block: hundreds of small ones would fragment the memory that the next batch needs whole.
     return dict(zip(recorder.found, torch.cat(parts).split([len(part) for part in parts]), strict=True))
 

@@ -27,6 +27,12 @@ class Padding:
         """Whether a mask shows no token."""
         return any(not mask.any() for mask in self._masks)
 
+    def of_pairs(self, rows: int) -> Tensor | None:
+        """`visible` of a value with a row for each token and expert, a token's rows beside one another."""
+        slots = [rows // mask.numel() for mask in self._masks if mask.numel() and rows % mask.numel() == 0]
+        found = self.visible((rows // slots[0],)) if slots and slots[0] else None
+        return None if found is None else found.repeat_interleave(slots[0])
+
     def visible(self, lead: Sequence[int]) -> Tensor | None:
         """Return bool (tokens,), True for the tokens of a value (*lead, features) that are text.
 

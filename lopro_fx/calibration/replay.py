@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from lopro_fx.calibration.experts import measure_experts, with_rows
 from lopro_fx.calibration.importance import Importance
 from lopro_fx.calibration.padding import Padding
 from lopro_fx.calibration.runner import LockstepRunner
@@ -52,7 +53,8 @@ class Replay:
         """Yield each unit before the graph runs it; call `install` with its solution before taking the next."""
         if self._batches is None or not self._groups:
             for group in self._groups:
-                yield self._unit(group), data_free(group.in_features, self._method.observers(), self._device)
+                free = data_free(group.in_features, self._method.observers(), self._device)
+                yield self._unit(group), replace(free, experts=(free,) * group.experts)
             return
         runner = self._runner = LockstepRunner(self._program, self._batches, self._device)
         padding = [Padding(self._program, batch) for batch in self._batches]
@@ -60,13 +62,25 @@ class Replay:
         walks = [runner]
         if self._method.sequential and any(observer.paired for observer in self._method.observers()):
             walks.append(LockstepRunner(self._program, self._batches, self._device))
-        for (node, inputs), *unquantised in zip(*(walk.stops(set(first)) for walk in walks), strict=True):
+        for (node, (inputs, *routes)), *unquantised in zip(
+            *(walk.operand_stops(set(first), 4) for walk in walks), strict=True
+        ):
             group = first[node]
             weight = self._importance[group.name] if self._importance else None
+            if group.experts:
+                ids, _, slots = routes
+                before = (unquantised[0][1][0], unquantised[0][1][1]) if unquantised else None
+                seen = measure_experts(
+                    inputs, ids, slots[0], group.experts, group.name, group.source.name, self._method.observers,
+                    self._method.token_clip, weight.tokens if weight else None,
+                    [pads.of_pairs(len(chosen)) for pads, chosen in zip(padding, ids, strict=True)], before,
+                )  # fmt: skip
+                yield self._unit(group), with_rows(seen, weight.rows if weight else None)
+                continue
             visible = [pads.visible(value.shape[:-1]) for pads, value in zip(padding, inputs, strict=True)]
             seen = measure(
                 inputs, group.name, group.source.name, self._method.observers(), self._method.token_clip,
-                weight.tokens if weight else None, visible, unquantised[0][1] if unquantised else None,
+                weight.tokens if weight else None, visible, unquantised[0][1][0] if unquantised else None,
             )  # fmt: skip
             yield self._unit(group), replace(seen, rows=weight.rows if weight else None)
 

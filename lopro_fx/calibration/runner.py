@@ -20,7 +20,9 @@ from torch.fx.node import map_aggregate
 
 from lopro_fx.devices import home_of
 from lopro_fx.errors import CalibrationError
-from lopro_fx.passes.compat import is_mutable
+from lopro_fx.passes.compat import is_mutable, written_operands
+from lopro_fx.passes.experts import ROUTED
+from lopro_fx.passes.mutation import base_of
 
 _EMBEDDING = torch.ops.aten.embedding.default
 
@@ -28,14 +30,14 @@ _EMBEDDING = torch.ops.aten.embedding.default
 class LockstepRunner:
     """One pass of `program` over `batches` (flattened user inputs) on `device`.
 
-    `replaced` maps a Linear's node to a function of input and bias that is called instead; the caller may add to it at
-    every stop.
+    `replaced` maps a Linear's node to a function of input and bias that is called instead, and the node of experts to
+    one of input, ids and slots; the caller may add to it at every stop.
     """
 
     def __init__(
         self, program: ExportedProgram, batches: Sequence[Sequence[Any]], device: torch.device | None = None
     ) -> None:
-        self.replaced: dict[Node, Callable[[Tensor, Tensor | None], Tensor]] = {}
+        self.replaced: dict[Node, Callable[..., Tensor]] = {}
         self.device = device or home_of(program)
         self._moves = self.device != home_of(program)
         self._program = program
@@ -50,13 +52,17 @@ class LockstepRunner:
 
     def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Any]]]:
         """Yield (node, its first operand for every batch) before each node in `at` runs; stop at the last of them."""
+        for node, (inputs, *_) in self.operand_stops(at, 1):
+            yield node, inputs
+
+    def operand_stops(self, at: set[Node], count: int) -> Iterator[tuple[Node, list[list[Any]]]]:
+        """`stops` with the first `count` operands, each for every batch."""
         remaining = len(at)
         for index, node in enumerate(self._nodes):
             self._next = index
             if node in at:
-                source = node.args[0]
-                assert isinstance(source, Node)
-                yield node, [self._near(values.get(source, self._shared.get(source))) for values in self._values]
+                yield node, [[self._near(self._value(operand, values)) for values in self._values]
+                             for operand in node.args[:count]]  # fmt: skip
                 remaining -= 1
                 if not remaining:
                     return
@@ -77,9 +83,11 @@ class LockstepRunner:
         """Return a runner that goes on from the present stop by itself; it shares what this one has computed.
 
         Raises:
-            CalibrationError: the graph writes to its values in place, which the two would both see.
+            CalibrationError: the graph will write in place to what has been computed, which the two would both see.
         """
-        if self._mutates:
+        computed = self._shared.keys() | {node for values in self._values for node in values}
+        rest = self._nodes[self._next :] if self._mutates else ()
+        if any(base_of(written) in computed for node in rest for written in written_operands(node)):
             raise CalibrationError(
                 "a budget can't be planned on a program that writes buffers, such as one with a cache"
             )
@@ -134,6 +142,9 @@ class LockstepRunner:
         # The replacement holds an unpacked weight, which would stay in memory.
         self.replaced.pop(node, None)
 
+    def _value(self, operand: Any, values: dict[Node, Any]) -> Any:
+        return values.get(operand, self._shared.get(operand)) if isinstance(operand, Node) else operand
+
     def _free(self, dead: Sequence[Node]) -> None:
         for node in dead:
             self._shared.pop(node, None)
@@ -146,7 +157,7 @@ class LockstepRunner:
     def _brought(self, node: Node) -> dict[Node, Any]:
         """Copy operands that all batches share to the device on which the node runs."""
         found = {}
-        unread = node.args[1] if node in self.replaced else None
+        unread = node.args[_weight_place(node)] if node in self.replaced else None
         for operand in node.all_input_nodes:
             if operand in self._shared and operand is not unread:
                 found[operand] = self._near(self._shared[operand])
@@ -163,8 +174,10 @@ class LockstepRunner:
 
     def _call(self, node: Node, values: dict[Node, Any], brought: dict[Node, Any]) -> Any:
         if node in self.replaced:
-            x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-            args, kwargs, target = self._resolve((x, bias), values, brought), {}, self.replaced[node]
+            given = [operand for place, operand in enumerate(node.args) if place != _weight_place(node)]
+            if node.target is not ROUTED and len(given) < 2:
+                given.append(None)
+            args, kwargs, target = self._resolve(tuple(given), values, brought), {}, self.replaced[node]
         else:
             args, kwargs = self._resolve(node.args, values, brought), self._resolve(node.kwargs, values, brought)
             target: Callable[..., Any] = node.target  # pyright: ignore[reportAssignmentType]
@@ -183,6 +196,10 @@ class LockstepRunner:
                 f"calibration batch {index}: node '{node.name}' looks up ids {int(ids.min())}..{int(ids.max())} in a "
                 f"table of {rows} rows; was the text encoded with another model's tokenizer?"
             )
+
+
+def _weight_place(node: Node) -> int:
+    return 2 if node.target is ROUTED else 1
 
 
 def _last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:

@@ -29,7 +29,8 @@ from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.simulate import Simulated, simulated
 from lopro_fx.errors import CalibrationError
 from lopro_fx.kernels.formats.quantizer import Quantizer
-from lopro_fx.kernels.formats.registry import FORMATS
+from lopro_fx.kernels.formats.registry import FORMATS, empty
+from lopro_fx.kernels.routed.reference import routed_linear
 from lopro_fx.layer import Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, seed_of
 from lopro_fx.methods.lopro import LoPRo
@@ -149,7 +150,8 @@ def sensitivities(
     for (unit, statistics), (node, _) in zip(walk.units(), probe.stops(set(first)), strict=True):
         group = first[node]
         generator = torch.Generator().manual_seed(seed_of(unit.name, method.seed))
-        solved = rough.solve(unit, statistics, Context(device, generator))
+        solve = rough.solve_experts if unit.experts else rough.solve
+        solved = solve(unit, statistics, Context(device, generator))
         transform = solved.input.transform
         shared = stored_bytes(tensor for tensor in (transform.perm, transform.signs) if tensor is not None)
         layers = {layer.name: layer for layer in solved.layers}
@@ -204,9 +206,10 @@ def divergence_together(
 def _in_part(shared: Input, layer: Layer, weight: Tensor, size: float) -> Simulated:
     """The Linear with the weight plus `size` times the error of its rounding."""
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        exact = linear(x, weight.to(x.device, x.dtype), bias)
-        return exact + size * (simulated(shared, layer, x.dtype)(x, bias) - exact)
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        own = weight.to(x.device, x.dtype)
+        exact = routed_linear(x, rest[0], own, rest[1]) if layer.experts else linear(x, own, *rest)
+        return exact + size * (simulated(shared, layer, x.dtype)(x, *rest) - exact)
 
     return run
 
@@ -261,21 +264,22 @@ def options_of(sensitivity: Sensitivity, method: Rounding) -> list[Option]:
         assert isinstance(own, Rounding)
         size, sites = sensitivity.shared_bytes, sensitivity.sites
         for site in sites:
-            size += packed_bytes(own, (site.out_features, site.in_features))
+            size += packed_bytes(own, site.shape)
         if isinstance(own, LoPRo) and own.rank:
             rows = [site.out_features for site in sites]
             scales = 2 * (len(rows) + 1) if own.factor_bits == 8 else 0
-            size += own.rank * ((sum(rows) + sites[0].in_features) * own.factor_bits // 8 + scales)
+            branch = own.rank * ((sum(rows) + sites[0].in_features) * own.factor_bits // 8 + scales)
+            size += branch * max(sites[0].experts, 1)
         loss = sensitivity.divergence * gaussian_error(own.quantizer)
         found.append(Option(settings, size, loss))
     return found
 
 
-def packed_bytes(method: Rounding, shape: tuple[int, int]) -> int:
-    """Bytes of a weight (m, n) that the method rounds."""
+def packed_bytes(method: Rounding, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight (m, n), or of experts (e, m, n), that the method rounds."""
     quantizer = method.quantizer
     spec = {name: getattr(quantizer, name, value) for name, value in FORMATS[method.format].spec.items()}
-    return stored_bytes(FORMATS[method.format].empty(shape, spec).tensors.values())
+    return stored_bytes(empty(method.format, shape, spec).tensors.values())
 
 
 @cache

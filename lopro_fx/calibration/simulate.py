@@ -12,23 +12,41 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lopro_fx.kernels.formats.registry import dequantize
-from lopro_fx.layer import Input, Layer
+from lopro_fx.kernels.routed.reference import routed_linear
+from lopro_fx.layer import Input, Layer, branch
 
-# x (..., in_features) and a bias to (..., out_features), all of one dtype.
-Simulated = Callable[[Tensor, Tensor | None], Tensor]
+# x (..., in_features) and a bias to (..., out_features), all of one dtype; of experts, x, ids and slots to what
+# `lopro::routed_linear` gives.
+Simulated = Callable[..., Tensor]
 
 
 def simulated(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
     """Return `rotate`, `project`, `round_activation` and the format's linear as one function, for x of `dtype`."""
+    if layer.experts:
+        return _experts(shared, layer, dtype)
     weight = dequantize(layer.weight, dtype)
-    branch = None
+    low_rank = None
     if layer.up is not None and shared.down is not None:
-        branch = shared.down.dense().to(dtype), layer.up.dense().to(dtype)
+        low_rank = shared.down.dense().to(dtype), layer.up.dense().to(dtype)
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         moved = shared.transform.forward(x)
         rounded = moved if shared.activation is None else shared.activation.forward(moved)
         y = linear(rounded, weight, bias)
-        return y if branch is None else y + linear(linear(moved, branch[0]), branch[1])
+        return y if low_rank is None else y + linear(linear(moved, low_rank[0]), low_rank[1])
+
+    return run
+
+
+def _experts(shared: Input, layer: Layer, dtype: torch.dtype) -> Simulated:
+    weight = dequantize(layer.weight, dtype)
+    # Dense: a product with it has the values of the operator's two, up to rounding in `dtype`.
+    dense = None if layer.up is None or shared.down is None else branch(shared.down, layer).to(dtype)
+
+    def run(x: Tensor, ids: Tensor, slots: int) -> Tensor:
+        moved = shared.transform.forward(x)
+        rounded = moved if shared.activation is None else shared.activation.forward(moved)
+        y = routed_linear(rounded, ids, weight, slots)
+        return y if dense is None else y + routed_linear(moved, ids, dense, slots)
 
     return run

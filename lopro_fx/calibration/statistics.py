@@ -27,6 +27,7 @@ def measure(
     importance: Sequence[Tensor] | None = None,
     visible: Sequence[Tensor | None] | None = None,
     clean: Sequence[Tensor] | None = None,
+    exponent: int | None = None,
 ) -> Statistics:
     """Show every token to the observers; each input is a batch (..., n) of any float dtype.
 
@@ -37,6 +38,8 @@ def measure(
     may be 10⁵ times larger than the rest: unclipped, it is the whole Gram, and damping relative to it drowns every
     other token.
 
+    `exponent` of the activations' unit is chosen for `inputs` by default.
+
     `visible`, bool (tokens of the batch,) or None for each batch, selects the tokens that count, see `Padding`;
     `importance` has weights for those alone.
 
@@ -44,8 +47,7 @@ def measure(
         CalibrationError: a value is NaN or infinite; names the node, the layer that reads it and the batch.
     """
     n = inputs[0].shape[-1]
-    exponent = _exponent(inputs)
-
+    exponent = exponent_of(inputs) if exponent is None else exponent
     seen = visible or [None] * len(inputs)
 
     def tokens_of(batch: Tensor, text: Tensor | None) -> Tensor:
@@ -83,7 +85,7 @@ def measure(
     return Statistics({observer.name: observer.result() for observer in observers}, tokens, directions.count)
 
 
-def _exponent(inputs: Sequence[Tensor]) -> int:
+def exponent_of(inputs: Sequence[Tensor]) -> int:
     """Exponent of the activations' unit: 0 where the largest one's square is well inside fp32's range."""
     largest = max((batch.abs().amax().item() for batch in inputs if batch.numel()), default=0.0)
     if not 0 < largest < math.inf or 2.0**-40 < largest < 2.0**40:

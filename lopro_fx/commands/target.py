@@ -67,10 +67,10 @@ class Target:
         taken = {identity(tensor_of(program, site.weight)) for site in selection.sites}
         kept = stored_bytes(tensor for _, tensor in unique(program.state_dict) if identity(tensor) not in taken)
         heads = {site.name for head in selection.heads for site in head.sites}
-        packed = sum(site.out_features * site.in_features
+        packed = sum(site.weights
                      * (config.head_bits + 1 if site.name in heads else config.for_unit([site.name]).most_bits()) / 8
                      for site in selection.sites)  # fmt: skip
-        limit = budget and budget.bytes_for(sum(site.out_features * site.in_features for site in selection.sites))
+        limit = budget and budget.bytes_for(sum(site.weights for site in selection.sites))
         packed = packed if limit is None else limit
         # Packed tensors are in the journal and in the result.
         needed = kept + 2 * math.ceil(packed) + _NODE_BYTES * len(program.graph.nodes)

@@ -80,14 +80,3 @@ def grouped_attention_in(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.register(_NAME, plain)
-
-
-@contextmanager
-def switched(config: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a setting another value inside the block."""
-    before = getattr(config, name)
-    setattr(config, name, value)
-    try:
-        yield
-    finally:
-        setattr(config, name, before)

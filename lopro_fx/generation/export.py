@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from lopro_fx.errors import ConfigError, ModelError, first_line
-from lopro_fx.generation.attention import grouped_attention_in, switched
+from lopro_fx.generation.attention import grouped_attention_in
 from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.models.export import export_view
 from lopro_fx.models.masks import Form, Misuse, check_masks
 from lopro_fx.models.positions import configured_limit, positions_given, table_limit, table_of_slots
+from lopro_fx.models.routed import routed_experts_in
 from lopro_fx.passes import compat
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -195,8 +196,7 @@ def _cache_spec(model: nn.Module, batch_size: int, max_cache_len: int) -> CacheS
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         # transformers' default for experts can't be run on fake tensors in fp32.
-        experts = switched(model.config, "_experts_implementation", "batched_mm")
-        with torch.no_grad(), compat.fake_tensors(), experts:
+        with torch.no_grad(), compat.fake_tensors(), routed_experts_in(model):
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         # Decoders of encoder-decoder models keep a cache for self-attention and one for cross-attention.
         cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)

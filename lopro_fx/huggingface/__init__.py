@@ -7,6 +7,7 @@ from typing import Any
 from lopro_fx.huggingface.hook import when_imported
 from lopro_fx.huggingface.save import pack_model, save_pretrained
 from lopro_fx.huggingface.versions import require_transformers
+from lopro_fx.models import routed
 
 __all__ = ["pack_model", "save_pretrained"]
 
@@ -20,6 +21,7 @@ def _register() -> None:
 # transformers looks up a folder's quantizer in its registry; ours is there whichever of lopro_fx and transformers is
 # imported first.
 when_imported("transformers.quantizers.auto", _register)
+when_imported("transformers.integrations.moe", routed.register)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lopro_fx.huggingface.modules import PackedLinear
+from lopro_fx.huggingface.products import PackedLinear
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:

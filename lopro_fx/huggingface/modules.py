@@ -1,4 +1,7 @@
-"""Packed modules that replace quantised ones in a transformers model. Knows torch and the operators only."""
+"""Packed modules that replace quantised ones in a transformers model: what they share, and embeddings.
+
+Knows torch and the operators only, as `products` does.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lopro_fx.errors import ModelError
-from lopro_fx.kernels.activation.delivery import ACTIVATIONS
 from lopro_fx.kernels.formats.base import Packed, Scalar
 from lopro_fx.kernels.formats.registry import dequantize, known_format, operator_of
-from lopro_fx.layer import Activation, Input, Layer, Transform, dense_weight, factor_of
-
-_BRANCH, _SHARED = ("up", "up_scale"), ("perm", "signs", "down", "down_scale")
+from lopro_fx.layer import Layer
 
 
 class PackedModule(nn.Module):
@@ -97,7 +97,7 @@ class PackedWeight(PackedModule):
         """Return the weight (out_features, in_features) that the module computes with, in `dtype`."""
         raise NotImplementedError
 
-    def place(self) -> tuple[tuple[int, int], torch.device]:
+    def place(self) -> tuple[tuple[int, ...], torch.device]:
         """Shape and device of the weight."""
         return self.layout.shape, getattr(self.table, next(iter(self.layout.tensors))).device
 
@@ -177,7 +177,7 @@ def packed_embedding(layer: Layer, plain: nn.Embedding, table: PackedEmbedding |
     made = _rebuilt(type(plain))
     made.__dict__.update(_state(plain))
     del made._parameters["weight"]
-    made.layout, made.dtype = _layout(layer), plain.weight.dtype
+    made.layout, made.dtype = layout_of(layer), plain.weight.dtype
     made._table = () if table is None else (table,)
     made._hold(layer.tensors, () if table else tuple(layer.weight.tensors))
     return made
@@ -221,133 +221,21 @@ def _around(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
     return type(f"Packed{kind.__name__}", bases, {"forward": forward, "__reduce__": reduced})
 
 
-class PackedInput(PackedModule):
-    """Permutation, signs and down factor that several Linears apply to their shared input.
-
-    The Linear that the input is named after holds it under `input`, so that a checkpoint has it once; the others refer
-    to it. Calling it returns the four tensors.
-    """
-
-    perm: Tensor | None
-    signs: Tensor | None
-    down: Tensor | None
-    down_scale: Tensor | None
-
-    def __init__(self, shared: Input) -> None:
-        super().__init__()
-        self.block, self.skip = shared.transform.block, shared.transform.skip
-        self.activation = shared.activation
-        self._hold(shared.tensors, _SHARED)
-
-    def forward(self) -> tuple[Tensor | None, ...]:
-        return self.held(_SHARED)
-
-    def extra_repr(self) -> str:
-        return f"block={self.block}, skip={self.skip}, rank={0 if self.down is None else self.down.shape[0]}"
+def find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of that name, if there is one."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
-class PackedLinear(PackedWeight, nn.Linear):
-    """Linear over packed weights: (..., in_features) to (..., out_features) in the input's dtype.
-
-    Each rotates its input itself, also where several share it.
-
-    Args:
-        layer: packed tensors and their layout.
-        shared: its input's tensors.
-        owner: whether this is the Linear whose state holds `shared`.
-        plain: the Linear that it replaces, whose bias it keeps.
-        activations: "float", or "int8" to round the rotated input per token on a CPU. A rounding in `shared` holds on
-            every device instead. With gradients, "int8" rounds nothing, and the rounding in `shared` passes them.
-        table: the embedding that holds the weight, if one does.
-    """
-
-    up: Tensor | None
-    up_scale: Tensor | None
-    # Whether the module that it replaces stores its weight as (in_features, out_features).
-    transposed = False
-
-    def __init__(
-        self,
-        layer: Layer,
-        shared: PackedInput,
-        owner: bool,
-        plain: nn.Linear,
-        activations: str,
-        table: PackedEmbedding | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.layout, self.dtype = _layout(layer), plain.weight.dtype
-        self.act_bits = ACTIVATIONS[activations]
-        self._hold(layer.tensors, _BRANCH if table else (*layer.weight.tensors, *_BRANCH))
-        self.register_parameter("bias", plain.bias)
-        if owner:
-            self.input = shared
-        self._shared, self._table = (shared,), () if table is None else (table,)
-
-    @property
-    def shared(self) -> PackedInput:
-        return self._shared[0]
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shared = self.shared
-        perm, signs, down, down_scale = shared()
-        operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
-                    self.up, self.up_scale, *self.numbers)  # fmt: skip
-        rounded, gradients = shared.activation, torch.is_grad_enabled() and _asks_for_gradients(operands)
-        # The compiled operator has no derivative.
-        native = None if gradients or x.device.type != "cpu" else self.operator("cpu")
-        if native is not None and rounded in (None, self._native_rounding):
-            return native(*operands, self.act_bits if rounded is None else rounded.bits)
-        if rounded is None:
-            return self.operator("site")(*operands)
-        if perm is not None or shared.block > 1:
-            x = torch.ops.lopro.rotate(x, perm, signs, shared.block, shared.skip)
-        latent = None if down is None else torch.ops.lopro.project(x, down, down_scale)
-        whole = torch.ops.lopro.round_activation(x, rounded.bits, rounded.group)
-        # Straight-through estimator: the rounding's own derivative is zero.
-        x = x + (whole - x).detach() if gradients else whole
-        branch = (self.bias, latent, self.up, self.up_scale)
-        return self.operator("linear")(x, *self.table_tensors(), *branch, *self.numbers)
-
-    @property
-    def _native_rounding(self) -> Activation:
-        """Rounding of activations inside the compiled kernel."""
-        group = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
-        return Activation(8, group)
-
-    def dense(self) -> Tensor:
-        return dense_weight(*self.as_packed("")).to(self.dtype)
-
-    def as_packed(self, name: str) -> tuple[Input, Layer]:
-        """Return the tensors as passes take them; the input has this layer alone."""
-        shared, own, branch = self.shared, _given(_SHARED, self.shared()), _given(_BRANCH, self.held(_BRANCH))
-        transform = Transform(own.get("perm"), own.get("signs"), shared.block, shared.skip)
-        down, rounded = factor_of("down", own, 0), shared.activation
-        input = Input(name, (name,), self.in_features, transform, down, rounded)
-        return input, Layer(name, name, self.packed(), factor_of("up", branch, 1))
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}, "
-            f"act_bits={self.act_bits}, bias={self.bias is not None}"
-        )
-
-
-def _layout(layer: Layer) -> Packed:
+def layout_of(layer: Layer) -> Packed:
+    """Return a layer's weight without its values."""
     return layer.weight.map(lambda tensor: tensor.to("meta"))
 
 
 def _packed_is_fixed() -> ModelError:
     return ModelError("a packed weight can't be written: dequantize() the model first")
-
-
-def _asks_for_gradients(operands: tuple[Any, ...]) -> bool:
-    return any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
-
-
-def _given(keys: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    return {key: tensor for key, tensor in zip(keys, tensors, strict=True) if tensor is not None}
 
 
 def _alone(tensor: Tensor) -> Tensor:

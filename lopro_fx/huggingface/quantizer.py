@@ -17,8 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
 from lopro_fx.huggingface import layout
+from lopro_fx.huggingface.experts import experts_weight
 from lopro_fx.huggingface.modules import PackedModule, PackedWeight
-from lopro_fx.huggingface.renaming import STORED, PackedNames, first_tensor, rename_on_saving
+from lopro_fx.huggingface.renaming import PackedNames, names_in_files, rename_on_saving
 from lopro_fx.huggingface.replace import (
     embedding_of,
     has_module,
@@ -90,7 +91,7 @@ class LoProConfig(QuantizationConfigMixin):
 
 
 class LoProHfQuantizer(HfQuantizer):
-    """Quantizer that puts `PackedLinear`s into a model before it is read, and refuses a folder that lacks a tensor."""
+    """Quantizer that puts packed modules into a model before it is read, and refuses a folder that lacks a tensor."""
 
     requires_calibration = True
     quantization_config: LoProConfig
@@ -130,13 +131,13 @@ class LoProHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if not isinstance(module, PackedModule):
                 continue
-            first = first_tensor(module)
+            names = names_in_files(name, module)
             held = {
                 **dict(module.named_parameters(recurse=False)),
                 **{key: getattr(module, key) for key in module.dtypes},
             }
             for key, tensor in held.items():
-                stored = f"{name}.{STORED if key == first else key}"
+                stored = names.get(key, f"{name}.{key}")
                 # transformers marks tensors that it read; any other, unless it was left on the disk, holds garbage.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"the model's files lack the tensor '{stored}': save the model again")
@@ -211,7 +212,8 @@ class _Place:
 
     def has(self, name: str, embedding: str | None) -> bool:
         """Whether there is something to replace: a base model lacks the lm_head, which is no error."""
-        found = any(has_module(self._model, self(owner)) for owner in (name, embedding) if owner is not None)
+        owners = [self(owner) for owner in (name, embedding) if owner is not None]
+        found = any(has_module(self._model, owner) or experts_weight(self._model, owner) for owner in owners)
         if not found and (name.startswith(self._prefix) or not self._is_base):
             raise ModelError(f"{type(self._model).__name__} has no module '{name}', which was quantised")
         return found

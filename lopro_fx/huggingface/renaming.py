@@ -10,51 +10,49 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
 
 from lopro_fx.huggingface.modules import PackedModule, PackedWeight
-
-# Under this name, a reader that doesn't know the format stops at the shape; under another, it would fill the layer with
-# random weights.
-STORED = "weight"
+from lopro_fx.huggingface.products import PackedExperts
 
 
 class PackedRenaming(WeightRenaming):
-    """Renaming of `weight` in files to the first tensor of a format, for modules of these names; reversible."""
+    """Renaming of tensors by their whole names; reversible."""
 
-    __slots__ = ("_held", "_to_files")
+    __slots__ = ("_names",)
 
-    def __init__(self, held: Mapping[str, str], to_files: bool = False) -> None:
-        super().__init__(*(("packed", STORED) if to_files else (STORED, "packed")))
-        self._held, self._to_files = dict(held), to_files
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__("stored", "packed")
+        self._names = dict(names)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        owner, _, key = source_key.rpartition(".")
-        ends = (STORED, self._held.get(owner))
-        before, after = reversed(ends) if self._to_files else ends
-        if owner not in self._held or key != before:
+        if source_key not in self._names:
             return source_key, None
         self._was_used = True
-        return f"{owner}.{after}", key
+        return self._names[source_key], source_key
 
     def reverse_transform(self) -> PackedRenaming:
-        return PackedRenaming(self._held, not self._to_files)
+        return PackedRenaming({after: before for before, after in self._names.items()})
 
 
 @dataclass(frozen=True)
 class PackedNames:
-    """First tensor of each module that holds a packed weight (`held`), and names of all packed tensors (`tensors`),
-    with and without the base model's prefix."""
+    """Names of tensors that files call otherwise than the model (`renamed`, by the name in files), and names of all
+    packed tensors (`tensors`), both with and without the base model's prefix."""
 
-    held: dict[str, str]
+    renamed: dict[str, str]
     tensors: frozenset[str]
 
     @classmethod
     def of(cls, model: Any) -> PackedNames:
         """Collect them from a model whose modules were replaced."""
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
-        held = {name: key for name, module in packed.items() if (key := first_tensor(module)) is not None}
-        tensors = [f"{name}.{key}" for name, module in packed.items() for key in module.dtypes]
-        tensors += [f"{name}.{STORED}" for name in held]
-        held = {form: key for name, key in held.items() for form in _in_files(model, [name])}
-        return cls(held, _in_files(model, tensors))
+        names = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedModule):
+                names |= {stored: f"{name}.{key}" for key, stored in names_in_files(name, module).items()}
+        renamed = {}
+        for stored, name in names.items():
+            if stored != name:
+                renamed |= zip(_forms(model, stored), _forms(model, name), strict=True)
+        tensors = (form for name in (*names, *names.values()) for form in _forms(model, name))
+        return cls(renamed, frozenset(tensors))
 
     def conversions(self, known: Iterable[Any]) -> list[Any]:
         """Adapt transformers' conversions between files and a model to packed modules.
@@ -62,19 +60,26 @@ class PackedNames:
         Conversions that rename weights, or join and split those of several Linears, skip packed tensors: their names in
         files are those of the model's modules.
         """
-        return [*(_sparing(entry, self.tensors) for entry in known), PackedRenaming(self.held)]
+        return [*(_sparing(entry, self.tensors) for entry in known), PackedRenaming(self.renamed)]
 
 
-def first_tensor(module: PackedModule) -> str | None:
-    """Name of the first tensor of the packed weight that a module holds; None if it holds none."""
-    key = next(iter(module.layout.tensors)) if isinstance(module, PackedWeight) else None
-    return key if key in module.dtypes else None
+def names_in_files(name: str, module: PackedModule) -> dict[str, str]:
+    """Whole names in files of the tensors of a module called `name`, by their names in the module.
+
+    The first tensor of a format has the name of the plain weight: a reader that doesn't know the format stops at its
+    shape. Under another name, it would fill the layer with random weights.
+    """
+    names = {key: f"{name}.{key}" for key in module.dtypes}
+    first = next(iter(module.layout.tensors)) if isinstance(module, PackedWeight) else None
+    if first in names:
+        names[first] = name if isinstance(module, PackedExperts) else f"{name}.weight"
+    return names
 
 
-def _in_files(model: Any, names: Iterable[str]) -> frozenset[str]:
-    """Names with and without the prefix of the base model, since files may hold either."""
+def _forms(model: Any, name: str) -> tuple[str, str, str]:
+    """A name with and without the prefix of the base model, since files may hold either."""
     prefix = f"{model.base_model_prefix}."
-    return frozenset(form for name in names for form in (name, prefix + name, name.removeprefix(prefix)))
+    return name, prefix + name, name.removeprefix(prefix)
 
 
 def _sparing(entry: WeightTransform, keys: Collection[str]) -> WeightTransform:

@@ -1,4 +1,4 @@
-"""Replace a model's Linears and tied embeddings by packed modules, and restore them."""
+"""Replace a model's Linears, experts and tied embeddings by packed modules, and restore them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lopro_fx.errors import ModelError
+from lopro_fx.huggingface.experts import experts_weight, restore_experts
 from lopro_fx.huggingface.linears import as_linear, restored, stand_in
-from lopro_fx.huggingface.modules import PackedEmbedding, PackedInput, PackedLinear, packed_embedding, plain_embedding
+from lopro_fx.huggingface.modules import PackedEmbedding, find_module, packed_embedding, plain_embedding
+from lopro_fx.huggingface.products import PackedExperts, PackedInput, PackedLinear
 from lopro_fx.layer import Input, Layer
 
 
@@ -64,18 +66,25 @@ def replace_modules(
     embeddings: Mapping[str, Sequence[str]],
     activations: str,
 ) -> None:
-    """Replace, in place, each Linear that `layers` names, keeping its bias, and each embedding of `embeddings`.
+    """Replace, in place, each Linear that `layers` names, keeping its bias, each parameter of experts, and each
+    embedding of `embeddings`.
 
     The first of a layer's embeddings holds the weight. A Linear with an embedding may be absent: the base model of a
     causal language model has no output projection.
 
     Raises:
-        ModelError: a name is not that of a Linear or an embedding, or its size differs.
+        ModelError: a name is not that of a Linear, experts or an embedding, or its size differs.
     """
     for first, shared in inputs.items():
         module = PackedInput(shared)
         for name in shared.readers:
             layer, table = layers[name], None
+            experts = experts_weight(model, name) if layer.experts else None
+            if experts is not None:
+                _require_size(name, experts.shape, layer)
+                plain, transposed = experts.parameter, experts.owner.is_transposed
+                experts.replace(PackedExperts(layer, module, name == first, plain, transposed, activations))
+                continue
             for reader in embeddings.get(name, ()):
                 embedding = embedding_of(model, reader)
                 _require_size(reader, (embedding.num_embeddings, embedding.embedding_dim), layer)
@@ -91,10 +100,11 @@ def replace_modules(
 
 
 def restore_modules(model: Any, dtype: torch.dtype | None) -> None:
-    """Restore Linears and embeddings, in place, with the weights that the packed modules compute with.
+    """Restore Linears, experts and embeddings, in place, with the weights that the packed modules compute with.
 
     The whole model is cast to `dtype`; None casts nothing.
     """
+    restore_experts(model)
     tables: dict[int, nn.Parameter] = {}
     for name, packed in list(model.named_modules()):
         if isinstance(packed, PackedLinear):
@@ -165,19 +175,16 @@ def _tying(model: Any) -> list[tuple[str, Any]]:
 
 def has_module(model: nn.Module, name: str) -> bool:
     """Whether the model has a module of that name."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+    return find_module(model, name) is not None
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    if not has_module(model, name):
+    found = find_module(model, name)
+    if found is None:
         raise ModelError(f"{type(model).__name__} has no module '{name}', which was quantised")
-    return model.get_submodule(name)
+    return found
 
 
-def _require_size(name: str, have: tuple[int, int], layer: Layer) -> None:
+def _require_size(name: str, have: tuple[int, ...], layer: Layer) -> None:
     if have != (want := tuple(layer.weight.shape)):
         raise ModelError(f"the weight of '{name}' is {have}, but was quantised as {want}")

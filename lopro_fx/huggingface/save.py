@@ -25,10 +25,10 @@ _CONFIG = "config.json"
 
 
 def pack_model(model: Any, state: QuantState, *, activations: str = DEFAULT) -> Any:
-    """Copy a transformers model, with packed Linears; the copy shares every unquantised tensor with `model`.
+    """Copy a transformers model, with packed Linears and experts; the copy shares all else with `model`.
 
-    With `head_bits`, an embedding that is tied to the output projection is packed too. Quantised weights without a
-    Linear in transformers, such as a router's parameter, are rounded but kept dense, with a warning.
+    With `head_bits`, an embedding that is tied to the output projection is packed too. Quantised weights that are no
+    Linear's or experts' in transformers, such as a router's parameter, are rounded but kept dense, with a warning.
 
     Args:
         model: the `PreTrainedModel` that `state` was calibrated on, through `export_causal_lm` or any other export. Its
@@ -94,7 +94,7 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
     dense |= beside_packed(model, state, embeddings)
     if dense:
         warnings.warn(
-            f"{len(dense)} quantised weights are stored dense, since transformers has no Linear there to pack, first "
+            f"{len(dense)} quantised weights are stored dense, since transformers has nothing there to pack, first "
             f"'{next(iter(dense))}'; exclude them to keep them as they were",
             stacklevel=3,
         )

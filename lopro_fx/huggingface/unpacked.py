@@ -1,4 +1,4 @@
-"""Quantised weights that a transformers model holds dense, because their module is no Linear."""
+"""Quantised weights that a transformers model holds dense, because no packed module can replace theirs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lopro_fx.errors import ModelError
+from lopro_fx.huggingface.experts import experts_weight
 from lopro_fx.huggingface.linears import as_linear
 from lopro_fx.huggingface.replace import has_module
 from lopro_fx.layer import Input, Layer, dense_weight
@@ -20,12 +21,12 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
     """Remove the layers from a state that no packed module can replace.
 
     Returns:
-        The state with Linears alone, and the dense weights of the others, as the model stores them, by FQN.
+        The state with Linears and experts alone, and the dense weights of the others, as the model stores them, by FQN.
 
     Raises:
         ModelError: the model has no such weight, or can't replace it because it is offloaded.
     """
-    others = [name for name in state.layers if not _is_linear(model, name)]
+    others = [name for name in state.layers if not _is_linear(model, name) and experts_weight(model, name) is None]
     if not others:
         return state, {}
     inputs: dict[str, Input] = {}
@@ -35,7 +36,7 @@ def without_others(model: nn.Module, state: QuantState) -> tuple[QuantState, dic
         if readers:
             inputs[readers[0]] = replace(shared, name=readers[0], readers=readers)
             layers |= {name: replace(state.layers[name], input=readers[0]) for name in readers}
-    reason = "quantised and stored dense: transformers has no Linear of that name to pack"
+    reason = "quantised and stored dense: transformers has no Linear or experts of that name to pack"
     skipped = [*state.skipped, *((name, reason) for name in others)]
     dense = dict(_dense(model, state, name) for name in others)
     return replace(state, inputs=inputs, layers=layers, skipped=skipped), dense
@@ -48,11 +49,13 @@ def beside_packed(model: nn.Module, state: QuantState, embeddings: Mapping[str, 
 
     Args:
         model: whose tensors are tied.
-        state: of Linears alone.
+        state: from `without_others`.
         embeddings: names of the embeddings that read a layer's weight packed, by the layer's name.
     """
     tensors, found = _tensors(model), {}
     for name, layer in state.layers.items():
+        if layer.experts:
+            continue
         readers = {f"{reader}.weight" for reader in (name, *embeddings.get(name, ()))}
         weight = tensors[f"{name}.weight"]
         others = [fqn for fqn, tensor in tensors.items() if tensor is weight and fqn not in readers]
@@ -91,7 +94,7 @@ def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]
             f"quantise with exclude='{name}'"
         )
     dense = dense_weight(state.inputs[layer.input], layer)
-    if old.shape not in (dense.shape, dense.T.shape):
+    if old.shape not in (dense.shape, dense.mT.shape):
         raise ModelError(f"the weight of '{name}' is {tuple(old.shape)}, but was quantised as {tuple(dense.shape)}")
     return fqn, _as_stored(dense, old)
 
@@ -99,7 +102,7 @@ def _dense(model: nn.Module, state: QuantState, name: str) -> tuple[str, Tensor]
 def _as_stored(dense: Tensor, old: Tensor) -> Tensor:
     """Return the weight, or its transpose, as `old` stores it; of a square one, the nearer to `old`."""
     dense = dense.to(old.device, old.dtype)
-    forms = [form for form in (dense, dense.T) if form.shape == old.shape]
+    forms = [form for form in (dense, dense.mT) if form.shape == old.shape]
     return min(forms, key=lambda form: (form - old).norm().item()).contiguous()
 
 

@@ -50,7 +50,10 @@ def number(text: str) -> int | float:
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears that read one tensor: their names, and weights (m_i, n) of any float dtype in the same order."""
+    """Linears that read one tensor: their names, and weights (m_i, n) of any float dtype in the same order.
+
+    Weights of experts are (experts, m_i, n).
+    """
 
     name: str
     names: tuple[str, ...]
@@ -58,7 +61,16 @@ class Unit:
 
     @property
     def in_features(self) -> int:
-        return self.weights[0].shape[1]
+        return self.weights[0].shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts; 0 for Linears."""
+        return len(self.weights[0]) if self.weights[0].dim() == 3 else 0
+
+    def expert(self, index: int) -> Unit:
+        """The unit of one expert."""
+        return replace(self, weights=[weight[index] for weight in self.weights])
 
     def input(self, **shared: Any) -> Input:
         """Make the layers' `Input`; `shared` are its other fields, such as `transform` and `down`."""
@@ -214,6 +226,10 @@ class Method:
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
         """Quantise the Linears of one input."""
         raise NotImplementedError
+
+    def solve_experts(self, unit: Unit, seen: Statistics, context: Context) -> Solved | None:
+        """Quantise the experts that read one input; None leaves each of them to `solve`, with its own statistics."""
+        return None
 
     def most_bits(self) -> float:
         """Upper bound of the bits per weight, all tensors counted, for the check of free disk space."""

@@ -127,12 +127,16 @@ class Statistics:
         tokens: tokens counted; 0 is data-free.
         distinct: tokens in different directions, an upper bound of those that are independent.
         rows: fp32 (m,), weight of the error of each output feature of all layers; None for equal weights.
+        experts: of each expert alone, where the layers are experts.
+        routed: of one expert, tokens that were routed to it; `tokens` counts some of the layer's besides.
     """
 
     values: Mapping[str, Any]
     tokens: int
     distinct: int = 0
     rows: Tensor | None = None
+    experts: tuple[Statistics, ...] = ()
+    routed: int = 0
 
     @property
     def gram(self) -> Tensor:

@@ -11,6 +11,7 @@ from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rtn import RTN
+from lopro_fx.methods.tileq import TileQ
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -41,5 +42,5 @@ def from_dict(values: Mapping[str, Any]) -> Method:
         raise ConfigError(f"{METHODS[name].__name__}: {error}") from error
 
 
-for _method in (RTN, GPTQ, FLRQ, LoPRo):
+for _method in (RTN, GPTQ, FLRQ, LoPRo, TileQ):
     register_method(_method)

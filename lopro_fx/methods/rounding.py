@@ -17,6 +17,7 @@ from lopro_fx.layer import Factor, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.asymmetric import compensated
 from lopro_fx.methods.base import Context, Method, Solved, Unit, number, setting
+from lopro_fx.methods.experts import sampled, stacked
 from lopro_fx.methods.lowrank import in_unit
 from lopro_fx.methods.observers import Drift, Gram, Magnitude, Observer, Statistics
 from lopro_fx.methods.prior import informed
@@ -135,11 +136,28 @@ class Rounding(Method):
             return own._solve_apart(unit, seen, context.generator)
         return pack_solution(unit, own.solution(unit.weights, seen, context.generator))
 
-    def _solve_apart(self, unit: Unit, seen: Statistics, generator: torch.Generator) -> Solved:
+    def solve_experts(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
+        own, generator = self.for_unit(unit.names), context.generator
+        assert isinstance(own, Rounding)
+        first = own._changed(own._override(unit.names[0])) if own.overrides else own
+        transform = first.transform(sampled(unit), informed(replace(seen, rows=None)), generator)
+        solved = []
+        for index, stats in enumerate(seen.experts):
+            expert = unit.expert(index)
+            if own.overrides:
+                solved.append(own._solve_apart(expert, stats, generator, transform))
+            else:
+                solved.append(pack_solution(expert, own.solution(expert.weights, stats, generator, transform)))
+        return stacked(unit, solved)
+
+    def _solve_apart(
+        self, unit: Unit, seen: Statistics, generator: torch.Generator, transform: Transform | None = None
+    ) -> Solved:
         """Solve Linears of different settings one by one, behind the transform of all."""
         methods = [self._changed(self._override(name)) for name in unit.names]
-        joint = torch.cat([weight.to(torch.float32) for weight in unit.weights])
-        transform = methods[0].transform(joint, informed(seen), generator)
+        if transform is None:
+            joint = torch.cat([weight.to(torch.float32) for weight in unit.weights])
+            transform = methods[0].transform(joint, informed(seen), generator)
         rows = [None] * len(methods) if seen.rows is None else seen.rows.split([len(weight) for weight in unit.weights])
         layers = []
         for method, name, weight, part in zip(methods, unit.names, unit.weights, rows, strict=True):

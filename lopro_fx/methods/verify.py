@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lopro_fx.errors import CalibrationError
 from lopro_fx.kernels.activation.reference import BITS
-from lopro_fx.kernels.formats.registry import dequantize, known_format
+from lopro_fx.kernels.formats.registry import dequantize, empty, known_format
 from lopro_fx.layer import Factor, Input, Layer
 from lopro_fx.methods.base import Solved, Unit
 
@@ -79,21 +79,23 @@ def _layer(layer: Layer, shared: Input, weight: Tensor, require: Any) -> None:
     types = {key: type(value) for key, value in format.spec.items()}
     spec = {key: type(value) for key, value in packed.spec.items()}
     require(spec == types, f"its spec is {dict(packed.spec)}; format '{format.name}' needs {_listed(types)}")
-    empty = format.empty(packed.shape, packed.spec).tensors
+    expected = empty(packed.format, packed.shape, packed.spec).tensors
     have = {name: tuple(tensor.shape) for name, tensor in packed.tensors.items()}
-    need = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+    need = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     require(list(have.items()) == list(need.items()), f"its tensors are {have}; format '{format.name}' needs {need}")
     for name, tensor in packed.tensors.items():
-        kinds = tensor.is_floating_point() == empty[name].is_floating_point()
-        same = tensor.dtype == empty[name].dtype or (kinds and tensor.is_floating_point())
-        require(same, f"'{name}' is {tensor.dtype}, and format '{format.name}' has {empty[name].dtype}")
+        kinds = tensor.is_floating_point() == expected[name].is_floating_point()
+        same = tensor.dtype == expected[name].dtype or (kinds and tensor.is_floating_point())
+        require(same, f"'{name}' is {tensor.dtype}, and format '{format.name}' has {expected[name].dtype}")
         require(tensor.device == weight.device, f"'{name}' lies on {tensor.device}, and the unit on {weight.device}")
     dense = dequantize(packed, torch.float32)
     made = (tuple(dense.shape), dense.dtype)
     require(made == (shape, torch.float32), f"format '{format.name}' dequantises it to {made}, not {shape} in fp32")
     require(bool(torch.isfinite(dense).all()), "it holds NaN or infinity")
     require((layer.up is None) == (shared.down is None), "a low-rank branch needs both its down and its up factor")
-    if layer.up is not None and shared.down is not None:
+    if layer.experts and layer.up is not None and shared.down is not None:
+        _tiles(layer, layer.up, shared.down, require)
+    elif layer.up is not None and shared.down is not None:
         _factor("up", layer.up, 1, shape[0], require)
         ranks = layer.up.rank, shared.down.rank
         require(ranks[0] == ranks[1], f"its up factor has rank {ranks[0]}, and the down factor {ranks[1]}")
@@ -111,6 +113,35 @@ def _factor(name: str, factor: Factor, dim: int, length: int, require: Any) -> N
     fits = scaled if values.dtype == torch.int8 else values.dtype == torch.float16 and (scale is None or scaled)
     require(fits, f"{name} is {values.dtype}: int8 with a scale a component, or fp16")
     require(bool(torch.isfinite(factor.dense()).all()), f"{name} holds NaN or infinity")
+
+
+def _tiles(layer: Layer, up: Factor, down: Factor, require: Any) -> None:
+    """Require factors of experts that fit their cells."""
+    count, rank, cells = layer.experts, up.rank, layer.cells
+    shaped = up.dim == -1 and up.values.dim() == 3 and up.values.shape[1] == layer.out_features and rank > 0
+    require(shaped, f"up is {tuple(up.values.shape)}; experts need (columns, {layer.out_features}, rank) with dim=-1")
+    require(down.rank % rank == 0, f"its up factor has rank {rank}, and the down factor {down.rank} components")
+    rows, columns = down.rank // rank, up.values.shape[0]
+    scaled = up.scale is not None and up.scale.shape == (columns, rank)
+    fits = (
+        scaled if up.values.dtype == torch.int8 else up.values.dtype == torch.float16 and (up.scale is None or scaled)
+    )
+    require(fits, f"up is {up.values.dtype}: int8 with scales ({columns}, {rank}), or fp16")
+    require(bool(torch.isfinite(up.dense()).all()), "up holds NaN or infinity")
+    if cells is None:
+        require((rows, columns) == (count, count), f"without cells, {count} experts need as many factors each")
+    else:
+        limits = torch.tensor([rows, columns], dtype=torch.int32, device=cells.device)
+        placed = cells.dtype == torch.int32 and cells.shape == (count, 2)
+        require(
+            placed and bool(((cells >= 0) & (cells < limits)).all()), f"cells must be int32 ({count}, 2) in the grid"
+        )
+    if (core := layer.core) is not None:
+        require(
+            core.dtype == torch.float16 and core.shape == (count, rank, rank),
+            f"core must be fp16 {(count, rank, rank)}",
+        )
+        require(bool(torch.isfinite(core).all()), "core holds NaN or infinity")
 
 
 def _of_layer(require: Any, name: str, met: bool, wrong: str) -> None:

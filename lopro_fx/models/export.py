@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from lopro_fx.errors import ModelError
 from lopro_fx.models.masks import Form, Misuse, check_masks
 from lopro_fx.models.positions import own_window, positions_given, table_limit
+from lopro_fx.models.routed import routed_experts_in
 
 _TRIES = 3
 _SUGGESTION = re.compile(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)")
@@ -92,7 +93,7 @@ def export_scorer(model: nn.Module) -> ExportedProgram:
 def export_view(
     model: nn.Module, forward: Callable[..., Tensor], example: tuple[Any, ...], shapes: dict[str, Any]
 ) -> ExportedProgram:
-    """Export a model with `forward(self, …)` in place of its own.
+    """Export a model with `forward(self, …)` in place of its own, and experts of transformers as routed products.
 
     Args:
         example: positional inputs of `forward`, tensors or lists of them, on any device.
@@ -112,7 +113,7 @@ def export_view(
     while True:
         tries += 1
         try:
-            with torch.no_grad():
+            with torch.no_grad(), routed_experts_in(model):
                 # torch 2.11 can't prove that min(8 s, 16 s) is 8 s where keys are repeated: without this it refuses
                 # instead of checking at run time.
                 return torch.export.export(

@@ -38,6 +38,8 @@ _APART = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
 }
+# Kinds of operators that a format's compiled kernels serve.
+_COMPILED = ("cpu", "cpu_experts")
 # Allowance for code, alignment and the archive, as a part of the packed bytes.
 _OVERHEAD = 0.05
 # Messages of compilers and linkers on a full disk, and on a file at its size limit.
@@ -149,7 +151,8 @@ def compile_program(
     except GraphError:
         raise
     except BuildError as error:
-        called = ", ".join({"lopro::" + format_of(node).operators["cpu"] for node in packed_calls(clean.graph, "cpu")})
+        called = ", ".join({"lopro::" + format_of(node).operators[kind] for kind in _COMPILED
+                            for node in packed_calls(clean.graph, kind)})  # fmt: skip
         raise GraphError(
             f"the program holds {called}, whose kernel can't be built: {error}; or optimise without target='cpu'"
         ) from error
@@ -167,7 +170,7 @@ def compile_program(
 @contextmanager
 def _kernel_options(program: ExportedProgram, folder: Path) -> Iterator[dict[str, Any]]:
     """Options for the formats' compiled kernels, together; each format has a folder of its own inside `folder`."""
-    formats = {format.name: format for format in map(format_of, packed_calls(program.graph, "cpu"))}
+    formats = {format.name: format for format in map(format_of, packed_calls(program.graph, *_COMPILED))}
     options: dict[str, Any] = {}
     with ExitStack() as stack:
         for name in sorted(formats):

@@ -17,7 +17,8 @@ _MORE = re.compile(
     r"_assert_(async|scalar|tensor_metadata)|sym_constrain_range(_for_size)?|lift_fresh_copy|detach"
     r"|sort|searchsorted|bincount|histc|median|nanmedian|mode|kthvalue|unique_(dim|consecutive|dim_consecutive)|_unique2?"
     r"|repeat_interleave|masked_select|bernoulli|multinomial|_grouped_mm|_scaled_(grouped_)?mm|_fused_rms_norm"
-    r"|linalg_\w+|segment_reduce|polar|complex|_cdist_forward|(log_)?normal|cauchy|exponential|geometric|random"
+    r"|linalg_\w+|segment_reduce|polar|complex|view_as_(complex|real)|_cdist_forward"
+    r"|(log_)?normal|cauchy|exponential|geometric|random"
     r"|_(fft|upsample|adaptive|scaled_dot_product|native|embedding|weight_norm|nested_tensor_from_mask)\w*"
 )
 _NEVER = re.compile(r"set|resize\w*|from_file|_sparse\w*|sparse_\w*unsafe\w*|_\w+_unsafe|data|_backward|\w*_out")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lopro_fx.errors import CheckpointError
 from lopro_fx.kernels.formats.base import Packed
-from lopro_fx.kernels.formats.registry import known_format
+from lopro_fx.kernels.formats.registry import empty, known_format
 from lopro_fx.layer import Activation, Input, Layer, Transform, factor_of
 
 # (owner's name, tensor's name, shape, dtype's name in torch) to the tensor.
@@ -51,6 +51,7 @@ def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]
                 "shape": list(layer.weight.shape),
                 "spec": dict(layer.weight.spec),
                 "tensors": _dtypes(layer.tensors),
+                "factors": None if layer.up is None or not layer.experts else list(layer.up.values.shape[::2]),
                 "metrics": layer.metrics,
                 "embedding": layer.embedding,
             }
@@ -137,17 +138,23 @@ def _input(name: str, entry: Mapping[str, Any], find: Find) -> Input:
 
 
 def _layer(name: str, entry: Mapping[str, Any], inputs: Mapping[str, Any], find: Find) -> Layer:
-    rows, columns = entry["shape"]
-    rank = inputs[entry["input"]]["rank"]
-    empty = known_format(entry["format"]).empty((rows, columns), entry["spec"])
-    shapes = {key: tuple(tensor.shape) for key, tensor in empty.tensors.items()}
-    shapes |= {"up": (rows, rank), "up_scale": (rank,)}
+    shape, rank = tuple(entry["shape"]), inputs[entry["input"]]["rank"]
+    unfilled = empty(entry["format"], shape, entry["spec"])
+    shapes = {key: tuple(tensor.shape) for key, tensor in unfilled.tensors.items()}
+    experts = unfilled.experts
+    if experts:
+        columns, rank = entry["factors"] or (0, 0)
+        shapes |= {"up": (columns, shape[1], rank), "up_scale": (columns, rank)}
+        shapes |= {"cells": (experts, 2), "core": (experts, rank, rank)}
+    else:
+        shapes |= {"up": (shape[0], rank), "up_scale": (rank,)}
     own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
     # JSON is sorted, and operators take a format's numbers in its own order.
     spec = {key: entry["spec"][key] for key in known_format(entry["format"]).spec}
-    weight = Packed(entry["format"], (rows, columns), spec, {key: own[key] for key in empty.tensors})
-    metrics, embedding = entry.get("metrics", {}), bool(entry["embedding"])
-    return Layer(name, entry["input"], weight, factor_of("up", own, 1), metrics, embedding)
+    weight = Packed(entry["format"], shape, spec, {key: own[key] for key in unfilled.tensors})
+    up, metrics = factor_of("up", own, -1 if experts else 1), entry.get("metrics", {})
+    others = {key: own[key] for key in ("cells", "core") if key in own}
+    return Layer(name, entry["input"], weight, up, metrics, bool(entry["embedding"]), **others)
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopro_fx
-from lopro_fx.huggingface.modules import PackedLinear
+from lopro_fx.huggingface.products import PackedLinear
 from tests.helpers import TOLERANCE, assert_close
 
 

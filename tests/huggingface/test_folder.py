@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 
 import lopro_fx
 from lopro_fx.errors import GraphError
-from lopro_fx.huggingface.modules import PackedInput, PackedLinear
+from lopro_fx.huggingface.products import PackedInput, PackedLinear
 from lopro_fx.models import rebuild_model
 from lopro_fx.state import state_of
 from tests.helpers import TOLERANCE, assert_close

@@ -140,7 +140,8 @@ def _guests() -> dict[str, Callable[[], Samples]]:
     made = packed_signs(weight), Packed("exact", (OUT, WIDTH), {}, {"values": weight})
     return {f"{packed.format}_{kind}": functools.partial(samples, tuple(packed.tensors.values()))
             for packed in made
-            for kind, samples in (("linear", _linear), ("site", _site_of), ("embedding", _embedding))}  # fmt: skip
+            for kind, samples in (("linear", _linear), ("site", _site_of), ("experts", _experts),
+                                  ("embedding", _embedding))}  # fmt: skip
 
 
 def _linear(weight: tuple[Tensor, ...]) -> Samples:
@@ -161,6 +162,50 @@ def _site_of(weight: tuple[Tensor, ...]) -> Samples:
     samples["norm, residual"] = (*whole, norm, 1e-5, None, "", residual)
     samples["gate"] = (*whole, None, 0.0, torch.ones(2, 3, WIDTH), "silu", None)
     return samples
+
+
+def _experts(weight: tuple[Tensor, ...], spec: tuple[Any, ...] = ()) -> Samples:
+    """Three experts of one weight: bare, and with a branch in a grid of two rows and two columns."""
+    rng, stacks = generator(), tuple(torch.stack([tensor] * 3) for tensor in weight)
+    x, ids = torch.randn(4, WIDTH, generator=rng), torch.tensor([2, 0, 0, 2, 2, 2, 0, 0])
+    latent, scale = torch.randn(4, 2 * 4, generator=rng), torch.ones(2, 4, dtype=torch.float16)
+    up, core = torch.ones(2, OUT, 4, dtype=torch.int8), torch.ones(3, 4, 4, dtype=torch.float16)
+    cells = torch.tensor([[0, 0], [1, 0], [1, 1]], dtype=torch.int32)
+    return {
+        "bare": (x.to(torch.bfloat16), ids.to(torch.int32), 2, *stacks, None, None, None, None, None, *spec),
+        "a branch with cores": (x, ids, 2, *stacks, latent, up, scale, cells, core, *spec),
+    }
+
+
+def _cpu_experts(weight: tuple[Tensor, ...], spec: tuple[Any, ...]) -> Samples:
+    samples, site = {}, _SITES["fp32 scales"]
+    for name, (x, ids, slots, *rest) in _experts(weight, spec).items():
+        stacks, (_, *branch) = rest[: len(weight)], rest[len(weight) : -len(spec)]
+        down = None if branch[0] is None else torch.ones(8, WIDTH, dtype=torch.int8)
+        turn = (
+            site.perm,
+            site.signs,
+            site.block,
+            site.skip,
+            down,
+            None if down is None else down[:, 0].to(torch.float16),
+        )
+        samples[name] = (x, ids, slots, *turn, *stacks, *branch, *spec, 0 if down is None else 8)
+    return samples
+
+
+def _affine_weight() -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    site = _SITES["bare"]
+    return (site.codes, site.scales, site.zeros), (site.bits, site.group_size)
+
+
+def _trellis_weight() -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    return trellis_weight(OUT, WIDTH, 2.0, 2, 32), (2.0, 2, 14, 32)
+
+
+def _routed_linear() -> Samples:
+    x, weight = torch.randn(2, 8, generator=generator()), torch.randn(3, 4, 8, generator=generator())
+    return {"whole": (x.requires_grad_(), torch.tensor([2, 0, 0, 2]), weight.requires_grad_(), 2)}
 
 
 def _embedding(weight: tuple[Tensor, ...]) -> Samples:
@@ -333,6 +378,9 @@ def _trellis_embedding() -> Samples:
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
+    "routed_linear": _routed_linear, "packed_experts": lambda: _experts(*_affine_weight()),
+    "trellis_experts": lambda: _experts(*_trellis_weight()), "cpu_experts": lambda: _cpu_experts(*_affine_weight()),
+    "trellis_cpu_experts": lambda: _cpu_experts(*_trellis_weight()),
     "round_activation": _round_activation, "trellis_cpu": functools.partial(_trellis, "cpu"),
     "trellis_embedding": _trellis_embedding,
     "trellis_linear": functools.partial(_trellis, "linear"), "trellis_site": functools.partial(_trellis, "site"),

@@ -25,8 +25,8 @@ case " $* " in *" -c "*)
 esac
 exec {compiler} "$@"
 """
-# Three kernels for three paths, five files of C functions and registrations, and two shared ones.
-_FILES = 20
+# Four folders of kernels for three paths, twelve files of weights, C functions and registrations, three shared.
+_FILES = 27
 _ASK = """
 import sys, threading, logging
 logging.basicConfig(format="%(message)s")

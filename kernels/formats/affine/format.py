@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.affine.cpu_site.reference import activation_group
+from lopro_fx.kernels.formats.affine.experts.op import packed_experts
 from lopro_fx.kernels.formats.affine.linear.op import packed_linear
 from lopro_fx.kernels.formats.affine.packing.format import (
     dequantize,
@@ -28,6 +29,7 @@ from lopro_fx.kernels.formats.affine.packing.format import (
 from lopro_fx.kernels.formats.affine.quantizer import AffineQuantizer
 from lopro_fx.kernels.formats.affine.site.op import packed_site
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
+from lopro_fx.kernels.routed.choice import refuses
 
 
 class Affine(Format):
@@ -36,7 +38,7 @@ class Affine(Format):
 
     name: ClassVar[str] = "affine"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3, "group_size": 64}
-    operators: ClassVar[Mapping[str, str]] = {"cpu": "cpu_site", "int8": "packed_int8"}
+    operators: ClassVar[Mapping[str, str]] = {"cpu": "cpu_site", "int8": "packed_int8", "cpu_experts": "cpu_experts"}
     quantizer = AffineQuantizer
 
     @property
@@ -44,7 +46,7 @@ class Affine(Format):
         # Stored programs hold operators with this prefix.
         return "packed"
 
-    def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
+    def empty(self, shape: tuple[int, ...], spec: Mapping[str, Any]) -> Packed:
         (rows, columns), bits = shape, spec["bits"]
         groups = group_count(columns, spec["group_size"])
         tensors = {
@@ -81,13 +83,14 @@ class Affine(Format):
         return (
             Kernel("triton", "linear", packed_linear, _no_triton),
             Kernel("triton", "site", packed_site, _no_triton),
+            Kernel("triton", "experts", packed_experts, refuses),
         )
 
     def activation_group(self, packed: Packed, rotated: bool) -> int:
-        return activation_group(packed.shape[1], _whole(packed, "group_size"), rotated)
+        return activation_group(packed.shape[-1], _whole(packed, "group_size"), rotated)
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
-        return inductor_options(folder, self.operators["cpu"])
+        return inductor_options(folder, self.operators["cpu"], self.operators["cpu_experts"])
 
 
 def _no_triton(named: Mapping[str, Any]) -> str | None:

@@ -42,7 +42,7 @@ def padded(rows: int) -> int:
     return -(-rows // WORD) * WORD
 
 
-def code_words(shape: tuple[int, int], step: int, columns: int, strip: int) -> int:
+def code_words(shape: tuple[int, ...], step: int, columns: int, strip: int) -> int:
     """Number of int32 words that hold a weight's codes."""
     (rows, width), steps = shape, strip_rows(shape[0], strip)
     assert sum(steps) == rows
@@ -73,7 +73,7 @@ def values(states: Tensor, columns: int) -> Tensor:
     return torch.stack([first + fourth - 255, second + third - 255], -1) * UNIT
 
 
-def windows(codes: Tensor, shape: tuple[int, int], step: int, columns: int, window: int, strip: int) -> Tensor:
+def windows(codes: Tensor, shape: tuple[int, ...], step: int, columns: int, window: int, strip: int) -> Tensor:
     """States of every row and column (or pair): int64 (out_features, ceil(in_features / columns))."""
     pairs = -(-shape[1] // columns)
     rows = strip_rows(shape[0], strip)
@@ -91,7 +91,7 @@ def windows(codes: Tensor, shape: tuple[int, int], step: int, columns: int, wind
 
 
 def windows_of(
-    codes: Tensor, ids: Tensor, shape: tuple[int, int], step: int, columns: int, window: int, strip: int
+    codes: Tensor, ids: Tensor, shape: tuple[int, ...], step: int, columns: int, window: int, strip: int
 ) -> Tensor:
     """States of the rows `ids`, int64 of any shape: (*ids.shape, ceil(in_features / columns))."""
     pairs, rows = -(-shape[1] // columns), strip_rows(shape[0], strip)

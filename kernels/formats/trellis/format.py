@@ -15,9 +15,11 @@ from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
 from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows, windows_of
+from lopro_fx.kernels.formats.trellis.experts.op import trellis_experts
 from lopro_fx.kernels.formats.trellis.linear.op import trellis_linear
 from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
 from lopro_fx.kernels.formats.trellis.site.op import trellis_site
+from lopro_fx.kernels.routed.choice import refuses
 
 
 class Trellis(Format):
@@ -30,9 +32,9 @@ class Trellis(Format):
     name: ClassVar[str] = "trellis"
     spec: ClassVar[Mapping[str, Scalar]] = {"bits": 3.0, "columns": 1, "window": 14, "strip": 512}
     quantizer = TrellisQuantizer
-    operators: ClassVar[Mapping[str, str]] = {"cpu": "trellis_cpu"}
+    operators: ClassVar[Mapping[str, str]] = {"cpu": "trellis_cpu", "cpu_experts": "trellis_cpu_experts"}
 
-    def empty(self, shape: tuple[int, int], spec: Mapping[str, Any]) -> Packed:
+    def empty(self, shape: tuple[int, ...], spec: Mapping[str, Any]) -> Packed:
         words = code_words(shape, step_of(spec), spec["columns"], spec["strip"])
         tensors = {
             "scales": torch.empty(shape[0], dtype=torch.float16, device="meta"),
@@ -64,10 +66,11 @@ class Trellis(Format):
         return (
             Kernel("triton", "linear", trellis_linear, _no_triton),
             Kernel("triton", "site", trellis_site, _no_triton),
+            Kernel("triton", "experts", trellis_experts, refuses),
         )
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:
-        return inductor_options(folder, self.operators["cpu"])
+        return inductor_options(folder, self.operators["cpu"], self.operators["cpu_experts"])
 
 
 def _no_triton(named: Mapping[str, Any]) -> str | None:

@@ -203,7 +203,7 @@ void decode_rows(const AffineSite& s, const Plan& p, const Token* tokens, int64_
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) result[t][r] += load_scalar(s.bias, s.bias_type, row + r);
   for (int t = 0; t < T && t < count; ++t) {
-    int64_t at = (token + t) * s.out + row;
+    int64_t at = row_of(s, token + t) * s.out + row;
     if (s.type == Type::f32) std::memcpy(static_cast<float*>(s.y) + at, result[t], sizeof(result[t]));
     else
       for (int r = 0; r < R; ++r) store_scalar(s.y, s.type, at + r, result[t][r]);

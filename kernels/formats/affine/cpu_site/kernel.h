@@ -15,10 +15,7 @@
 // side). Tiles of V::tile tokens share it while it is in the cache.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "cpu/sites.h"
 #include "decode.h"
 #include "prefill.h"
 
@@ -26,45 +23,26 @@ namespace lopro {
 namespace {
 
 template <class V, int BITS, bool INT8>
-void call(const AffineSite& s) {
-  Plan p = make_plan(s);
-#ifdef _OPENMP
-  // At least so many bytes of weights per thread: waking one takes a few microseconds.
-  int64_t useful = ceil_div(s.out * p.row_bytes * least(s.tokens, 64), 16384);
-  int wanted = static_cast<int>(least(omp_get_max_threads(), useful));
-#endif
-  if (s.tokens <= DECODE_TOKENS) {
-    Scratch scratch(s.tokens > 1 ? s.tokens * token_bytes(s, p) : 64);
-    Token tokens[DECODE_TOKENS];
-    if (s.tokens > 1)
-      for (int64_t t = 0; t < s.tokens; ++t) tokens[t] = take_token(scratch, s, p);
-    int64_t next = 0;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(wanted)
-    decode<V, BITS, INT8>(s, p, omp_get_thread_num(), omp_get_num_threads(), tokens, &next);
-#else
-    decode<V, BITS, INT8>(s, p, 0, 1, tokens, &next);
-#endif
-    return;
-  }
-  constexpr int64_t columns = INT8 ? 4 : 1;
-  Scratch scratch(tiles_bytes<V>(s, p, columns));
-  Tiles all = take_tiles<V>(scratch, s, p, columns);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(wanted)
-  prefill<V, BITS, INT8>(s, p, omp_get_thread_num(), omp_get_num_threads(), all);
-#else
-  prefill<V, BITS, INT8>(s, p, 0, 1, all);
-#endif
+void call(const Sites<AffineSite>& all) {
+  Plan p = make_plan(*all.first);
+  run_sites<V>(
+      all, p, all.first->out * p.row_bytes, INT8 ? 4 : 1,
+      [&](const AffineSite& s, int thread, int threads, Token* tokens, int64_t* next) {
+        decode<V, BITS, INT8>(s, p, thread, threads, tokens, next);
+      },
+      [&](const AffineSite& s, int thread, int threads, const Tiles& tiles) {
+        prefill<V, BITS, INT8>(s, p, thread, threads, tiles);
+      });
 }
 
 template <class V>
-void run_with(const AffineSite& s) {
-  switch (s.bits) {
-    case 2: return s.int8 ? call<V, 2, true>(s) : call<V, 2, false>(s);
-    case 3: return s.int8 ? call<V, 3, true>(s) : call<V, 3, false>(s);
-    case 4: return s.int8 ? call<V, 4, true>(s) : call<V, 4, false>(s);
-    default: return s.int8 ? call<V, 8, true>(s) : call<V, 8, false>(s);
+void run_with(const Sites<AffineSite>& all) {
+  bool int8 = all.first->int8;
+  switch (all.first->bits) {
+    case 2: return int8 ? call<V, 2, true>(all) : call<V, 2, false>(all);
+    case 3: return int8 ? call<V, 3, true>(all) : call<V, 3, false>(all);
+    case 4: return int8 ? call<V, 4, true>(all) : call<V, 4, false>(all);
+    default: return int8 ? call<V, 8, true>(all) : call<V, 8, false>(all);
   }
 }
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lopro_fx.kernels import registry
 from lopro_fx.kernels.cpu import native
+from lopro_fx.kernels.cpu.reference import require_activation
 from lopro_fx.kernels.formats.affine.cpu_site import reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from lopro_fx.kernels.formats.affine.cpu_site.reference import require_groups
 
 
 def cpu_site(
@@ -25,19 +25,11 @@ def cpu_site(
     """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run `reference.cpu_site`."""
     args = (x, perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits, group_size,
             act_bits)  # fmt: skip
-    _check(x, group_size, act_bits)
+    require_activation("cpu_site", x, act_bits)
+    require_groups("cpu_site", group_size)
     if x.device.type == "cpu" and native.load():
         return torch.ops.lopro.cpu_site.default(*args)
     return reference.cpu_site(*args)
-
-
-def _check(x: Tensor, group_size: int, act_bits: int) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"lopro::cpu_site: x is {x.dtype}; it takes float32, bfloat16 or float16")
-    if group_size != -1 and (group_size <= 0 or group_size % 32):
-        raise ValueError(f"lopro::cpu_site: group_size is {group_size}; give -1 or a multiple of 32")
-    if act_bits not in (0, 8):
-        raise ValueError(f"lopro::cpu_site: act_bits is {act_bits}; give 0 or 8")
 
 
 def _fake(x: Tensor, *args: object) -> Tensor:

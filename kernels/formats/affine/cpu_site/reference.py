@@ -15,6 +15,16 @@ def activation_group(in_features: int, group_size: int, rotated: bool) -> int:
     return most if group_count(in_features, group_size) == 1 else min(most, group_size & -group_size)
 
 
+def require_groups(operator: str, group_size: int) -> None:
+    """Require groups that the kernel reads.
+
+    Raises:
+        ValueError: group_size is another.
+    """
+    if group_size != -1 and (group_size <= 0 or group_size % 32):
+        raise ValueError(f"lopro::{operator}: group_size is {group_size}; give -1 or a multiple of 32")
+
+
 def cpu_site(
     x: Tensor,
     perm: Tensor | None,

@@ -1,4 +1,5 @@
-// Operands of one call of lopro::cpu_site. Names, shapes and the packed format are those of reference.py.
+// Operands of lopro::cpu_site, or of one expert of lopro::cpu_experts. Names, shapes and the packed format are those of
+// reference.py.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -14,4 +15,4 @@ struct AffineSite : Site {
 
 }  // namespace lopro
 
-LOPRO_KERNEL(AffineSite)
+LOPRO_KERNEL(Sites<AffineSite>)

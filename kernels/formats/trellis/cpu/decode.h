@@ -139,7 +139,8 @@ void finish(const Site& s, const Sizes& p, const Token& token, int64_t index, in
   }
   if (s.bias)
     for (int64_t i = 0; i < rows; ++i) sums[i] += load_scalar(s.bias, s.bias_type, row + i);
-  for (int64_t i = 0; i < rows; ++i) store_scalar(s.y, s.type, index * s.out + row + i, sums[i]);
+  int64_t first = row_of(s, index) * s.out + row;
+  for (int64_t i = 0; i < rows; ++i) store_scalar(s.y, s.type, first + i, sums[i]);
 }
 
 // Units of work: strips, cut where they are long or threads many.

@@ -1,6 +1,6 @@
-// The kernel of lopro::trellis_cpu, compiled once for each path.
+// The kernel of lopro::trellis_cpu and lopro::trellis_cpu_experts, compiled once for each path.
 #include "kernel.h"
 
 #include "cpu/path.h"
 
-void lopro::LOPRO_PATH::run(const TrellisSite& site) { run_with<Vector>(site); }
+void lopro::LOPRO_PATH::run(const Sites<TrellisSite>& all) { run_with<Vector>(all); }

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lopro_fx.kernels import registry
 from lopro_fx.kernels.cpu import native
+from lopro_fx.kernels.cpu.reference import require_activation
 from lopro_fx.kernels.formats.trellis.cpu import reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def trellis_cpu(
@@ -22,17 +21,10 @@ def trellis_cpu(
     """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run `reference.trellis_cpu`."""
     args = (x, perm, signs, block, skip, down, down_scale, scales, codes, bias, up, up_scale, bits, columns, window,
             strip, act_bits)  # fmt: skip
-    _check(x, act_bits)
+    require_activation("trellis_cpu", x, act_bits)
     if x.device.type == "cpu" and native.load():
         return torch.ops.lopro.trellis_cpu.default(*args)
     return reference.trellis_cpu(*args)
-
-
-def _check(x: Tensor, act_bits: int) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"lopro::trellis_cpu: x is {x.dtype}; it takes float32, bfloat16 or float16")
-    if act_bits not in (0, 8):
-        raise ValueError(f"lopro::trellis_cpu: act_bits is {act_bits}; give 0 or 8")
 
 
 def _fake(x: Tensor, *args: object) -> Tensor:

@@ -1,4 +1,5 @@
-// Operands of one call of lopro::trellis_cpu. Names, shapes and the packed format are those of ../code.py.
+// Operands of lopro::trellis_cpu, or of one expert of lopro::trellis_cpu_experts. Names, shapes and the packed format
+// are those of ../code.py.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -16,4 +17,4 @@ struct TrellisSite : Site {
 
 }  // namespace lopro
 
-LOPRO_KERNEL(TrellisSite)
+LOPRO_KERNEL(Sites<TrellisSite>)

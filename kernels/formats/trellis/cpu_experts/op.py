@@ -1,0 +1,43 @@
+"""Registration of `lopro::trellis_cpu_experts`, as `lopro::cpu_site` of the affine format is: one node, called by its C
+function in packages, compiled code in eager mode where there is any, and no derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lopro_fx.kernels import registry
+from lopro_fx.kernels.cpu import native
+from lopro_fx.kernels.cpu.reference import require_activation
+from lopro_fx.kernels.formats.trellis.cpu_experts import reference
+
+
+def trellis_cpu_experts(
+    x: Tensor, ids: Tensor, slots: int, perm: Tensor | None, signs: Tensor | None, block: int, skip: int,
+    down: Tensor | None, down_scale: Tensor | None, scales: Tensor, codes: Tensor, up: Tensor | None,
+    up_scale: Tensor | None, cells: Tensor | None, core: Tensor | None, bits: float, columns: int, window: int,
+    strip: int, act_bits: int,
+) -> Tensor:  # fmt: skip
+    """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run the definition."""
+    args = (x, ids, slots, perm, signs, block, skip, down, down_scale, scales, codes, up, up_scale, cells, core, bits,
+            columns, window, strip, act_bits)  # fmt: skip
+    require_activation("trellis_cpu_experts", x, act_bits)
+    if x.device.type == "cpu" and native.load():
+        return torch.ops.lopro.trellis_cpu_experts.default(*args)
+    return reference.trellis_cpu_experts(*args)
+
+
+def _fake(x: Tensor, ids: Tensor, *args: object) -> Tensor:
+    scales = args[7]
+    assert isinstance(scales, Tensor)
+    return x.new_empty((ids.shape[0], scales.shape[1]))
+
+
+registry.register_opaque(
+    "trellis_cpu_experts(Tensor x, Tensor ids, int slots, Tensor? perm, Tensor? signs, int block, int skip, "
+    "Tensor? down, Tensor? down_scale, Tensor scales, Tensor codes, Tensor? up, Tensor? up_scale, Tensor? cells, "
+    "Tensor? core, float bits, int columns, int window, int strip, int act_bits) -> Tensor",
+    trellis_cpu_experts,
+    _fake,
+)
