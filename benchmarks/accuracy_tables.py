@@ -29,7 +29,29 @@ _FRONTIER = (
     "budget-2.35", "budget-2.65", "budget-3.05-window-16-plain", "gptqmodel-3", "budget-3.35",
     "budget-4.15", "budget-4.15-plain", "IQ3_XXS", "Q2_K", "Q4_0",
 )  # fmt: skip
-_BRANCH = ("trellis-2", "budget-2.03", "trellis-2-rank-16", "budget-2.35")
+_BRANCH = (
+    "trellis-2", "budget-2.03", "trellis-2-rank-16", "budget-2.35", "trellis-3", "trellis-3-rank-16", "budget-3.35",
+)  # fmt: skip
+# Rows of the mixture of experts, without the number of bits.
+_EXPERTS = {
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "lopro": "LoPRo, no branch",
+    "groups-32": "the same, groups of 32",
+    "lopro-rank-16": "LoPRo, rank 16 for each expert",
+    "lopro-rank-32": "LoPRo, rank 32 for each expert",
+    "tileq-paper": "`TileQ.paper()`, rank 32",
+    "tileq-16-no-core": "TileQ without cores, rank 16",
+    "tileq-32-no-core": "TileQ without cores, rank 32",
+    "tileq-16": "**TileQ, rank 16**",
+    "tileq-32": "**TileQ, rank 32**",
+    "tileq-32-scale": 'the same, `whitening="scale"`',
+    "tileq-32-once": "the same, `tile_refits=0`",
+    "tileq-32-twice": "the same, `tile_refits=2`",
+    "trellis": "LoPRo, trellis, no branch",
+    "tileq-16-trellis": "TileQ, trellis, rank 16",
+    "tileq-32-trellis": "TileQ, trellis, rank 32",
+}
 # Rows of the formats "trellis" and "affine".
 _TRELLIS = ("budget", "trellis")
 _AFFINE = {
@@ -94,6 +116,20 @@ def branch() -> str:
     """A low-rank branch of the trellis, and budgets of its size and below without one."""
     rows = [row for row in rows_of("frontier") if row["row"] in _BRANCH]
     return _measured([(_own_name(row["row"]), row) for row in _in_order(rows)])
+
+
+def experts() -> str:
+    """The mixture of experts: true bits, of them those of the experts' factors, perplexity, KL, agreement."""
+    lines = []
+    for row in rows_of("moe"):
+        name, _, bits = row["row"].rpartition("-")
+        order = (int(bits), list(_EXPERTS).index(name))
+        lines.append((order, (
+            f"{_EXPERTS[name]}, {bits} bits", f"{row['bits_per_weight']:.3f}", f"{row['low_rank_bits']:.3f}",
+            f"{row['perplexity']:.2f}", f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}", f"{100 * row['top1']:.1f} %",
+        )))  # fmt: skip
+    heads = ("", "bits per weight", "factors of experts", "perplexity", "KL", "same token")
+    return table(heads, [line for _, line in sorted(lines)])
 
 
 def flexible() -> str:

@@ -176,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "searching": searching,
     "sketches": sketches,
     "branch": accuracy.branch,
+    "experts": accuracy.experts,
     "flexible": accuracy.flexible,
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,

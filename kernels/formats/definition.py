@@ -90,13 +90,14 @@ def experts(format: Format, named: Mapping[str, Any]) -> Tensor:
     x, ids, slots = (named[key] for key in ("x", "ids", "slots"))
     packed = format.of(named, x.shape[-1])
     require_fit(x, ids, packed.experts, packed.shape[-1], slots)
-    branches = None if named["latent"] is None else Branches.of(named, packed.experts)
+    latent = named["latent"]
+    branches = None if latent is None else Branches.of(named, packed.experts)
     y = x.new_zeros(ids.shape[0], packed.shape[1])
     for expert, rows in by_expert(ids, packed.experts):
         tokens = rows // slots
         part = functional.linear(x[tokens], format.dequantize(packed.expert(expert), x.dtype))
-        if branches is not None:
-            part = part + branches.of_expert(expert, named["latent"][tokens])
+        if latent is not None and branches is not None:
+            part = part + branches.of_expert(expert, latent[tokens])
         y[rows] = part
     return y
 

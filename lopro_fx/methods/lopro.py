@@ -1,4 +1,4 @@
-"""LoPRo: permuted block-wise rotation, error-feedback rounding and a low-rank branch (arXiv 2601.19675).
+"""LoPRo: permuted block-wise rotation, error-feedback rounding and, if asked for, a low-rank branch (2601.19675).
 
 One call solves all Linears of a unit. They share the transform and the down factor, since they read the same tensor;
 each has its own codes, scales, zeros and up factor. Everything after the transform is solved in rotated coordinates, so
@@ -47,7 +47,8 @@ class LoPRo(Rounding):
     """Permuted block-wise rotation with a low-rank branch (arXiv 2601.19675).
 
     Args:
-        rank: components of the low-rank branch; 0 leaves it out.
+        rank: components of the low-rank branch; 0 leaves it out. The same bytes in codes measured better (see
+            benchmarks/results).
         factor_bits: 8 (int8, one fp16 scale a component) or 16 (fp16).
         transforms: candidates among "identity" (no permutation, no rotation), "act_order" (columns by energy, not
             rotated), "partial" (permuted by importance, the salient block not rotated) and "full" (random signs, every
@@ -65,7 +66,7 @@ class LoPRo(Rounding):
         damp: as in GPTQ, beside what `prior.shrinkage` adds.
     """
 
-    rank: int = setting(16, "of LoPRo's low-rank branch (default: 16)")
+    rank: int = setting(0, "of LoPRo's low-rank branch (default: 0)")
     factor_bits: int = 8
     transforms: tuple[str, ...] = ("full",)
     block_size: int = 256
@@ -112,6 +113,7 @@ class LoPRo(Rounding):
         factors from the scaled weights, no refit, groups of 128."""
         choices: dict[str, Any] = {
             "group_size": 128,
+            "rank": 16,
             "transforms": ("partial",),
             "salient": 256,
             "signs": False,

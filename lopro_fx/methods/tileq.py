@@ -39,7 +39,6 @@ class TileQ(LoPRo):
     """Experts with factors shared in a grid (arXiv 2605.09281); Linears as by LoPRo.
 
     Args:
-        rank: of the low-rank branch of Linears.
         tile_rank: components of the factors that experts share; 0 leaves them out.
         core: whether each expert has a core (tile_rank, tile_rank) between its factors.
         whitening: "gram" fits the factors in the norm of the layer's Gram, "scale" is the paper: columns scaled by the
@@ -48,7 +47,6 @@ class TileQ(LoPRo):
             are rounded again around them. The best iterate is kept. 0 is the paper: factors once, from the weights.
     """
 
-    rank: int = setting(0, "of the low-rank branch of Linears")
     tile_rank: int = setting(32, "of the factors that TileQ's experts share (default: 32)")
     core: bool = True
     whitening: str = "gram"
@@ -96,9 +94,9 @@ class _Tiling:
         if config.whitening == "gram":
             self.factor = torch.linalg.cholesky(damped(self.transform.gram(gram), FACTOR_DAMP))
         else:
-            # A diagonal in original coordinates is none behind the transform.
-            scale = column_scale(seen.magnitude, _SCALE_POWER)
-            self.factor = torch.linalg.cholesky(self.transform.gram(torch.diag(scale.square())))
+            # A diagonal in original coordinates is none behind the transform. Its square may not be positive in fp32.
+            scaled = self.transform.forward(torch.diag(column_scale(seen.magnitude, _SCALE_POWER)))
+            self.factor = torch.linalg.qr(scaled).R.T.contiguous()
         routed = joint.new_tensor([own.routed for own in seen.experts])
         self.shares = routed / routed.sum() if routed.any() else torch.full_like(routed, 1 / len(routed))
 
