@@ -62,6 +62,20 @@ _CONTENDERS = {
 _BRIEF = ("decode-smollm2-4", "prefill-smollm2-4", "decode-wide-4", "decode-wide-3", "decode-wide-2", "memory-wide-3")
 
 
+def _cpu_experts() -> str:
+    """Decode of a layer of experts on a CPU."""
+    lines = [
+        (
+            row["row"],
+            f"{row['milliseconds']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            f"{row['times_batched_mm']:.1f}",
+        )
+        for row in rows_of("cpu_experts")
+    ]
+    return table(("one token, two of 8 experts of 2048 x 7168", "ms", "spread", "times batched_mm"), lines)
+
+
 def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:
     """Both sides of every case of benchmarks/serving.py."""
     rows = {row["row"]: row for row in rows_of(result)}
@@ -177,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sketches": sketches,
     "branch": accuracy.branch,
     "experts": accuracy.experts,
+    "cpu-experts": _cpu_experts,
     "flexible": accuracy.flexible,
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,

@@ -62,7 +62,7 @@ def explain(program: ExportedProgram, config: Method | None = None) -> Explanati
         raise ConfigError(f"config={config!r}: give a method, such as RTN(...), GPTQ(...), FLRQ(...) or LoPRo(...)")
     selection: Selection = find_sites(as_linears(program), config.include, config.exclude, heads=config.head_bits > 0)
     lines = [
-        Line(site.name, (site.out_features, site.in_features), True, group.name, "")
+        Line(site.name, site.shape, True, group.name, "")
         for group in (*selection.groups, *selection.heads)
         for site in group.sites
     ]

@@ -101,6 +101,8 @@ def test_known_experts_are_quantised_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantized = lopro_fx.quantize(program, config=lopro_fx.RTN(bits=4, group_size=32))
+    lines = {line.name: line.shape for line in lopro_fx.explain(program).taken}
+    assert lines["experts.down_proj"] == (EXPERTS, WIDTH, HIDDEN)
     names = {row["name"]: row for row in lopro_fx.report(quantized).rows}
     assert names["experts.gate_up_proj"]["shape"] == [EXPERTS, 2 * HIDDEN, WIDTH]
     assert not [name for name in quantized.state_dict if name.endswith("gate_up_proj")]
