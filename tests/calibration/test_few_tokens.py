@@ -43,7 +43,7 @@ def _perplexity(program: ExportedProgram, texts: list[Tensor]) -> float:
 
 
 # What rounding to nearest gives there: 7.98.
-@pytest.mark.parametrize("method", [LoPRo(bits=3), GPTQ(bits=3)], ids=["lopro", "gptq"])
+@pytest.mark.parametrize("method", [LoPRo(bits=3, rank=16), GPTQ(bits=3)], ids=["lopro", "gptq"])
 @pytest.mark.parametrize("case", ["16 tokens", "one token", "48 tokens"])
 def test_few_tokens_do_not_explode(
     story_model: tuple[ExportedProgram, list[Tensor]], method: Method, case: str
