@@ -14,7 +14,7 @@ import lopro_fx
 from lopro_fx.methods.base import Method
 from lopro_fx.passes.calls import packed_calls
 from lopro_fx.report.traffic import weight_bytes
-from tests.helpers import generator, package_error, relative_rms
+from tests.helpers import generator, relative_rms
 from tests.mixtures import EXPERTS, MixtureDecoder
 from tests.programs import VOCAB, WIDTH, export, ids, seeded
 
@@ -68,13 +68,6 @@ def test_compiled_programs_agree() -> None:
         for length in (1, 5):
             x = torch.randint(VOCAB, (2, length), generator=generator(length))
             assert relative_rms(quantised.module()(x), compiled(x)) < 1e-5
-
-
-def test_a_package_runs_without_lopro_fx(tmp_path: Path) -> None:
-    fast = lopro_fx.optimize(_quantised("tileq"), target="cpu", activations="float")
-    lopro_fx.export_aoti(fast, tmp_path / "model.pt2")
-    x = torch.randint(VOCAB, (2, 5), generator=generator())
-    assert package_error(tmp_path, x, fast.module()(x)) < 1e-5
 
 
 def test_coverage_is_reported() -> None:

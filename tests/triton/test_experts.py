@@ -27,7 +27,7 @@ from lopro_fx.kernels.routed.choice import DECODE_PAIRS, choose_tile, refuses
 from lopro_fx.kernels.routed.device import most_tiles, own_latents, sorted_pairs
 from tests.helpers import TOLERANCE, assert_close, generator
 from tests.triton.conftest import INTERPRETED
-from tests.triton.test_kernels import DECODE_TOLERANCE, DTYPES
+from tests.triton.test_kernels import DECODE_TOLERANCE
 
 Operands = dict[str, Any]
 EXPERTS, RANK = 5, 3
@@ -120,12 +120,12 @@ def run(device: torch.device, format: str, x: Tensor, ids: Tensor, slots: int, n
         return operator_of(format, "experts")(x=x.to(device), ids=ids.to(device), slots=slots, **there).cpu()
 
 
-@pytest.mark.parametrize(("tokens", "slots", "dtype"), [(1, 2, None), *((33, 1, dtype) for dtype in DTYPES)])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 2), (33, 1)])
 @pytest.mark.parametrize("index", range(len(AFFINE + TRELLIS)))
-def test_every_spec(device: torch.device, index: int, tokens: int, slots: int, dtype: torch.dtype | None) -> None:
+def test_every_spec(device: torch.device, index: int, tokens: int, slots: int) -> None:
     format, spec, k, n = (AFFINE + TRELLIS)[index]
     # The interpreter multiplies no bf16, but the gemv multiplies integers.
-    dtype = dtype or (torch.float32, torch.bfloat16)[index % 2]
+    dtype = (torch.float32, torch.bfloat16 if tokens == 1 else torch.float16)[index % 2]
     x, named = tokens_of(tokens, k, dtype), weights(format, spec, n, k)
     compare(device, format, x, route(tokens, slots), slots, {**named, **branches(tokens, n, dtype)})
 
