@@ -63,7 +63,7 @@ def expert_launches(
     up, up_scale = tensor(12, n, rank, dtype=torch.int8), tensor(12, rank, dtype=torch.float16)
     cells, ids = tensor(experts, 2, dtype=torch.int32), tensor(slots, dtype=torch.int64)
     core, latent = tensor(experts, rank, rank, dtype=torch.float16), tensor(1, 12 * rank, dtype=dtype)
-    yield "experts, latents", record(routed.own_latents, routed, latent, ids, slots, rank, experts, cells, core)[0]
+    yield "experts, latents", record(routed.latents, routed, latent, ids, slots, rank, experts, cells, core)[0]
     tokens = 2048
     many = tensor(tokens, k, dtype=dtype), tensor(1, tokens * slots, rank, dtype=torch.float32)
     places = tensor(tokens * slots, dtype=torch.int64), tensor(experts + 1, dtype=torch.int32)
@@ -76,9 +76,15 @@ def expert_launches(
         module, numbers, last = trellis_experts, (step_of(spec), spec["columns"], spec["window"], spec["strip"]), (k,)
         width, group = 8, 128
     words = tensor(1, 2, 8 // width, k // 32 * width, dtype=torch.int32)
-    steps, own = (tensor(1, *shape, dtype=torch.float32) for shape in ((2, group_count(k, group)), (slots, rank)))
+    steps = tensor(1, 2, group_count(k, group), dtype=torch.float32)
     weight = (*packed, up, up_scale, cells, *numbers)
-    few = (words, steps, own, ids, slots, *weight, *last, 1, dtype)
+    down, down_scale = tensor(12 * rank, k, dtype=torch.int8), tensor(12 * rank, dtype=torch.float16)
+    signs, x = tensor(k // 8, dtype=torch.uint8), tensor(1, k, dtype=dtype)
+    fixed = numbers if format == "affine" else (8, -1)
+    given = (x, ids, slots, experts, None, signs, 256, down, cells, rank, *fixed, x, "silu")
+    yield f"experts, {format}, decode, prepare", record(affine_experts.prepare, affine_experts, *given)[0]
+    parts = tensor(k // 256, slots, rank, dtype=torch.float32)
+    few = (words, steps, parts, ids, slots, *packed, down_scale, up, up_scale, cells, core, *numbers, *last, 1, dtype)
     yield f"experts, {format}, decode, product", record(module.product, module, *few)[0]
     for tile in (16, 64, 0):
         if tile or capability >= 90:

@@ -21,6 +21,9 @@ from lopro_fx.passes.weights import parameter_fqns
 ROTATE = torch.ops.lopro.rotate.default
 PROJECT = torch.ops.lopro.project.default
 ROUND = torch.ops.lopro.round_activation.default
+# Kinds of operators with the same rotation and projection inside.
+SITES = {"linear": "site", "experts": "experts_site"}
+EXPERTS = ("experts", "experts_site")
 
 
 def is_ours(node: Node) -> bool:
@@ -98,7 +101,7 @@ class PackedPass(ProgramPass):
     """
 
     def requires(self, program: ExportedProgram) -> None:
-        if not packed_calls(program.graph, "linear", "site", "int8", "experts"):
+        if not packed_calls(program.graph, "linear", "site", "int8", *EXPERTS):
             raise GraphError(
                 "the program holds no packed Linear to optimise; quantise it first, and don't decompose it in between"
             )

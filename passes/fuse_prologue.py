@@ -8,13 +8,13 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.calls import (
+    EXPERTS,
     ROTATE,
     ROUND,
+    SITES,
     PackedPass,
-    format_of,
     kind_of,
     packed_calls,
     same_shape,
@@ -22,7 +22,7 @@ from lopro_fx.passes.calls import (
     weight_fqn,
 )
 from lopro_fx.passes.editor import ProgramEditor
-from lopro_fx.passes.fuse_site import fused_operands
+from lopro_fx.passes.fuse_site import fused_operands, site_operator
 from lopro_fx.passes.mutation import written_between
 from lopro_fx.passes.norms import Norm, match_norm
 from lopro_fx.passes.operands import operands
@@ -54,11 +54,12 @@ class FuseProloguePass(PackedPass):
 
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
-        for node in packed_calls(editor.graph, "linear", "site"):
+        for node in packed_calls(editor.graph, *SITES, *SITES.values()):
             if has_prologue(node):
                 continue
             x = operands(node).x
-            found = match_norm(x) or match_gate(x)
+            # The router of experts reads their norm too.
+            found = match_gate(x) or (None if kind_of(node) in EXPERTS else match_norm(x))
             reason = _reason_to_leave(editor, node, x, found)
             if reason or found is None:
                 notes.append({"what": sites_of(node), "reason": reason})
@@ -70,28 +71,27 @@ class FuseProloguePass(PackedPass):
         return notes
 
     def ensures(self, program: ExportedProgram) -> None:
-        for node in packed_calls(program.graph, "site"):
+        for node in packed_calls(program.graph, *SITES.values()):
             site, name = operands(node), sites_of(node)[0]
-            fits = site.norm is None or site.norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
+            norm = site.named.get("norm")
+            fits = norm is None or norm.meta["val"].shape == site.x.meta["val"].shape[-1:]
             self.promise(fits, f"the norm of '{name}' has not one weight a column")
             self.promise((site.gate is None) == (site.activation == ""), f"'{name}' has half of a gated activation")
 
 
 def has_prologue(node: Node) -> bool:
     """Whether a node is a site that has a norm or a gate already."""
-    if kind_of(node) != "site":
+    if kind_of(node) not in SITES.values():
         return False
-    site = operands(node)
-    return site.norm is not None or site.gate is not None
+    site = operands(node).named
+    return site.get("norm") is not None or site["gate"] is not None
 
 
 def as_site(editor: ProgramEditor, node: Node) -> Node:
-    """Replace a packed Linear by a "site"; return a site itself."""
-    if kind_of(node) == "site":
+    """Replace a packed Linear by a "site", and experts by an "experts_site"; return either itself."""
+    if kind_of(node) in SITES.values():
         return node
-    site = editor.add_operator(
-        node, f"site_{node.name}", fused_operands(node, operator_of(format_of(node).name, "site")), node
-    )
+    site = editor.add_operator(node, f"site_{node.name}", fused_operands(node, site_operator(node)), node)
     site.meta[META] = node.meta[META]
     editor.replace(node, site)
     return site
@@ -99,7 +99,7 @@ def as_site(editor: ProgramEditor, node: Node) -> Node:
 
 def reads_its_own_input(node: Node) -> bool:
     """Whether no separate node rotates, rounds or projects the input of a packed node."""
-    if kind_of(node) == "site":
+    if kind_of(node) in SITES.values():
         return True
     call = operands(node)
     return call.latent is None and call.x.target not in (ROTATE, ROUND)

@@ -1,4 +1,5 @@
-"""Fuse a rotation, a low-rank down-projection and the packed Linear that alone reads them into one "site"."""
+"""Fuse a rotation, a low-rank down-projection and the packed Linear that alone reads them into one "site", and experts
+into one "experts_site"."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, PackedPass, format_of, packed_calls
+from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, SITES, PackedPass, format_of, kind_of, packed_calls
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.operands import Operands, operands
 from lopro_fx.passes.record import META, Mark, Note, group_of, sites_of
@@ -20,13 +21,19 @@ class FuseSitePass(PackedPass):
     """Fuse each packed Linear with the rotation and the down-projection in front of it, if it is their only reader.
 
     A Linear with neither is skipped. Run `MergeLinearsPass` first for Linears that share a rotation.
+
+    Args:
+        experts: fuse experts too. Operators for CPUs take them apart.
     """
 
     name = "fuse_site"
 
+    def __init__(self, experts: bool = True) -> None:
+        self.kinds = tuple(SITES) if experts else ("linear",)
+
     def edit(self, editor: ProgramEditor) -> list[Note]:
         notes: list[Note] = []
-        for node in packed_calls(editor.graph, "linear"):
+        for node in packed_calls(editor.graph, *self.kinds):
             reason = _reason_to_leave(node)
             if reason:
                 notes.append({"what": sites_of(node), "reason": reason})
@@ -86,8 +93,15 @@ def fused_operands(node: Node, operator: OpOverload, **others: Any) -> Operands:
     return call.replace(latent=None).to(operator, **turn, **projection, **others)
 
 
+def site_operator(node: Node) -> OpOverload:
+    """The operator that fuses a "linear" or "experts" with what it reads."""
+    kind = kind_of(node)
+    assert kind is not None
+    return operator_of(format_of(node).name, SITES[kind])
+
+
 def _fuse(editor: ProgramEditor, node: Node) -> None:
-    call, operator = operands(node), operator_of(format_of(node).name, "site")
+    call, operator = operands(node), site_operator(node)
     fused = editor.add_operator(node, f"fused_{node.name}", fused_operands(node, operator), node)
     fused.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
     editor.replace(node, fused)

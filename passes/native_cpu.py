@@ -8,7 +8,18 @@ from torch.fx import Node
 from lopro_fx.kernels.errors import GraphError
 from lopro_fx.kernels.formats.registry import operator_of
 from lopro_fx.passes.base import counters
-from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, PackedPass, format_of, kind_of, packed_calls, stored_weight
+from lopro_fx.passes.calls import (
+    EXPERTS,
+    PROJECT,
+    ROTATE,
+    ROUND,
+    SITES,
+    PackedPass,
+    format_of,
+    kind_of,
+    packed_calls,
+    stored_weight,
+)
 from lopro_fx.passes.editor import ProgramEditor
 from lopro_fx.passes.fuse_site import fused_operands, rounding_of, unrounded
 from lopro_fx.passes.operands import operands
@@ -35,7 +46,7 @@ class NativeCpuPass(PackedPass):
 
     def requires(self, program: ExportedProgram) -> None:
         super().requires(program)
-        for node in packed_calls(program.graph, "site"):
+        for node in packed_calls(program.graph, *SITES.values()):
             if fused := operands(node).kwargs:
                 raise GraphError(
                     f"'{sites_of(node)[0]}' holds {', '.join(fused)} since the program was optimised for CUDA; "
@@ -47,7 +58,7 @@ class NativeCpuPass(PackedPass):
         for placeholder in editor.graph.find_nodes(op="placeholder"):
             editor.freeze(placeholder)
         notes: list[Note] = []
-        for node in packed_calls(editor.graph, "linear", "site", "experts"):
+        for node in packed_calls(editor.graph, *SITES, *SITES.values()):
             reason = _reason_to_leave(node)
             notes.append({"what": sites_of(node), **({"reason": reason} if reason else {})})
             if reason is None:
@@ -55,7 +66,7 @@ class NativeCpuPass(PackedPass):
         return notes
 
     def _replace(self, editor: ProgramEditor, node: Node) -> None:
-        call, fused = operands(node), kind_of(node) == "site"
+        call, fused = operands(node), kind_of(node) in SITES.values()
         rounded = None if fused else rounding_of(node)
         act_bits = self.act_bits if rounded is None else operands(rounded).bits
         operator = operator_of(format_of(node).name, _kernel_of(node))
@@ -69,21 +80,21 @@ class NativeCpuPass(PackedPass):
                 editor.graph.erase_node(gone)
 
     def ensures(self, program: ExportedProgram) -> None:
-        for node in packed_calls(program.graph, "site"):
+        for node in packed_calls(program.graph, *SITES.values()):
             self.promise(_reason_to_leave(node) is not None, f"'{sites_of(node)[0]}' is still a {node.target}")
 
 
 def _kernel_of(node: Node) -> str:
     """Kind of the operator that replaces a packed node."""
-    return "cpu_experts" if kind_of(node) == "experts" else "cpu"
+    return "cpu_experts" if kind_of(node) in EXPERTS else "cpu"
 
 
 def _reason_to_leave(node: Node) -> str | None:
     format = format_of(node)
     if operator_of(format.name, _kernel_of(node)) is None:
-        of = " of experts" if kind_of(node) == "experts" else ""
+        of = " of experts" if kind_of(node) in EXPERTS else ""
         return f"format '{format.name}' has no compiled kernel{of} for CPUs"
-    if kind_of(node) == "site":
+    if kind_of(node) in SITES.values():
         return None
     call = operands(node)
     x, rounded = unrounded(node), rounding_of(node)

@@ -65,7 +65,7 @@ def optimize(
         (fold, FoldPermutationPass()),
         (merge, MergeLinearsPass()),
         (fuse and target != "cpu", FuseActivationPass()),
-        (fuse, FuseSitePass()),
+        (fuse, FuseSitePass(experts=target == "cuda")),
         (prologue and target == "cuda", FuseProloguePass()),
         (residual and target == "cuda", FuseResidualPass()),
         (target == "cpu", NativeCpuPass(ACTIVATIONS[activations])),

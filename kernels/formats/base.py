@@ -124,7 +124,7 @@ class Kernel:
 
     Args:
         name: as reports show it.
-        operator: "linear", "site" or "embedding".
+        operator: kind, one of `registry.KINDS`.
         run: takes the operator's operands by name.
         refuses: the reason why it can't take these operands, by name; None if it can.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -100,6 +100,31 @@ def experts(format: Format, named: Mapping[str, Any]) -> Tensor:
             part = part + branches.of_expert(expert, latent[tokens])
         y[rows] = part
     return y
+
+
+def experts_site(
+    format: Format, named: Mapping[str, Any], product: Callable[[Format, Mapping[str, Any]], Tensor] = experts
+) -> Tensor:
+    """`experts` with the `rotate` and `project` that only it reads, and a gated activation before them.
+
+    Args:
+        format: of the weights.
+        named: operands by name:
+            x: (tokens, in_features), not rotated.
+            perm, signs, block, skip: as in `lopro::rotate`, for all experts.
+            down, down_scale: int8 or fp16 (rows * rank, in_features) and (rows * rank,), or None.
+            gate, activation: applied to x first, as in `prologue/reference.py`.
+            all others: as in `experts`.
+        product: `experts`, or an operator that computes it.
+
+    Returns:
+        (tokens * slots, out_features) of x's dtype.
+    """
+    x, perm = prologue(named["x"], named["perm"], None, 0.0, named["gate"], named["activation"])
+    if perm is not None or named["block"] > 1:
+        x = rotate(x, perm, named["signs"], named["block"], named["skip"])
+    latent = None if named["down"] is None else project(x, named["down"], named["down_scale"])
+    return product(format, {**named, "x": x, "latent": latent})
 
 
 def embedding(format: Format, named: Mapping[str, Any]) -> Tensor:

@@ -6,9 +6,13 @@ Schemas follow from a format's tensors and spec:
     <prefix>_site       x, perm, signs, block, skip, down, down_scale, tensors, bias, up, up_scale, spec,
                         norm, eps, gate, activation, residual
     <prefix>_experts    x, ids, slots, tensors, latent, up, up_scale, cells, core, spec
+    <prefix>_experts_site
+                        x, ids, slots, perm, signs, block, skip, down, down_scale, tensors, up, up_scale, cells, core,
+                        spec, gate, activation
     <prefix>_embedding  ids, tensors, spec, in_features, dtype
 
-"experts" stays one node: which rows an expert has is known only at run time. The others are composite.
+They are composite, but what no kernel of experts takes becomes one opaque node, `<prefix>_experts_loop` with the
+operands of `_experts`: which rows an expert has is known only at run time.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from lopro_fx.kernels.formats.base import Format, Kernel, Packed
 FORMATS: dict[str, Format] = {}
 # Format and kind of each operator.
 OPERATORS: dict[torch._ops.OpOverload, tuple[Format, str]] = {}
-KINDS = ("linear", "site", "experts", "embedding")
+KINDS = ("linear", "site", "experts", "experts_site", "embedding")
+_Definition = Callable[[Format, Mapping[str, Any]], Tensor]
 _TYPES: dict[type, str] = {int: "int", float: "float", str: "str"}
 # Names of operands that every format's operators have.
 _TAKEN = frozenset(
@@ -37,7 +42,10 @@ _TAKEN = frozenset(
      "gate", "activation", "residual", "ids", "in_features", "dtype", "act_bits", "act_group",
      "slots", "cells", "core")
 )  # fmt: skip
-_AROUND = {"norm": None, "eps": 0.0, "gate": None, "activation": "", "residual": None}
+_AROUND = {"gate": None, "activation": ""}
+_AROUND_SITE = {**_AROUND, "norm": None, "eps": 0.0, "residual": None}
+_DEFAULTS = {"site": _AROUND_SITE, "experts_site": _AROUND}
+_LOOP = "experts_loop"
 
 
 def register_format(format: Format) -> None:
@@ -66,7 +74,7 @@ def register_format(format: Format) -> None:
     for name in own:
         if name in _TAKEN or own.count(name) > 1:
             raise ConfigError(f"format '{format.name}': its tensor or number '{name}' has the name of another operand")
-    names = [f"{format.prefix}_{kind}" for kind in KINDS]
+    names = [f"{format.prefix}_{kind}" for kind in (*KINDS, _LOOP)]
     if any(hasattr(torch.ops.lopro, name) for name in names):
         raise ConfigError(f"format '{format.name}': operators named {', '.join(names)} exist already")
     for key, value in format.spec.items():
@@ -76,6 +84,7 @@ def register_format(format: Format) -> None:
             )
     for kind in KINDS:
         _define(format, kind)
+    _define_loop(format)
     FORMATS[format.name] = format
     for kind in (*KINDS, *format.operators):
         operator = operator_of(format.name, kind)
@@ -137,10 +146,52 @@ def operator_of(format: str, kind: str) -> Any:
 def reference(format: str, kind: str) -> Callable[..., Tensor]:
     """The definition of `operator_of(format, kind)`, with the same operands and no faster kernels."""
     operator, owner = operator_of(format, kind), known_format(format)
-    return _implementation(owner, kind, [argument.name for argument in operator._schema.arguments], ())
+    names = [argument.name for argument in operator._schema.arguments]
+    return _implementation(owner, kind, names, (), getattr(definition, kind))
 
 
 def _define(format: Format, kind: str) -> None:
+    operands = _operands(format, kind)
+    kernels = [kernel for kernel in format.kernels() if kernel.operator == kind]
+    defined: _Definition = getattr(definition, kind)
+    if kind == "experts":
+        defined = _loop
+    elif kind == "experts_site":
+        defined = functools.partial(definition.experts_site, product=_experts)
+    schema = f"{format.prefix}_{kind}({', '.join(operands)}) -> Tensor"
+    registry.register(schema, _implementation(format, kind, _names(operands), kernels, defined))
+
+
+def _define_loop(format: Format) -> None:
+    operands = _operands(format, "experts")
+    names = _names(operands)
+
+    def fake(*args: Any, **kwargs: Any) -> Tensor:
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return named["x"].new_empty(named["ids"].shape[0], named[format.tensor_names[0]].shape[1])
+
+    schema = f"{format.prefix}_{_LOOP}({', '.join(operands)}) -> Tensor"
+    registry.register_opaque(schema, _implementation(format, "experts", names, (), definition.experts), fake)
+
+
+def _experts(format: Format, named: Mapping[str, Any]) -> Tensor:
+    return _call(operator_of(format.name, "experts"), named)
+
+
+def _loop(format: Format, named: Mapping[str, Any]) -> Tensor:
+    return _call(getattr(torch.ops.lopro, f"{format.prefix}_{_LOOP}").default, named)
+
+
+def _call(operator: Any, named: Mapping[str, Any]) -> Tensor:
+    return operator(*(named[argument.name] for argument in operator._schema.arguments))
+
+
+def _names(operands: Sequence[str]) -> list[str]:
+    return [operand.split()[1].partition("=")[0] for operand in operands]
+
+
+def _operands(format: Format, kind: str) -> list[str]:
+    """Operands of an operator, as its schema declares them."""
     weight = [f"Tensor {name}" for name in format.tensor_names]
     spec = [f"{_TYPES[type(value)]} {name}" for name, value in format.spec.items()]
     if kind == "linear":
@@ -151,6 +202,12 @@ def _define(format: Format, kind: str) -> None:
             *weight, "Tensor? bias", "Tensor? up", "Tensor? up_scale", *spec,
             "Tensor? norm=None", "float eps=0.0", "Tensor? gate=None", 'str activation=""', "Tensor? residual=None",
         ]  # fmt: skip
+    elif kind == "experts_site":
+        operands = [
+            "Tensor x", "Tensor ids", "int slots", "Tensor? perm", "Tensor? signs", "int block", "int skip",
+            "Tensor? down", "Tensor? down_scale", *weight, "Tensor? up", "Tensor? up_scale", "Tensor? cells",
+            "Tensor? core", *spec, "Tensor? gate=None", 'str activation=""',
+        ]  # fmt: skip
     elif kind == "experts":
         operands = [
             "Tensor x", "Tensor ids", "int slots", *weight, "Tensor? latent", "Tensor? up", "Tensor? up_scale",
@@ -158,19 +215,7 @@ def _define(format: Format, kind: str) -> None:
         ]  # fmt: skip
     else:
         operands = ["Tensor ids", *weight, *spec, "int in_features", "ScalarType dtype"]
-    schema = f"{format.prefix}_{kind}({', '.join(operands)}) -> Tensor"
-    names = [operand.split()[1].partition("=")[0] for operand in operands]
-    kernels = [kernel for kernel in format.kernels() if kernel.operator == kind]
-    run = _implementation(format, kind, names, kernels)
-    if kind != "experts":
-        registry.register(schema, run)
-        return
-
-    def fake(*args: Any, **kwargs: Any) -> Tensor:
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        return named["x"].new_empty(named["ids"].shape[0], named[format.tensor_names[0]].shape[1])
-
-    registry.register_opaque(schema, run, fake)
+    return operands
 
 
 def _implementation(
@@ -178,10 +223,10 @@ def _implementation(
     kind: str,
     names: Sequence[str],
     kernels: Sequence[Kernel],
+    defined: _Definition,
 ) -> Callable[..., Tensor]:
     """Run the first kernel that takes the operands, else the definition."""
-    defined = getattr(definition, kind)
-    defaults: Mapping[str, Any] = _AROUND if kind == "site" else {}
+    defaults: Mapping[str, Any] = _DEFAULTS.get(kind, {})
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         named = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}

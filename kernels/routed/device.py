@@ -7,13 +7,14 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
+from lopro_fx.kernels import registry
 from lopro_fx.kernels.routed.triton import own_kernel
 
 # Rows of a core that a program multiplies.
 _ROWS = 32
 
 
-def own_latents(
+def latents(
     latent: Tensor, ids: Tensor, slots: int, rank: int, experts: int, cells: Tensor | None, core: Tensor | None
 ) -> Tensor:
     """Latents of each pair, those of its expert's row times its core.
@@ -38,6 +39,13 @@ def own_latents(
     return own
 
 
+def branch_of(latent: Tensor | None, up: Tensor | None) -> tuple[int, int, int]:
+    """Rank, parts, and columns of a token's row (0 with parts, each of pairs) of latents that a gemv reads."""
+    if latent is None or up is None:
+        return 0, 1, 0
+    return (up.shape[2], latent.shape[0], 0) if latent.dim() == 3 else (up.shape[2], 1, latent.shape[1])
+
+
 def sorted_pairs(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Pairs in the order of their experts, int64 (pairs,), and where each expert's begin in it, int32 (experts + 1,).
 
@@ -49,6 +57,11 @@ def sorted_pairs(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ranked, first, out_int32=True)
 
 
-def most_tiles(pairs: int, experts: int, block: int) -> int:
-    """Most tiles of at most `block` pairs of one expert each, that they can make."""
-    return min(pairs, -(-pairs // block) + experts)
+def most_tiles(pairs: int | torch.SymInt, experts: int, block: int) -> int | torch.SymInt:
+    """Most tiles of at most `block` pairs of one expert each, that they can make; of a free number, some more."""
+    tiles = -(-pairs // block) + experts
+    return min(pairs, tiles) if isinstance(pairs, int) else tiles
+
+
+# `latents` stays callable as it is, so that launches can be recorded without a device.
+own_latents = registry.register_triton("experts_latents", latents)

@@ -19,6 +19,16 @@ def expert_of(id_ptr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def cell_of(cells_ptr, expert, HAS_CELLS: tl.constexpr):
+    """Row and column of an expert in the grid, int64; without a grid each has its own."""
+    row, column = expert, expert
+    if HAS_CELLS:
+        row = tl.load(cells_ptr + 2 * expert).to(tl.int64)
+        column = tl.load(cells_ptr + 2 * expert + 1).to(tl.int64)
+    return row, column
+
+
+@triton.jit
 def own_kernel(
     latent_ptr,  # (tokens, WIDTH)
     ids_ptr,  # (pairs,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.passes.calls import format_of, kind_of
+from lopro_fx.passes.calls import EXPERTS, format_of, kind_of
 from lopro_fx.passes.experts import ROUTED
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.ties import identity
@@ -43,7 +43,7 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 def _looked_up(user: Node, table: Node, tensor: Tensor) -> int | None:
     """Bytes of the rows that `user` looks up in `table`; None if it reads the whole."""
-    if (kind_of(user) in ("experts", "cpu_experts") or user.target is ROUTED) and _by_expert(user, table):
+    if (kind_of(user) in (*EXPERTS, "cpu_experts") or user.target is ROUTED) and _by_expert(user, table):
         pairs = operands(user).ids.meta["val"].numel()
         return int(pairs) * tensor[0].numel() * tensor.element_size() if isinstance(pairs, int) else None
     packed = kind_of(user) == "embedding"

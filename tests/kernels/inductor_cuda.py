@@ -1,6 +1,6 @@
 """What Inductor makes of packed sites on an H100 that isn't there.
 
-`-m tests.kernels.inductor_cuda PROGRAM TOKENS BITS`, where PROGRAM is "site" or "feed_forward", prints JSON: kernels in
+`-m tests.kernels.inductor_cuda PROGRAM TOKENS BITS`, where PROGRAM is one of `PROGRAMS`, prints JSON: kernels in
 the order in which the program launches them. Inductor generates code from shapes alone, so a device of which only
 the properties are known is enough to see which kernels it writes and to compile each of them. A process of its own,
 because Inductor remembers what it was told of the device.
@@ -123,7 +123,34 @@ def feed_forward(tokens: int, bits: int) -> tuple[Callable[..., Tensor], list[An
     return program, [_empty(tokens, K), _empty(K), *first, *second]
 
 
-PROGRAMS = {"site": site, "feed_forward": feed_forward}
+def experts(tokens: int, bits: int) -> tuple[Callable[..., Tensor], list[Any]]:
+    """A layer of 16 experts, of which a token has four, with branches in a grid; and its arguments."""
+    count, slots, k, n, rank = 16, 4, 512, 256, 8
+
+    def operands(columns: int, rows: int) -> tuple[Any, ...]:
+        groups = columns // GROUP
+        return (
+            None, _empty(columns // 8, dtype=torch.uint8), 128, 0, _empty(4 * rank, columns, dtype=torch.int8),
+            _empty(4 * rank, dtype=torch.float16), _empty(count, rows, columns * bits // 32, dtype=torch.int32),
+            _empty(count, rows, groups, dtype=torch.float16),
+            _empty(count, rows * groups * bits // 32, dtype=torch.int32), _empty(4, rows, rank, dtype=torch.int8),
+            _empty(4, rank, dtype=torch.float16), _empty(count, 2, dtype=torch.int32),
+            _empty(count, rank, rank, dtype=torch.float16), bits, GROUP,
+        )  # fmt: skip
+
+    first, second = operands(k, 2 * n), operands(n, k)
+
+    def program(x: Tensor, ids: Tensor, scores: Tensor, *operands: Any) -> Tensor:
+        y = torch.ops.lopro.packed_experts_site(2 * x, ids, slots, *operands[: len(first)])
+        gate, up = y.chunk(2, -1)
+        y = torch.ops.lopro.packed_experts_site(up, ids, 1, *operands[len(first) :], gate, "silu")
+        return (y * scores).view(-1, slots, k).sum(1)
+
+    pairs = tokens * slots
+    return program, [_empty(tokens, k), _empty(pairs, dtype=torch.int64), _empty(pairs, 1), *first, *second]
+
+
+PROGRAMS = {"site": site, "feed_forward": feed_forward, "experts": experts}
 
 
 def generate(name: str, tokens: int, bits: int) -> str:

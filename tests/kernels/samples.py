@@ -27,6 +27,7 @@ from tests.triton.problems import Problem, problem, trellis_weight
 
 Samples = dict[str, tuple[Any, ...]]
 WIDTH, OUT, GROUP = 96, 20, 32
+_CORES = "a branch with cores"
 
 
 def device_modules() -> list[ModuleType]:
@@ -141,6 +142,7 @@ def _guests() -> dict[str, Callable[[], Samples]]:
     return {f"{packed.format}_{kind}": functools.partial(samples, tuple(packed.tensors.values()))
             for packed in made
             for kind, samples in (("linear", _linear), ("site", _site_of), ("experts", _experts),
+                                  ("experts_loop", _experts), ("experts_site", _experts_site),
                                   ("embedding", _embedding))}  # fmt: skip
 
 
@@ -173,25 +175,24 @@ def _experts(weight: tuple[Tensor, ...], spec: tuple[Any, ...] = ()) -> Samples:
     cells = torch.tensor([[0, 0], [1, 0], [1, 1]], dtype=torch.int32)
     return {
         "bare": (x.to(torch.bfloat16), ids.to(torch.int32), 2, *stacks, None, None, None, None, None, *spec),
-        "a branch with cores": (x, ids, 2, *stacks, latent, up, scale, cells, core, *spec),
+        _CORES: (x, ids, 2, *stacks, latent, up, scale, cells, core, *spec),
     }
 
 
-def _cpu_experts(weight: tuple[Tensor, ...], spec: tuple[Any, ...]) -> Samples:
+def _experts_site(weight: tuple[Tensor, ...], spec: tuple[Any, ...] = ()) -> Samples:
     samples, site = {}, _SITES["fp32 scales"]
     for name, (x, ids, slots, *rest) in _experts(weight, spec).items():
-        stacks, (_, *branch) = rest[: len(weight)], rest[len(weight) : -len(spec)]
+        stacks, (_, *branch) = rest[: len(weight)], rest[len(weight) : len(rest) - len(spec)]
         down = None if branch[0] is None else torch.ones(8, WIDTH, dtype=torch.int8)
-        turn = (
-            site.perm,
-            site.signs,
-            site.block,
-            site.skip,
-            down,
-            None if down is None else down[:, 0].to(torch.float16),
-        )
-        samples[name] = (x, ids, slots, *turn, *stacks, *branch, *spec, 0 if down is None else 8)
-    return samples
+        factor = (down, None if down is None else down[:, 0].to(torch.float16))
+        samples[name] = (x, ids, slots, site.perm, site.signs, site.block, site.skip, *factor, *stacks, *branch, *spec)
+    whole = samples[_CORES]
+    return {**samples, "gate": (*whole, torch.ones(4, WIDTH), "silu")}
+
+
+def _cpu_experts(weight: tuple[Tensor, ...], spec: tuple[Any, ...]) -> Samples:
+    samples = _experts_site(weight, spec)
+    return {name: (*samples[name], act_bits) for name, act_bits in (("bare", 0), (_CORES, 8))}
 
 
 def _affine_weight() -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -368,19 +369,92 @@ def _dense_int8_device(device: str) -> Samples:
     return samples
 
 
-# Operators whose operands lie anywhere, and those that launch kernels, whose operands lie on the device that is given.
+def _on(device: str, *values: Any) -> tuple[Any, ...]:
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
+
+
+def _routed(device: str, format: str, name: str) -> tuple[Any, ...]:
+    """Operands of "experts_site" on a device."""
+    weight = _affine_weight() if format == "affine" else _trellis_weight()
+    return _on(device, *_experts_site(*weight)[name])
+
+
+def _experts_prepare(device: str) -> Samples:
+    x, ids, slots, perm, signs, block, _, down, *_, cells, _, bits, group = _routed(device, "affine", _CORES)
+    given = (x, ids, slots, 3, perm, signs, block, down)
+    return {
+        "a grid": (*given, cells, 4, bits, group, None, ""),
+        "each its own, gate": (x, ids % 2, slots, 2, None, signs, block, down, None, 4, 8, -1, x + 1, "gelu"),
+    }
+
+
+def _experts_latents(device: str) -> Samples:
+    _, ids, slots, *_, cells, core, _, _ = _routed(device, "affine", _CORES)
+    latent = torch.ones(4, 8, device=device)
+    return {
+        "a grid": (latent, ids, slots, 4, 3, cells, core),
+        "each its own": (latent, ids % 2, slots, 4, 2, None, None),
+    }
+
+
+def _experts_product(format: str, device: str) -> Samples:
+    # The fixed point of a trellis is that of 8 bits.
+    width, samples = (8, -1) if format == "trellis" else None, {}
+    for name, splits in (("bare", 2), (_CORES, 1)):
+        x, ids, slots, perm, signs, block, _, down, down_scale, *rest = _routed(device, format, name)
+        stacks, (up, up_scale, cells, core, *spec) = rest[: -4 - len(_spec(format))], rest[-4 - len(_spec(format)) :]
+        prepared = width or spec
+        if down is None:
+            words, steps, latent = *torch.ops.lopro.decode_prepare(x, perm, signs, block, None, *prepared)[:2], None
+        else:
+            words, steps, latent = torch.ops.lopro.experts_prepare(
+                x, ids, slots, 3, perm, signs, block, down, cells, 4, *prepared, None, ""
+            )
+        last = (4, 2, 14, 32, WIDTH) if format == "trellis" else spec
+        branch = (down_scale, up, up_scale, cells, core)
+        samples[name] = (words, steps, latent, ids, slots, *stacks, *branch, *last, splits, x.dtype)
+    return samples
+
+
+def _experts_matmul(format: str, device: str) -> Samples:
+    from lopro_fx.kernels.formats.affine.linear.device import step_of
+    from lopro_fx.kernels.fragments import ordered
+    from lopro_fx.kernels.tiles import main_width
+
+    samples: Samples = {}
+    for name in ("bare", _CORES):
+        x, ids, slots, _, _, _, _, down, _, *rest = _routed(device, format, name)
+        stacks, (up, up_scale, cells, _, *spec) = rest[: -4 - len(_spec(format))], rest[-4 - len(_spec(format)) :]
+        own = None if down is None else torch.ones(1, 8, 4, device=device)
+        order, starts = ids.long().argsort(), torch.tensor([0, 4, 4, 8], dtype=torch.int32, device=device)
+        last = (4, 2, 14, 32) if format == "trellis" else spec
+        if format == "affine":
+            x = ordered(x, main_width(spec[0]), step_of(x.dtype, *spec))
+        samples[name] = (x, own, order, starts, slots, *stacks, up, up_scale, cells, *last, 16)
+    return samples
+
+
+def _spec(format: str) -> tuple[Any, ...]:
+    return (_affine_weight() if format == "affine" else _trellis_weight())[1]
+
+
 def _trellis_embedding() -> Samples:
     ids = torch.randint(40, (2, 3), generator=generator())
     return {f"strips of {strip}": (ids, *trellis_weight(40, 33, 3.0, 1, strip), 3.0, 1, 14, strip, 33, torch.float16)
             for strip in (-1, 32)}  # fmt: skip
 
 
+# Operators whose operands lie anywhere, and those that launch kernels, whose operands lie on the device that is given.
 COMPOSITE: dict[str, Callable[[], Samples]] = {
     "cpu_site": _cpu_site, "packed_embedding": _packed_embedding, "packed_int8": _packed_int8,
     "packed_linear": _packed_linear, "packed_site": _packed_site, "project": _project, "rotate": _rotate,
     "routed_linear": _routed_linear, "packed_experts": lambda: _experts(*_affine_weight()),
     "trellis_experts": lambda: _experts(*_trellis_weight()), "cpu_experts": lambda: _cpu_experts(*_affine_weight()),
     "trellis_cpu_experts": lambda: _cpu_experts(*_trellis_weight()),
+    "packed_experts_loop": lambda: _experts(*_affine_weight()),
+    "trellis_experts_loop": lambda: _experts(*_trellis_weight()),
+    "packed_experts_site": lambda: _experts_site(*_affine_weight()),
+    "trellis_experts_site": lambda: _experts_site(*_trellis_weight()),
     "round_activation": _round_activation, "trellis_cpu": functools.partial(_trellis, "cpu"),
     "trellis_embedding": _trellis_embedding,
     "trellis_linear": functools.partial(_trellis, "linear"), "trellis_site": functools.partial(_trellis, "site"),
@@ -392,4 +466,9 @@ DEVICE: dict[str, Callable[[str], Samples]] = {
     "packed_linear_device": _packed_linear_device, "rotate_device": _rotate_device,
     "rotate_project": _rotate_project, "round_device": _round_device,
     "trellis_dequantize": _trellis_dequantize, "trellis_product": _trellis_product,
+    "experts_prepare": _experts_prepare, "experts_latents": _experts_latents,
+    "packed_experts_product": functools.partial(_experts_product, "affine"),
+    "trellis_experts_product": functools.partial(_experts_product, "trellis"),
+    "packed_experts_matmul": functools.partial(_experts_matmul, "affine"),
+    "trellis_experts_matmul": functools.partial(_experts_matmul, "trellis"),
 }  # fmt: skip

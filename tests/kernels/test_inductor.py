@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 
-CASES = [("site", 1, 3), ("site", 16, 4), ("site", 600, 2), ("feed_forward", 1, 4), ("feed_forward", 16, 4)]
+CASES = [("site", 1, 3), ("site", 16, 4), ("site", 600, 2), ("feed_forward", 1, 4), ("feed_forward", 16, 4),
+         ("experts", 1, 3), ("experts", 40, 4)]  # fmt: skip
 Case = tuple[str, int, int]
 
 
@@ -71,3 +72,12 @@ def test_norm_gate_and_residual_take_no_launch(
     assert ours == 2 * pair
     assert first.startswith("triton_poi")
     assert last.startswith("triton_poi")
+
+
+def test_experts_become_few_launches(generated: dict[Case, list[dict[str, Any]]]) -> None:
+    names = [kernel["name"] for kernel in generated["experts", 1, 3]]
+    pair = ["experts_prepare_kernel", "experts_product_kernel"]
+    assert [name for name in names if not name.startswith("triton_")] == 2 * pair
+    assert len(names) <= 7
+    many = [kernel["name"] for kernel in generated["experts", 40, 4]]
+    assert many.count("experts_matmul_kernel") == many.count("own_kernel") == many.count("rotate_kernel") == 2

@@ -114,10 +114,23 @@ def compare(device: torch.device, format: str, x: Tensor, ids: Tensor, slots: in
     assert_close(format, expected, got, DECODE_TOLERANCE[x.dtype] if few else 2 * TOLERANCE[x.dtype])
 
 
-def run(device: torch.device, format: str, x: Tensor, ids: Tensor, slots: int, named: Operands) -> Tensor:
+def compare_site(
+    device: torch.device, format: str, x: Tensor, ids: Tensor, slots: int, named: Operands, around: Operands
+) -> None:
+    """ "experts_site" against its definition in fp32."""
+    named = {key: value for key, value in named.items() if key != "latent"}
+    wide = {key: value.float() if key == "gate" and value is not None else value for key, value in around.items()}
+    expected = reference(format, "experts_site")(x=x.float(), ids=ids, slots=slots, **named, **wide)
+    got = run(device, format, x, ids, slots, {**named, **around}, "experts_site")
+    few = len(ids) <= DECODE_PAIRS
+    assert_close(format, expected, got, DECODE_TOLERANCE[x.dtype] if few else 2 * TOLERANCE[x.dtype])
+
+
+def run(device: torch.device, format: str, x: Tensor, ids: Tensor, slots: int, named: Operands,
+    kind: str = "experts") -> Tensor:  # fmt: skip
     there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
     with dispatch.triton_on_cpu() if INTERPRETED else contextlib.nullcontext():
-        return operator_of(format, "experts")(x=x.to(device), ids=ids.to(device), slots=slots, **there).cpu()
+        return operator_of(format, kind)(x=x.to(device), ids=ids.to(device), slots=slots, **there).cpu()
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(1, 2), (33, 1)])
@@ -156,6 +169,39 @@ def test_branches(
     compare(device, format, x, route(tokens, 2), 2, {**weights(format, spec, n, k), **named})
 
 
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 3), (5, 1), (3, 2), (17, 2), (0, 2)])
+@pytest.mark.parametrize(
+    ("case", "cells", "core", "factor_bits", "gated", "permuted", "skip"),
+    [(AFFINE[5], True, True, 8, True, True, 0), (AFFINE[1], False, False, 16, False, True, 0),
+     (AFFINE[5], False, True, 8, True, False, 0), (AFFINE[5], True, True, 8, True, True, 32),
+     (TRELLIS[0], True, True, 8, True, True, 0), (AFFINE[5], None, None, 8, True, True, 0)],
+)  # fmt: skip
+def test_sites(
+    device: torch.device, case: Case, cells: bool | None, core: bool | None, factor_bits: int, gated: bool,
+    permuted: bool, skip: int, tokens: int, slots: int,
+) -> None:  # fmt: skip
+    """Gate, rotation and projection inside; no branch where `cells` is None."""
+    format, spec, _, n = case
+    k, rng = 96, generator(5)
+    named = {**weights(format, spec, n, k), **NO_BRANCH}
+    around: Operands = {"down": None, "down_scale": None, "perm": None, "skip": skip, "block": 32, "activation": ""}
+    around |= {"signs": torch.randint(0, 256, (k // 8,), generator=rng, dtype=torch.uint8), "gate": None}
+    if cells is not None:
+        named |= branches(tokens, n, torch.float32, cells=cells, core=bool(core), factor_bits=factor_bits)
+        rows = named["latent"].shape[1]
+        down = torch.randint(-127, 128, (rows, k), generator=rng, dtype=torch.int8)
+        around["down"], around["down_scale"] = down, (torch.rand(rows, generator=rng) / 500).half()
+        if factor_bits == 16:
+            around["down"], around["down_scale"] = torch.randn(rows, k, generator=rng).half() / 9, None
+    if permuted:
+        around["perm"] = torch.randperm(k, generator=rng).to(torch.int16)
+    x = tokens_of(tokens, 2 * k, torch.float32)[:, :k] / 10
+    if gated:
+        # Both halves of one product, which a gate and what it multiplies are.
+        around |= {"gate": torch.randn(tokens, 2 * k, generator=rng)[:, k:], "activation": "silu"}
+    compare_site(device, format, x, route(tokens, slots), slots, named, around)
+
+
 @pytest.mark.parametrize(("format", "spec", "k", "n"), [AFFINE[5], TRELLIS[3]])
 def test_larger_tiles(device: torch.device, format: str, spec: Operands, k: int, n: int) -> None:
     """More pairs of an expert than a tile takes, and more experts than have pairs."""
@@ -189,13 +235,13 @@ def test_parts_of_the_columns(device: torch.device, format: str) -> None:
         named = weights(format, {"bits": 8, "group_size": 32}, 3, k)
         words, steps, _ = decode_prepare(x.to(device), None, None, 1, None, 8, 32)
         packed = (named[key].to(device) for key in ("codes", "scales", "zeros"))
-        got = affine_product(words, steps, None, ids, 2, *packed, None, None, None, 8, 32, 2, torch.float32)
+        got = affine_product(words, steps, None, ids, 2, *packed, *[None] * 5, 8, 32, 2, torch.float32)
     else:
         named = weights(format, {"bits": 2.0, "columns": 2, "window": 12, "strip": -1}, 3, k)
         words, steps, _ = prepare(x.to(device), None, None, 1, None)
         packed = (named[key].to(device) for key in ("scales", "codes"))
         spec = (4, 2, 12, -1, k, 2, torch.float32)
-        got = trellis_product(words, steps, None, ids, 2, *packed, None, None, None, *spec)
+        got = trellis_product(words, steps, None, ids, 2, *packed, *[None] * 5, *spec)
     expected = reference(format, "experts")(x=x, ids=ids[:1].cpu(), slots=1, **named, **NO_BRANCH)
     assert_close(format, expected, got[:1].cpu(), 5e-4)
     assert got[1].isnan().all()
@@ -274,7 +320,8 @@ for capability, bits, columns, tile in ((80, 4, 1, "64"), (90, 3, 2, "many"), (1
     for format, spec in (("affine", {"bits": bits, "group_size": 64}),
                          ("trellis", {"bits": 2.0, "columns": columns, "window": 14, "strip": 512})):
         found = dict(expert_launches(format, spec, capability))
-        names = [f"experts, {format}, decode, product", f"experts, {format}, matmul, {tile} pairs"]
+        parts = ("decode, prepare", "decode, product", f"matmul, {tile} pairs")
+        names = [f"experts, {format}, {part}" for part in parts]
         for name in names if bits != 4 else ["experts, latents", *names]:
             resources = compile_launch(found[name], capability)
             assert resources.spill_bytes == 0, (name, resources)

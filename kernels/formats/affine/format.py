@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.affine.cpu_site.reference import activation_group
-from lopro_fx.kernels.formats.affine.experts.op import packed_experts
+from lopro_fx.kernels.formats.affine.experts.op import packed_experts, packed_experts_site
 from lopro_fx.kernels.formats.affine.linear.op import packed_linear
 from lopro_fx.kernels.formats.affine.packing.format import (
     dequantize,
@@ -84,6 +84,7 @@ class Affine(Format):
             Kernel("triton", "linear", packed_linear, _no_triton),
             Kernel("triton", "site", packed_site, _no_triton),
             Kernel("triton", "experts", packed_experts, refuses),
+            Kernel("triton", "experts_site", packed_experts_site, refuses),
         )
 
     def activation_group(self, packed: Packed, rotated: bool) -> int:

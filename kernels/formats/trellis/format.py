@@ -15,7 +15,7 @@ from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.cpu.aoti import inductor_options
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed, Scalar
 from lopro_fx.kernels.formats.trellis.code import code_words, strip_rows, values, windows, windows_of
-from lopro_fx.kernels.formats.trellis.experts.op import trellis_experts
+from lopro_fx.kernels.formats.trellis.experts.op import trellis_experts, trellis_experts_site
 from lopro_fx.kernels.formats.trellis.linear.op import trellis_linear
 from lopro_fx.kernels.formats.trellis.quantizer import TrellisQuantizer
 from lopro_fx.kernels.formats.trellis.site.op import trellis_site
@@ -67,6 +67,7 @@ class Trellis(Format):
             Kernel("triton", "linear", trellis_linear, _no_triton),
             Kernel("triton", "site", trellis_site, _no_triton),
             Kernel("triton", "experts", trellis_experts, refuses),
+            Kernel("triton", "experts_site", trellis_experts_site, refuses),
         )
 
     def inductor_options(self, folder: Path) -> AbstractContextManager[dict[str, Any]]:

@@ -78,6 +78,7 @@ def product_kernel(
     zeros_ptr,  # packed (N, WEIGHT_GROUPS)
     bias_ptr,  # (N,)
     down_scale_ptr,  # (R,) fp16
+    core_ptr,  # (R, R) fp16
     up_ptr,  # (N, R) int8 or fp16
     up_scale_ptr,  # (N / PART_ROWS, R) fp16
     residual_ptr,  # (M, N)
@@ -87,8 +88,8 @@ def product_kernel(
     BITS: tl.constexpr, WIDTH: tl.constexpr, WORDS_IN_GROUP: tl.constexpr, GROUPS: tl.constexpr,
     WEIGHT_GROUPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_UP_SCALE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_CORE: tl.constexpr,
+    HAS_UP_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N output features of one token, over one of SPLITS parts of the columns."""
     # A tile of weights starts at a 64-bit address; inside it 32 bits are enough.
@@ -110,6 +111,9 @@ def product_kernel(
         up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0)
         parts_inside = (c < CHUNKS)[:, None] & (r < R)[None, :]
         parts = tl.load(latent_ptr + (c[:, None] * M + m) * R + r[None, :], mask=parts_inside, other=0.0)
+        if HAS_CORE:
+            square = (r < R)[:, None] & (r < R)[None, :]
+            core = tl.load(core_ptr + r[:, None] * R + r[None, :], mask=square, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + m * N + n, mask=n_last, other=0.0)
     tiles = tl.cdiv(tl.cdiv(WORDS, BLOCK_W), SPLITS)
@@ -161,6 +165,8 @@ def product_kernel(
         latent = tl.sum(parts, axis=0)
         if HAS_DOWN_SCALE:
             latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+        if HAS_CORE:
+            latent = tl.sum(core.to(tl.float32) * latent[None, :], axis=1)
         up = up.to(tl.float32)
         if HAS_UP_SCALE:
             part = (n // PART_ROWS)[:, None]

@@ -59,14 +59,14 @@ def product(
     y = words.new_empty((splits, m, n), dtype=dtype if splits == 1 else torch.float32)
     wrap_triton(product_kernel)[(triton.cdiv(n, BLOCK_N), splits, m)](
         words, steps, latent, scales, codes, words if bias is None else bias,
-        words if down_scale is None else down_scale, words if up is None else up,
+        words if down_scale is None else down_scale, words, words if up is None else up,
         words if up_scale is None else up_scale, words if residual is None else residual, y, m,
         N=n, R=rank, PART_ROWS=n // parts, PAIRS=triton.cdiv(in_features, columns), WORDS=words.shape[3],
         GROUPS=steps.shape[2], STEP=step, COLUMNS=columns, WINDOW=window, STRIP=strips[0], STRIPS=len(strips),
         CHUNKS=chunks, SPLITS=splits, BLOCK_G=_GROUPS, UNROLL=_AHEAD * columns // 4,
         BLOCK_R=triton.next_power_of_2(max(rank, 1)), BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        HAS_BIAS=bias is not None, HAS_DOWN_SCALE=down_scale is not None, HAS_UP_SCALE=up_scale is not None,
-        HAS_RESIDUAL=residual is not None, NATIVE=NATIVE, num_warps=_GROUPS,
+        HAS_BIAS=bias is not None, HAS_DOWN_SCALE=down_scale is not None, HAS_CORE=False,
+        HAS_UP_SCALE=up_scale is not None, HAS_RESIDUAL=residual is not None, NATIVE=NATIVE, num_warps=_GROUPS,
     )  # fmt: skip
     return y.view(m, n) if splits == 1 else y.sum(0).to(dtype)
 

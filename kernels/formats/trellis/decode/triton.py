@@ -46,6 +46,7 @@ def product_kernel(
     codes_ptr,  # int32
     bias_ptr,  # (N,)
     down_scale_ptr,  # (R,) fp16
+    core_ptr,  # (R, R) fp16
     up_ptr,  # (N, R) int8 or fp16
     up_scale_ptr,  # (N / PART_ROWS, R) fp16
     residual_ptr,  # (M, N)
@@ -55,7 +56,7 @@ def product_kernel(
     GROUPS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr,
     STRIPS: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr,
-    HAS_UP_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
+    HAS_CORE: tl.constexpr, HAS_UP_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One program: 128 output features of one token, over one of SPLITS parts of the groups; a warp takes a group."""
     LANES: tl.constexpr = 32
@@ -73,6 +74,9 @@ def product_kernel(
         r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_CHUNKS)
         parts_inside = (c < CHUNKS)[:, None] & (r < R)[None, :]
         parts = tl.load(latent_ptr + (c[:, None] * M + m) * R + r[None, :], mask=parts_inside, other=0.0)
+        if HAS_CORE:
+            square = (r < R)[:, None] & (r < R)[None, :]
+            core = tl.load(core_ptr + r[:, None] * R + r[None, :], mask=square, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + m * N + n, mask=n_last, other=0.0)
 
@@ -131,6 +135,8 @@ def product_kernel(
         latent = tl.sum(parts, axis=0)
         if HAS_DOWN_SCALE:
             latent *= tl.load(down_scale_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+        if HAS_CORE:
+            latent = tl.sum(core.to(tl.float32) * latent[None, :], axis=1)
         up_inside = n_last[:, None] & (r < R)[None, :]
         up = tl.load(up_ptr + n[:, None] * R + r[None, :], mask=up_inside, other=0).to(tl.float32)
         if HAS_UP_SCALE:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lopro_fx.kernels.formats.trellis.decode.triton import product_kernel
 from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, four, products, strings_of
-from lopro_fx.kernels.routed.triton import expert_of, store_nan, tile_of_pairs
+from lopro_fx.kernels.routed.triton import cell_of, expert_of, store_nan, tile_of_pairs
 from lopro_fx.kernels.tiles import add_branch, dot4
 
 
@@ -18,9 +18,11 @@ from lopro_fx.kernels.tiles import add_branch, dot4
 def experts_product_kernel(
     words_ptr,  # (tokens, 2, 1, WORDS) int32
     steps_ptr,  # (tokens, 2, GROUPS) fp32
-    own_ptr,  # (pairs, R) fp32
+    latent_ptr,  # (CHUNKS, pairs, R) fp32, or (tokens, LATENT) where that is not 0
     scales_ptr,  # (EXPERTS, N) fp16 or fp32
     codes_ptr,  # (EXPERTS, CODES) int32
+    down_scale_ptr,  # (rows * R,) fp16
+    core_ptr,  # (EXPERTS, R, R) fp16
     up_ptr,  # (columns, N, R) int8 or fp16
     up_scale_ptr,  # (columns, R) fp16
     ids_ptr,  # (pairs,)
@@ -28,25 +30,27 @@ def experts_product_kernel(
     y_ptr,  # (SPLITS, pairs, N)
     pairs,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, CODES: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    PAIRS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr,
-    UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, HAS_CELLS: tl.constexpr,
+    LATENT: tl.constexpr, PAIRS: tl.constexpr, WORDS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, WINDOW: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, HAS_CELLS: tl.constexpr, HAS_DOWN_SCALE: tl.constexpr, HAS_CORE: tl.constexpr,
     HAS_UP_SCALE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """A program of `product_kernel` for one pair, the third axis of the grid."""
     pair = tl.program_id(2).to(tl.int64)
     expert, known = expert_of(ids_ptr + pair, EXPERTS)
-    column = expert
-    if HAS_CELLS:
-        column = tl.load(cells_ptr + 2 * expert + 1).to(tl.int64)
+    row, column = cell_of(cells_ptr, expert, HAS_CELLS)
+    token = pair // SLOTS
     # It counts pairs where activations are a token's.
-    back = pair // SLOTS - pair
+    back = token - pair
+    if LATENT > 0:
+        latent_ptr += token * LATENT + (row - pair) * R
     product_kernel(
-        words_ptr + back * (2 * WORDS), steps_ptr + back * (2 * GROUPS), own_ptr, scales_ptr + expert * N,
-        codes_ptr + expert * CODES, words_ptr, words_ptr, up_ptr + column * (N * R), up_scale_ptr + column * R,
-        words_ptr, y_ptr, pairs,
-        N, R, N, PAIRS, WORDS, GROUPS, STEP, COLUMNS, WINDOW, STRIP, STRIPS, 1, SPLITS, BLOCK_G, UNROLL, BLOCK_R,
-        1, False, False, HAS_UP_SCALE, False, NATIVE,
+        words_ptr + back * (2 * WORDS), steps_ptr + back * (2 * GROUPS), latent_ptr, scales_ptr + expert * N,
+        codes_ptr + expert * CODES, words_ptr, down_scale_ptr + row * R, core_ptr + expert * (R * R),
+        up_ptr + column * (N * R), up_scale_ptr + column * R, words_ptr, y_ptr, pairs,
+        N, R, N, PAIRS, WORDS, GROUPS, STEP, COLUMNS, WINDOW, STRIP, STRIPS, CHUNKS, SPLITS, BLOCK_G, UNROLL, BLOCK_R,
+        BLOCK_CHUNKS, False, HAS_DOWN_SCALE, HAS_CORE, HAS_UP_SCALE, False, NATIVE,
     )  # fmt: skip
     # After the barrier, whichever thread stored what was there.
     tl.debug_barrier()
