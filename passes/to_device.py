@@ -13,6 +13,9 @@ from lopro_fx.passes.ties import identity
 
 def to_device(program: ExportedProgram, device: torch.device) -> ExportedProgram:
     """A copy of `program` on `device`, or `program` itself if all of it is there; tied tensors stay tied."""
+    if device.type == "cuda" and device.index is None:
+        # Tensors have an index, and a program's assertions about their device compare it.
+        device = torch.device("cuda", torch.cuda.current_device())
     values = [*program.state_dict.values(), *program.constants.values()]
     if all(value.device == device for value in values if isinstance(value, Tensor)):
         return program

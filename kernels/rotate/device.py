@@ -71,12 +71,13 @@ def _run(
 ) -> None:  # fmt: skip
     m, k = x.shape
     absent = stand_in(signs, perm, down, norm, x)
-    wrap_triton(rotate_kernel)[(m, _programs(k, skip, chunk))](
+    chunks = _programs(k, skip, chunk)
+    wrap_triton(rotate_kernel)[(m * chunks,)](
         x, absent if norm is None else norm, absent if gate is None else gate, absent if perm is None else perm,
         absent if signs is None else signs, absent if down is None else down, absent if scale is None else scale, y,
         absent if latent is None else latent, m,
-        K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1,
-        BLOCK_R=_RANKS, WIDTH=width, STEP=step, X_ROW=x.stride(0), Y_ROW=y.shape[1],
+        K=k, R=0 if down is None else down.shape[0], SKIP=skip, CHUNK=chunk, CHUNKS=chunks,
+        LOG_BLOCK=block.bit_length() - 1, BLOCK_R=_RANKS, WIDTH=width, STEP=step, X_ROW=x.stride(0), Y_ROW=y.shape[1],
         GATE_ROW=0 if gate is None else gate.stride(0), EPS=eps,
         ACTIVATION="" if gate is None else activation, HAS_NORM=norm is not None, HAS_PERM=perm is not None,
         HAS_SIGNS=signs is not None, HAS_SCALE=scale is not None,

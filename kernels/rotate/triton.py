@@ -21,14 +21,15 @@ def rotate_kernel(
     y_ptr,  # (M, Y_ROW), in the order of `fragments.py` for WIDTH and STEP, or as it is for WIDTH 0
     latent_ptr,  # (PARTS, M, R) fp32
     M,
-    K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, X_ROW: tl.constexpr, Y_ROW: tl.constexpr,
-    GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, SKIP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LOG_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, X_ROW: tl.constexpr,
+    Y_ROW: tl.constexpr, GATE_ROW: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, either of the SKIP leading ones or of those after them."""
-    m = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    # Neighbouring programs take one token: a permutation makes each of them read all of its row, which caches hold.
+    m = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS
     SKIPPED: tl.constexpr = (SKIP + CHUNK - 1) // CHUNK
     rotated = chunk >= SKIPPED
     start = tl.where(rotated, SKIP + (chunk - SKIPPED) * CHUNK, chunk * CHUNK)

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.passes import move_to_device_pass
 
 import lopro_fx
+from lopro_fx.passes.to_device import to_device
 from tests.programs import Decoder, export, ids, seeded
 
 # Error of a whole decoder after rounding every intermediate to the type; decode adds 16-bit fixed point to fp32.
@@ -35,8 +35,8 @@ def optimized(
 
 
 def on_cuda(program: ExportedProgram) -> ExportedProgram:
-    """The program moved to the GPU; the one that is passed in is used up."""
-    return move_to_device_pass(program, "cuda")
+    """The program on the GPU."""
+    return to_device(program, torch.device("cuda"))
 
 
 def run(program: ExportedProgram, input_ids: Tensor) -> Tensor:

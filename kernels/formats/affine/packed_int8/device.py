@@ -47,7 +47,7 @@ def round_rows(
     steps = x.new_empty((groups, m), dtype=torch.float32)
     totals = x.new_empty((sums, m), dtype=torch.float32)
     absent = stand_in(signs, perm, x)
-    wrap_triton(round_kernel)[(m, -(-k // chunk))](
+    wrap_triton(round_kernel)[(m * -(-k // chunk),)](
         x, absent if perm is None else perm, absent if signs is None else signs, y, steps, totals,
         m, K=k, TOP=(1 << (act_bits - 1)) - 1, ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums,
         CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,

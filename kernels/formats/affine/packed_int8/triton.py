@@ -24,8 +24,10 @@ def round_kernel(
     HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, rotated and rounded."""
-    m = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    # Neighbouring programs take one token, as in `rotate_kernel`.
+    CHUNKS: tl.constexpr = (K + CHUNK - 1) // CHUNK
+    m = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS
     start = chunk * CHUNK
     x = load_rotated(
         x_ptr + m * K, x_ptr, x_ptr, perm_ptr, signs_ptr, start, K, True,
