@@ -30,7 +30,8 @@ _FRONTIER = (
     "budget-4.15", "budget-4.15-plain", "IQ3_XXS", "Q2_K", "Q4_0",
 )  # fmt: skip
 _BRANCH = (
-    "trellis-2", "budget-2.03", "trellis-2-rank-16", "budget-2.35", "trellis-3", "trellis-3-rank-16", "budget-3.35",
+    "trellis-2", "budget-2.03", "trellis-2-rank-8", "trellis-2-rank-16", "budget-2.35", "trellis-2-rank-32",
+    "budget-2.65", "trellis-3", "trellis-3-rank-16", "budget-3.35",
 )  # fmt: skip
 # Rows of the mixture of experts, without the number of bits.
 _EXPERTS = {

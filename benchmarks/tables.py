@@ -76,6 +76,24 @@ def _cpu_experts() -> str:
     return table(("one token, two of 8 experts of 2048 x 7168", "ms", "spread", "times batched_mm"), lines)
 
 
+def _gpu_experts() -> str:
+    """A layer of experts on a GPU."""
+    lines = []
+    for row in rows_of("gpu_experts"):
+        overhead = f"{100 * row['overhead']:+.0f} %" if "overhead" in row else ""
+        note = " (rotation apart)" if "form" in row else ""
+        lines.append((row["case"].replace("1 tokens", "1 token"), row["contender"] + note,
+                      f"{row['microseconds']:.1f} us", f"{row['speed_beside_bf16']:.2f}", overhead))  # fmt: skip
+    return table(("tokens", "experts", "time", "times the faster bf16", "of the factors"), lines)
+
+
+def _cpu_decode() -> str:
+    """Products of a decoder on a CPU, the trellis beside the affine format."""
+    lines = [(str(row["bits"]), str(row["tokens"]), f"{row['affine_ms']:.1f} ms", f"{row['trellis_ms']:.1f} ms",
+              f"{row['ratio']:.2f}") for row in rows_of("cpu_decode")]  # fmt: skip
+    return table(("bits", "tokens", "affine", "trellis", "ratio"), lines)
+
+
 def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:
     """Both sides of every case of benchmarks/serving.py."""
     rows = {row["row"]: row for row in rows_of(result)}
@@ -192,6 +210,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "branch": accuracy.branch,
     "experts": accuracy.experts,
     "cpu-experts": _cpu_experts,
+    "cpu-decode": _cpu_decode,
+    "gpu-experts": _gpu_experts,
     "flexible": accuracy.flexible,
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,

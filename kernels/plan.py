@@ -51,6 +51,7 @@ def plan(
     Args:
         operator: such as `torch.ops.lopro.packed_site.default`.
         args: its positional arguments. Of tensors, shape and dtype count; of activations' shapes, the last dimension.
+            With the operand "slots", ids are as many a token.
         tokens: rows of the activations.
         free: select kernels as if tracing didn't know the number of tokens; bytes are still counted for `tokens`.
         device: type "cuda" or "cpu".
@@ -66,12 +67,16 @@ def plan(
             torch.empty(_TRACED_ROWS, device="meta", dtype=torch.float32), symbolic_context=context
         ).shape[0]
     names: dict[int, str] = {}
+    slots = next((value for argument, value in zip(operator._schema.arguments, args, strict=True)
+                  if argument.name == "slots"), 0)  # fmt: skip
     # Without the Python dispatcher, composite operators would specialise symbolic sizes.
     with torch.no_grad(), mode, enable_python_dispatcher():
         operands: list[Any] = []
         for argument, value in zip(operator._schema.arguments, args, strict=True):
             if isinstance(value, Tensor):
                 shape = (rows, value.shape[-1]) if argument.name in ACTIVATIONS else value.shape
+                if argument.name == "ids" and slots:
+                    shape = (rows * slots,)
                 value = torch.empty(shape, dtype=value.dtype, device=device)
                 names[_storage(value)] = argument.name
             operands.append(value)

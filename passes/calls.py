@@ -53,8 +53,8 @@ def table_of(node: Node) -> Node:
 
 
 def out_features(node: Node) -> int:
-    """Output features of a packed node."""
-    return table_of(node).meta["val"].shape[0]
+    """Output features of a packed node, of each expert where it has many."""
+    return table_of(node).meta["val"].shape[1 if "slots" in operands(node).named else 0]
 
 
 def weight_fqn(editor: ProgramEditor, node: Node) -> str:

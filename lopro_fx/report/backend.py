@@ -14,14 +14,14 @@ from torch.fx import Node
 
 from lopro_fx.errors import ConfigError, GraphError
 from lopro_fx.kernels.plan import Kernel, plan
-from lopro_fx.passes.calls import PROJECT, ROTATE, ROUND, format_of, kind_of, out_features
+from lopro_fx.passes.calls import EXPERTS, PROJECT, ROTATE, ROUND, format_of, kind_of, out_features
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import group_of, record_of, sites_of
 from lopro_fx.report.table import render
 
 _DEVICES = ("cuda", "cpu")
 # Kinds of operators that multiply with a packed weight.
-_PACKED = ("linear", "site", "cpu", "int8")
+_PACKED = ("linear", "site", "cpu", "int8", *EXPERTS, "cpu_experts")
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ def backend_report(
     Bytes are a lower bound: each launch reads each operand and writes each result once. ATen's small operators between
     two GEMMs count as one launch, as compilers fuse them. FLOPs are those of the definition: two for each multiply-add
     of GEMM and low-rank branch, one for each addition of the Hadamard transform. Unpacking and scaling of codes isn't
-    counted, nor are a fused operator's norm, activation and residual. A packed embedding moves a row a token and isn't
-    listed.
+    counted, nor are a fused operator's norm, activation and residual. Of experts, as many are read as there are pairs
+    of token and expert, if those are fewer. A packed embedding moves a row a token and isn't listed.
 
     Args:
         program: from `quantize`, `apply`, `load` or `optimize`.
-        tokens: tokens of every activation. Kernels are those of eager mode, or of a program exported with that number.
-            None takes each layer's own number from the program. Where that is dynamic, kernels are those for an unknown
-            number, as in compiled code, and figures are for one token.
+        tokens: rows of every activation; a model's last product of experts has one for each pair. Kernels are those of
+            eager mode, or of a program exported with that number. None takes each layer's own number from the program.
+            Where that is dynamic, kernels are those for an unknown number, as in compiled code, and figures are for one
+            token.
         device: "cuda" or "cpu".
         bandwidth: bytes per second for the time at the memory limit, which is left out without one. Vendors' data
             sheets give 4.8e12 for the H200 and 3.35e12 for the H100 SXM.
@@ -137,6 +138,8 @@ def _row(
         plans[key] = plan(call.operator, list(named.values()), count, free, place)
     kernels = plans[key]
     read, written = _merged([kernel.read for kernel in kernels]), _merged([kernel.written for kernel in kernels])
+    if "slots" in named:
+        _count_routed(read, node, named, count)
     moved = sum(read.values()) + sum(written.values())
     rows = out_features(node) if kind_of(node) in _PACKED else 0
     row = {
@@ -156,6 +159,13 @@ def _row(
     return row if bandwidth is None else {**row, "microseconds": _microseconds(moved, bandwidth)}
 
 
+def _count_routed(read: dict[str, int], node: Node, named: dict[str, Any], tokens: int) -> None:
+    """Count the bytes of as many experts as there are pairs, if those are fewer."""
+    for name in {*format_of(node).tensor_names, "core"} & read.keys():
+        experts = named[name].shape[0]
+        read[name] = read[name] // experts * min(experts, tokens * named["slots"])
+
+
 def _shape(value: Any) -> Any:
     """Key of an operand in a plan, without dynamic sizes."""
     if not isinstance(value, Tensor):
@@ -172,10 +182,14 @@ def _shape_of(named: dict[str, Any], rows: int) -> list[int]:
 def _flops(named: dict[str, Any], rows: int, tokens: int) -> int:
     columns, block = named["x"].shape[-1], named.get("block", 1)
     flops = tokens * (columns - named.get("skip", 0)) * (block.bit_length() - 1)
-    flops += 2 * tokens * rows * columns
-    for factor in (named.get("down"), named.get("up")):
-        if factor is not None:
-            flops += 2 * tokens * factor.numel()
+    pairs = tokens * named.get("slots", 1)
+    flops += 2 * pairs * rows * columns
+    down, up = named.get("down"), named.get("up")
+    if down is not None:
+        flops += 2 * tokens * down.numel()
+    if up is not None:
+        # One factor of all that experts have.
+        flops += 2 * pairs * rows * up.shape[-1]
     return flops
 
 

@@ -14,9 +14,11 @@ pytest.importorskip("triton", reason="the names are those of Triton kernels")
 import lopro_fx
 from lopro_fx import ConfigError, GraphError
 from lopro_fx.cli import main
+from tests.helpers import generator
+from tests.mixtures import EXPERTS, HIDDEN, SLOTS, MixtureDecoder
 from tests.passes.packs import trellis
 from tests.passes.quantised import quantised, rewritten
-from tests.programs import Block, decoder, rows, seeded
+from tests.programs import VOCAB, WIDTH, Block, decoder, export, ids, rows, seeded
 
 BUFFERS = ("codes", "scales", "zeros", "up", "up_scale", "down", "down_scale", "scale", "perm", "signs")
 # Multiply-adds of seven Linears and their rank-2 branches; additions of Hadamard blocks of 32, and of 16 in 48 columns.
@@ -251,3 +253,36 @@ def test_a_trellis_program_names_its_kernels(strings, tokens: int | None) -> Non
     assert row(report, "trellis_site", "q")["layers"] == ["q", "k", "v"]
     # Twice 48 rows are three strips of 32 and no longer two of 48, so these stay apart.
     assert row(report, "trellis_linear", "gate")["kernels"] == linear
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    text = [torch.randint(VOCAB, (4, 16), generator=generator())]
+    program = export(seeded(MixtureDecoder()), ids(), dynamic=True)
+    return lopro_fx.quantize(program, text, lopro_fx.TileQ(bits=4, group_size=32, tile_rank=4))
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "tokens", "operator", "kernels"),
+    [
+        ("cuda", "cuda", 1, "packed_experts_site", ["experts_prepare", "packed_experts_product"]),
+        (
+            "cuda", "cuda", 40, "packed_experts_site",
+            ["rotate_device", "aten", "mm", "experts_latents", "aten", "packed_experts_matmul"],
+        ),
+        (None, "cuda", 1, "packed_experts", ["decode_prepare", "packed_experts_product"]),
+        (None, "cpu", 40, "packed_experts", ["packed_experts_loop"]),
+        ("cpu", "cpu", 1, "cpu_experts", ["cpu_experts"]),
+    ],
+)  # fmt: skip
+def test_experts(mixture, target: str | None, device: str, tokens: int, operator: str, kernels: list[str]) -> None:
+    program = lopro_fx.optimize(mixture, target=target) if target else mixture
+    report = lopro_fx.backend_report(program, tokens=tokens, device=device)
+    found = row(report, operator, "experts.gate_up_proj")
+    assert found["kernels"] == kernels
+    assert found["shape"] == [2 * HIDDEN, WIDTH]
+    # Of five experts, the two of one token are read.
+    read = min(EXPERTS, tokens * SLOTS)
+    assert found["read"]["codes"] == read * 2 * HIDDEN * WIDTH // 2
+    assert found["read"]["scales"] == read * 2 * HIDDEN * 2
+    assert found["flops"] >= 2 * tokens * SLOTS * 2 * HIDDEN * (WIDTH + 4)
