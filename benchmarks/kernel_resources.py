@@ -10,23 +10,11 @@ takes codes out of their words.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.ahead import Launch, compile_launch, record
+from benchmarks.ahead import Launch, compile_launch
 from benchmarks.common import save_result
-from benchmarks.launches import TRELLIS, launches, solver_launches, trellis_launches
-from lopro_fx.kernels.formats.affine.decode.device import activation_group
-from lopro_fx.kernels.formats.affine.experts import device as affine_experts
-from lopro_fx.kernels.formats.affine.packing.format import group_count
-from lopro_fx.kernels.formats.registry import empty
-from lopro_fx.kernels.formats.trellis.experts import device as trellis_experts
-from lopro_fx.kernels.formats.trellis.format import step_of
-from lopro_fx.kernels.routed import device as routed
-from lopro_fx.kernels.tiles import main_width
+from benchmarks.launches import TRELLIS, expert_launches, launches, solver_launches, trellis_launches
 from lopro_fx.report.table import render
 
 _OPCODES = ("IDP", "HMMA", "HGMMA", "UTCHMMA", "LOP3")
@@ -48,48 +36,6 @@ def measure(name: str, launch: Launch, bits: float, capability: int) -> dict[str
         "loop": taken.loop,
         "loop_per_weight": round(taken.loop / weights, 2) if (weights := weights_per_thread(launch)) else None,
     }
-
-
-def expert_launches(
-    format: str, spec: dict[str, Any], capability: int, experts: int = 128, n: int = 1536, k: int = 2048,
-    slots: int = 8, rank: int = 16, dtype: torch.dtype = torch.bfloat16,
-) -> Iterator[tuple[str, Launch]]:  # fmt: skip
-    """(what it is, launch) of the kernels of experts (n, k) in a format, with branches in a grid, and cores."""
-
-    def tensor(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    packed = tuple(empty(format, (experts, n, k), spec).tensors.values())
-    up, up_scale = tensor(12, n, rank, dtype=torch.int8), tensor(12, rank, dtype=torch.float16)
-    cells, ids = tensor(experts, 2, dtype=torch.int32), tensor(slots, dtype=torch.int64)
-    core, latent = tensor(experts, rank, rank, dtype=torch.float16), tensor(1, 12 * rank, dtype=dtype)
-    yield "experts, latents", record(routed.latents, routed, latent, ids, slots, rank, experts, cells, core)[0]
-    tokens = 2048
-    many = tensor(tokens, k, dtype=dtype), tensor(1, tokens * slots, rank, dtype=torch.float32)
-    places = tensor(tokens * slots, dtype=torch.int64), tensor(experts + 1, dtype=torch.int32)
-    module: Any
-    if format == "affine":
-        module, bits = affine_experts, spec["bits"]
-        numbers, last = (bits, spec["group_size"]), ()
-        width, group = main_width(bits), activation_group(spec["group_size"])
-    else:
-        module, numbers, last = trellis_experts, (step_of(spec), spec["columns"], spec["window"], spec["strip"]), (k,)
-        width, group = 8, 128
-    words = tensor(1, 2, 8 // width, k // 32 * width, dtype=torch.int32)
-    steps = tensor(1, 2, group_count(k, group), dtype=torch.float32)
-    weight = (*packed, up, up_scale, cells, *numbers)
-    down, down_scale = tensor(12 * rank, k, dtype=torch.int8), tensor(12 * rank, dtype=torch.float16)
-    signs, x = tensor(k // 8, dtype=torch.uint8), tensor(1, k, dtype=dtype)
-    fixed = numbers if format == "affine" else (8, -1)
-    given = (x, ids, slots, experts, None, signs, 256, down, cells, rank, *fixed, x, "silu")
-    yield f"experts, {format}, decode, prepare", record(affine_experts.prepare, affine_experts, *given)[0]
-    parts = tensor(k // 256, slots, rank, dtype=torch.float32)
-    few = (words, steps, parts, ids, slots, *packed, down_scale, up, up_scale, cells, core, *numbers, *last, 1, dtype)
-    yield f"experts, {format}, decode, product", record(module.product, module, *few)[0]
-    for tile in (16, 64, 0):
-        if tile or capability >= 90:
-            operands = (*many, *places, slots, *weight, tile)
-            yield f"experts, {format}, matmul, {tile or 'many'} pairs", record(module.matmul, module, *operands)[0]
 
 
 def weights_per_thread(launch: Launch) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +11,23 @@ from torch import Tensor
 from benchmarks.ahead import Launch, record
 from lopro_fx.kernels.formats.affine.columns import device as columns_of_groups
 from lopro_fx.kernels.formats.affine.decode import device as decode
+from lopro_fx.kernels.formats.affine.decode.device import activation_group
 from lopro_fx.kernels.formats.affine.dense_int8 import device as dense_int8
+from lopro_fx.kernels.formats.affine.experts import device as affine_experts
 from lopro_fx.kernels.formats.affine.grid import Grid
 from lopro_fx.kernels.formats.affine.linear import device as packed_linear
 from lopro_fx.kernels.formats.affine.packed_int8 import device as packed_int8
 from lopro_fx.kernels.formats.affine.packing import device as packing
 from lopro_fx.kernels.formats.affine.packing.format import group_count, packed_words
+from lopro_fx.kernels.formats.registry import empty
 from lopro_fx.kernels.formats.trellis.code import code_words
 from lopro_fx.kernels.formats.trellis.decode import device as trellis_decode
 from lopro_fx.kernels.formats.trellis.encode import device as trellis_encode
+from lopro_fx.kernels.formats.trellis.experts import device as trellis_experts
+from lopro_fx.kernels.formats.trellis.format import step_of
 from lopro_fx.kernels.formats.trellis.packing import device as trellis_packing
 from lopro_fx.kernels.rotate import device as rotate
+from lopro_fx.kernels.routed import device as routed
 from lopro_fx.kernels.tiles import main_width
 
 # Hadamard block of the rotation.
@@ -160,3 +167,42 @@ def solver_launches(rows: int = 4096, windows: tuple[int, ...] = (14,)) -> Itera
                 f"trellis search, {bits:g} bits, {pair} columns, window {window}",
                 record(trellis_encode.encode, trellis_encode, *operands, round(bits * pair), pair, window)[0],
             )
+
+
+def expert_launches(
+    format: str, spec: dict[str, Any], capability: int, experts: int = 128, n: int = 1536, k: int = 2048,
+    slots: int = 8, rank: int = 16, dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[tuple[str, Launch]]:  # fmt: skip
+    """(what it is, launch) of the kernels of experts (n, k) in a format, with branches in a grid, and cores."""
+
+    packed = tuple(empty(format, (experts, n, k), spec).tensors.values())
+    up, up_scale = _empty(12, n, rank, dtype=torch.int8), _empty(12, rank, dtype=torch.float16)
+    cells, ids = _empty(experts, 2, dtype=torch.int32), _empty(slots, dtype=torch.int64)
+    core, latent = _empty(experts, rank, rank, dtype=torch.float16), _empty(1, 12 * rank, dtype=dtype)
+    yield "experts, latents", record(routed.latents, routed, latent, ids, slots, rank, experts, cells, core)[0]
+    tokens = 2048
+    many = _empty(tokens, k, dtype=dtype), _empty(1, tokens * slots, rank, dtype=torch.float32)
+    places = _empty(tokens * slots, dtype=torch.int64), _empty(experts + 1, dtype=torch.int32)
+    module: Any
+    if format == "affine":
+        module, bits = affine_experts, spec["bits"]
+        numbers, last = (bits, spec["group_size"]), ()
+        width, group = main_width(bits), activation_group(spec["group_size"])
+    else:
+        module, numbers, last = trellis_experts, (step_of(spec), spec["columns"], spec["window"], spec["strip"]), (k,)
+        width, group = 8, 128
+    words = _empty(1, 2, 8 // width, k // 32 * width, dtype=torch.int32)
+    steps = _empty(1, 2, group_count(k, group), dtype=torch.float32)
+    weight = (*packed, up, up_scale, cells, *numbers)
+    down, down_scale = _empty(12 * rank, k, dtype=torch.int8), _empty(12 * rank, dtype=torch.float16)
+    signs, x = _empty(k // 8, dtype=torch.uint8), _empty(1, k, dtype=dtype)
+    fixed = numbers if format == "affine" else (8, -1)
+    given = (x, ids, slots, experts, None, signs, 256, down, cells, rank, *fixed, x, "silu")
+    yield f"experts, {format}, decode, prepare", record(affine_experts.prepare, affine_experts, *given)[0]
+    parts = _empty(k // 256, slots, rank, dtype=torch.float32)
+    few = (words, steps, parts, ids, slots, *packed, down_scale, up, up_scale, cells, core, *numbers, *last, 1, dtype)
+    yield f"experts, {format}, decode, product", record(module.product, module, *few)[0]
+    for tile in (16, 64, 0):
+        if tile or capability >= 90:
+            operands = (*many, *places, slots, *weight, tile)
+            yield f"experts, {format}, matmul, {tile or 'many'} pairs", record(module.matmul, module, *operands)[0]

@@ -2,14 +2,14 @@
 
 llama.cpp is reached through `llama-cpp-python`, built on this machine for its processor and installed in an
 environment of its own (`--llama-python` names its interpreter); nothing in lopro_fx needs it. Models: SmolLM2-135M, and
-a random one of the shape of Llama-3.2-1B with a vocabulary of 32768 (`wide`). Both sides start from the same float32
-weights, get the same token ids, and choose greedily.
+random ones: of the shape of Llama-3.2-1B with a vocabulary of 32768 (`wide`), and a Mixtral (`moe`). Both sides start
+from the same float32 weights, get the same token ids, and choose greedily.
 
     python -m benchmarks.serving prepare --llama-python PYTHON [names of files, e.g. wide/3.pt2]
     python -m benchmarks.serving run --llama-python PYTHON [names of rows]
 
-With `--ik-python`, an interpreter that has `ik-llama-cpp-python`, rows of types that need an importance matrix run in
-ik_llama.cpp, with random codes.
+With `--ik-python`, an interpreter that has `ik-llama-cpp-python`, rows of types that need an importance matrix, and of
+mixtures, run in ik_llama.cpp, with random codes.
 
 Every side is a process of its own. All sides of a row are warm at once and their repetitions alternate, in turn
 forwards and backwards, so that what else happens on the machine hits them alike; a ratio is one of medians of one run.
@@ -38,9 +38,11 @@ from benchmarks.serving_child import Child
 from benchmarks.serving_models import build, folder
 
 RANDOM = ("IQ2_XXS.ik", "IQ3_XXS.ik", "IQ2_KT.ik", "IQ3_KT.ik")
+DRAWN = (*RANDOM, "Q4_0.ik")
 GGUF = {
     "smollm2": ("Q4_0",),
     "wide": ("Q2_K", "Q3_K_S", "Q4_0", *RANDOM),
+    "moe": ("Q4_0.ik", "IQ2_XXS.ik"),
 }
 PACKAGES = {
     "smollm2": {"3": ("affine", 3), "4": ("affine", 4)},
@@ -48,6 +50,7 @@ PACKAGES = {
         "2": ("affine", 2), "3": ("affine", 3), "4": ("affine", 4),
         "trellis-2": ("trellis", 2), "trellis-3": ("trellis", 3), "trellis-4": ("trellis", 4),
     },
+    "moe": {"2": ("affine", 2), "4": ("affine", 4)},
 }  # fmt: skip
 GROUP, RANK, HEAD = 128, 16, 8
 CACHE, DECODED, PROMPT, LONG_PROMPT = 640, 64, 32, 512
@@ -82,6 +85,9 @@ ROWS = {
     "decode-wide-3-iq": Row("wide", "decode", "trellis-3.pt2", "IQ3_XXS.ik.gguf", 1.0),
     "decode-wide-2-kt": Row("wide", "decode", "trellis-2.pt2", "IQ2_KT.ik.gguf", 1.0),
     "decode-wide-3-kt": Row("wide", "decode", "trellis-3.pt2", "IQ3_KT.ik.gguf", 1.0),
+    "decode-moe-4-ik": Row("moe", "decode", "4.pt2", "Q4_0.ik.gguf", 1.0),
+    "decode-moe-2-ik": Row("moe", "decode", "2.pt2", "IQ2_XXS.ik.gguf", 1.0),
+    "prefill-moe-4-ik": Row("moe", "prefill", "4.pt2", "Q4_0.ik.gguf", 1.0),
     "memory-smollm2-3": Row("smollm2", "memory", "3.pt2", "bf16", 0.5),
     "memory-wide-3": Row("wide", "memory", "3.pt2", "bf16", 0.5),
 }
@@ -92,7 +98,9 @@ def main() -> None:
     parser.add_argument("command", choices=("prepare", "run"))
     parser.add_argument("names", nargs="*", help=f"files, or rows out of {', '.join(ROWS)}; default all")
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
-    parser.add_argument("--ik-python", help="interpreter that has ik-llama-cpp-python, for rows that end in -iq or -kt")
+    parser.add_argument(
+        "--ik-python", help="interpreter that has ik-llama-cpp-python, for rows that end in -iq, -kt or -ik"
+    )
     parser.add_argument("--work", help="folder of models and packages; default in lopro_fx's cache")
     parser.add_argument("--result", default="serving", help="name of the result file; one holds rows of one processor")
     parser.add_argument("--threads", type=int, default=2)
@@ -130,7 +138,7 @@ def prepare(name: str, args: argparse.Namespace) -> None:
         started = time.perf_counter()
         if path in packages:
             _package(model, *packages[path], path)
-        elif path.stem in RANDOM:
+        elif path.stem in DRAWN:
             from benchmarks.serving_gguf import write_random
 
             write_random(model, path, path.name.partition(".")[0])

@@ -1,8 +1,10 @@
-"""Writes a transformers Llama model as a float32 GGUF or with random codes, and says what a GGUF holds."""
+"""Writes a transformers Llama or Mixtral as a float32 GGUF or with random codes, and says what a GGUF holds."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,28 @@ LINEARS = {
 }
 _LAYER = {**LINEARS, "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
-# Number of a type, bytes of a row's fp32 scale and of 256 weights, and the place of their fp16 scale. The last two are
-# ik_llama.cpp's.
+_ROUTER = "ffn_gate_inp"
+# Number of a type, bytes of a row's fp32 scale and of a block, the place of its fp16 scale, and its weights. The last
+# two are ik_llama.cpp's.
 _TYPES = {
-    "IQ2_XXS": (16, 0, 66, 0),
-    "IQ3_XXS": (18, 0, 98, 0),
-    "IQ2_KT": (153, 4, 68, None),
-    "IQ3_KT": (154, 4, 100, None),
+    "Q4_0": (2, 0, 18, 0, 32),
+    "IQ2_XXS": (16, 0, 66, 0, 256),
+    "IQ3_XXS": (18, 0, 98, 0, 256),
+    "IQ2_KT": (153, 4, 68, None, 256),
+    "IQ3_KT": (154, 4, 100, None, 256),
 }
-_BLOCK = 256
 
 
 def write_gguf(model: Any, path: Path) -> None:
-    """Writes `model` (LlamaForCausalLM, tied embeddings) to `path`, without a tokenizer: the benchmark gives ids."""
+    """Writes `model` (LlamaForCausalLM or MixtralForCausalLM, tied embeddings) to `path`, without a tokenizer: the
+    benchmark gives ids."""
     writer = _writer(model.config, path)
     _add(writer, "token_embd", model.model.embed_tokens.weight)
     _add(writer, "output_norm", model.model.norm.weight)
     for index, layer in enumerate(model.model.layers):
-        for name, short in _LAYER.items():
-            weight = layer.get_submodule(name).weight
+        for short, weight in _weights(layer):
             if short in ("attn_q", "attn_k"):
-                weight = _interleaved(weight, model.config.head_dim)
+                weight = _interleaved(weight, _head_size(model.config))
             _add(writer, f"blk.{index}.{short}", weight)
     _write(writer)
 
@@ -60,20 +63,33 @@ def write_random(model: Any, path: Path, kind: str) -> None:
                       raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
     _add(writer, "output_norm", model.model.norm.weight)
     for index, layer in enumerate(model.model.layers):
-        for name, short in _LAYER.items():
-            weight = layer.get_submodule(name).weight
-            if weight.dim() == 1:
+        for short, weight in _weights(layer):
+            if weight.dim() == 1 or short == _ROUTER:
                 _add(writer, f"blk.{index}.{short}", weight)
             else:
                 _add_random(writer, f"blk.{index}.{short}.weight", tuple(weight.shape), kind, rng)
     _write(writer)
 
 
+def _weights(layer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names of llama.cpp and weights of a decoder's layer; those of experts are (experts, rows, columns)."""
+    experts = getattr(layer.mlp, "experts", None)
+    for name, short in _LAYER.items():
+        if experts is None or not name.startswith("mlp."):
+            yield short, layer.get_submodule(name).weight
+    if experts is not None:
+        gate, up = experts.gate_up_proj.chunk(2, 1)
+        yield _ROUTER, layer.mlp.gate.weight
+        yield "ffn_gate_exps", gate
+        yield "ffn_up_exps", up
+        yield "ffn_down_exps", experts.down_proj
+
+
 def _add_random(
-    writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], kind: str, rng: np.random.Generator
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str, rng: np.random.Generator
 ) -> None:
-    number, head, size, place = _TYPES[kind]
-    rows, blocks = shape[0], shape[1] // _BLOCK
+    number, head, size, place, block = _TYPES[kind]
+    rows, blocks = math.prod(shape[:-1]), shape[-1] // block
     data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
     if place is not None:
         data[:, :, place : place + 2] = np.full(1, 0.002, np.float16).view(np.uint8)
@@ -92,7 +108,10 @@ def _writer(config: Any, path: Path) -> gguf.GGUFWriter:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(_head_size(config))
+    if experts := getattr(config, "num_local_experts", 0):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -100,6 +119,10 @@ def _writer(config: Any, path: Path) -> gguf.GGUFWriter:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
     return writer
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _write(writer: gguf.GGUFWriter) -> None:

@@ -41,6 +41,11 @@ _SERVING_AVX2 = {
     "decode-wide-3-kt": "decode, trellis 3 bits against IQ3_KT of ik_llama.cpp",
     "decode-wide-2-kt": "decode, trellis 2 bits against IQ2_KT of ik_llama.cpp",
 }
+_SERVING_MOE = {
+    "decode-moe-4-ik": "decode of 64 tokens, 4 bits against Q4_0 of ik_llama.cpp",
+    "decode-moe-2-ik": "decode of 64 tokens, 2 bits against IQ2_XXS of ik_llama.cpp",
+    "prefill-moe-4-ik": "prefill of 512 tokens, 4 bits against Q4_0 of ik_llama.cpp",
+}
 _GPU = {
     "decode 8192x28672": "28672×8192, 1",
     "decode 4096x14336": "14336×4096, 1",

@@ -200,6 +200,10 @@ class PackedExperts(PackedProduct):
         if native is not None and self.rounds_natively():
             return native(x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low,
                           *self.numbers, self.native_bits())  # fmt: skip
+        if not gradients and shared.activation is None:
+            return self.operator("experts_site")(
+                x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low, *self.numbers
+            )
         x, latent = self.turned(x, tensors)
         rounded = self.rounded(x, gradients)
         if not gradients:

@@ -315,7 +315,7 @@ def test_shapes_that_do_not_fit(device: torch.device) -> None:
 
 _AHEAD = """
 from benchmarks.ahead import compile_launch
-from benchmarks.kernel_resources import expert_launches
+from benchmarks.launches import expert_launches
 for capability, bits, columns, tile in ((80, 4, 1, "64"), (90, 3, 2, "many"), (100, 2, 1, "16")):
     for format, spec in (("affine", {"bits": bits, "group_size": 64}),
                          ("trellis", {"bits": 2.0, "columns": columns, "window": 14, "strip": 512})):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, four, products, strings_of
+from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, four, load_states, products, strings_of
 from lopro_fx.kernels.tiles import dot4
 
 # Rows of a program: one warp's.
@@ -113,14 +113,7 @@ def product_kernel(
                     pair = (w + u) * IN_WORD + s
                     there = inside if EVEN else inside & (g * IN_GROUP + pair < PAIRS)
                     after = follows if EVEN else follows & there
-                    low = tl.load(group + pair * length, mask=there, other=0)
-                    high = tl.load(group + pair * length + 1, mask=after, other=0)
-                    both = low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32)
-                    states = four(
-                        (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
-                        (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
-                    )  # fmt: skip
-                    product = products(states & ((1 << WINDOW) - 1))
+                    product = products(load_states(group + pair * length, there, after, shift, STEP, WINDOW))
                     top, bottom = _spread(x_high, s, COLUMNS, NATIVE), _spread(x_low, s, COLUMNS, NATIVE)
                     upper = dot4(product, four(top, top, top, top), upper, True, NATIVE)
                     lower = dot4(product, four(bottom, bottom, bottom, bottom), lower, False, NATIVE)

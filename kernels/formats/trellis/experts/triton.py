@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lopro_fx.kernels.formats.trellis.decode.triton import product_kernel
-from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, four, products, strings_of
+from lopro_fx.kernels.formats.trellis.packing.triton import QUAD, UNIT, load_states, products, strings_of
 from lopro_fx.kernels.routed.triton import cell_of, expert_of, store_nan, tile_of_pairs
 from lopro_fx.kernels.tiles import add_branch, dot4
 
@@ -79,15 +79,8 @@ def _weights(
     there = inside if K % BLOCK_K == 0 else inside & (start // COLUMNS + p < (K + COLUMNS - 1) // COLUMNS)
     # A step starts at 64-bit addresses; inside it 32 bits are enough.
     at = strings + length.to(tl.int64) * (start // COLUMNS) + p * length
-    low = tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    # Zeros follow the end of a string.
-    high = tl.load(at + 1, mask=there & follows, other=0).to(tl.int64)
-    both = low | (high << 32)
-    states = four(
-        (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
-        (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
-    )  # fmt: skip
-    product = products(tl.reshape(states, (BLOCK_P, BLOCK_N)) & ((1 << WINDOW) - 1))
+    states = load_states(at, there, there & follows, shift, STEP, WINDOW)
+    product = products(tl.reshape(states, (BLOCK_P, BLOCK_N)))
     if COLUMNS == 1:
         weight = _sum_of_bytes(product, 0x01010101, 510.0, NATIVE)
     else:

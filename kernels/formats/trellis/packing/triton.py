@@ -40,6 +40,22 @@ def four(a, b, c, d):
 
 
 @triton.jit
+def load_states(at, there, after, shift, STEP: tl.constexpr, WINDOW: tl.constexpr):
+    """States of four rows from the words at `at` and, where `after`, behind them: (…, 2, 2), rows in order.
+
+    `shift` is the first row's bit in its word, int64; `there` masks the words.
+    """
+    low = tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    # Zeros follow the end of a string.
+    both = low | (tl.load(at + 1, mask=after, other=0).to(tl.int64) << 32)
+    states = four(
+        (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
+        (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
+    )  # fmt: skip
+    return states & ((1 << WINDOW) - 1)
+
+
+@triton.jit
 def products(states):
     """The product of each state, int32 of any shape, as four bytes in an int32."""
     return (states.to(tl.uint32, bitcast=True) * MULTIPLIER).to(tl.int32, bitcast=True)
@@ -81,16 +97,8 @@ def dequantize_kernel(
     word = bit // 32
     at = codes_ptr + (strip + (start // COLUMNS).to(tl.int64) * length + word)[None, :] + p * length[None, :]
     there = (quad < N)[None, :] & (start // COLUMNS + p < PAIRS)
-    low = tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    # Zeros follow the end of a string.
-    high = tl.load(at + 1, mask=there & (word + 1 < length)[None, :], other=0).to(tl.int64)
-    both, shift = low | (high << 32), (bit % 32).to(tl.int64)[None, :]
-    states = four(
-        (both >> shift).to(tl.int32), (both >> (shift + STEP)).to(tl.int32),
-        (both >> (shift + 2 * STEP)).to(tl.int32), (both >> (shift + 3 * STEP)).to(tl.int32),
-    )  # fmt: skip
-    states = tl.reshape(states, (BLOCK_P, BLOCK_N)) & ((1 << WINDOW) - 1)
-    product = products(states)
+    after, shift = there & (word + 1 < length)[None, :], (bit % 32).to(tl.int64)[None, :]
+    product = products(tl.reshape(load_states(at, there, after, shift, STEP, WINDOW), (BLOCK_P, BLOCK_N)))
     if COLUMNS == 1:
         weight = tl.trans(_value(product, 0x01010101, 510.0, NATIVE))
     else:
