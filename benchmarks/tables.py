@@ -203,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": accuracy.frontier,
     "frontier-brief": accuracy.frontier_brief,
     "serving": serving,
+    "serving-moe": lambda: serving(_SERVING_MOE, _SERVING_MOE, "serving_moe"),
     "serving-avx2": lambda: serving(_SERVING_AVX2, _SERVING_AVX2, "serving_avx2"),
     "serving-brief": lambda: serving(_BRIEF),
     "linears": linears,
