@@ -43,7 +43,7 @@ def rounded_state(program: ExportedProgram, config: LoPRo) -> QuantState:
         return Unit(group.name, tuple(site.name for site in group.sites), weights)
 
     def add(solved: Solved, embedding: bool) -> None:
-        inputs[group.name] = solved.input
+        inputs[solved.input.name] = solved.input
         layers.update((layer.name, replace(layer, embedding=embedding)) for layer in solved.layers)
 
     for group in selection.groups:
