@@ -99,6 +99,14 @@ def _cpu_decode() -> str:
     return table(("bits", "tokens", "affine", "trellis", "ratio"), lines)
 
 
+def _moe_edit() -> str:
+    """Steps around the rounding of a large mixture."""
+    lines = [
+        (row["step"], f"{row['seconds']:.1f} s", f"{row['peak_bytes'] / 2**30:.2f} GiB") for row in rows_of("moe_edit")
+    ]
+    return table(("step", "time", "peak memory so far"), lines)
+
+
 def serving(names: Iterable[str] = _SERVING, labels: Mapping[str, str] = _SERVING, result: str = "serving") -> str:
     """Both sides of every case of benchmarks/serving.py."""
     rows = {row["row"]: row for row in rows_of(result)}
@@ -216,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "branch": accuracy.branch,
     "experts": accuracy.experts,
     "cpu-experts": _cpu_experts,
+    "moe-edit": _moe_edit,
     "cpu-decode": _cpu_decode,
     "gpu-experts": _gpu_experts,
     "flexible": accuracy.flexible,
