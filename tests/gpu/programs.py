@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +17,14 @@ from tests.programs import Decoder, export, ids, seeded
 
 # Error of a whole decoder after rounding every intermediate to the type; decode adds 16-bit fixed point to fp32.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+RUN = """
+import sys, torch
+run = torch._inductor.aoti_load_package(sys.argv[1])
+inputs = torch.load(sys.argv[2], weights_only=True)
+torch.save([run(ids.cuda()).cpu() for ids in inputs], sys.argv[3])
+assert not any(name.startswith("lopro_fx") for name in sys.modules), "the package needs lopro_fx"
+"""
 
 
 def _export(dtype: torch.dtype, shape: tuple[int, int], dynamic: bool) -> ExportedProgram:
@@ -42,3 +53,14 @@ def on_cuda(program: ExportedProgram) -> ExportedProgram:
 def run(program: ExportedProgram, input_ids: Tensor) -> Tensor:
     with torch.no_grad():
         return program.module()(input_ids)
+
+
+def packaged(program: ExportedProgram, inputs: list[Tensor], folder: Path) -> list[Tensor]:
+    """Results of an AOTInductor package of the program, on the CPU, from a process without lopro_fx."""
+    lopro_fx.export_aoti(program, folder / "model.pt2")
+    torch.save(inputs, folder / "inputs.pt")
+    arguments = [str(folder / name) for name in ("model.pt2", "inputs.pt", "outputs.pt")]
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, cwd=folder,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "outputs.pt", weights_only=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ pytest.importorskip("triton")
 
 import lopro_fx
 from lopro_fx.methods.base import Method
-from tests.gpu.programs import on_cuda, run
-from tests.gpu.test_aoti import RUN
+from tests.gpu.programs import on_cuda, packaged, run
 from tests.helpers import assert_close
 from tests.mixtures import MixtureDecoder
 from tests.programs import export, ids, seeded
@@ -69,13 +66,6 @@ def test_cuda_graphs_follow_the_router() -> None:
 
 def test_package_runs_without_lopro_fx(tmp_path: Path) -> None:
     program = on_cuda(_optimized("tileq", (1, 1)))
-    lopro_fx.export_aoti(program, tmp_path / "model.pt2")
     inputs = [ids(1, 1, seed=seed) for seed in range(3)]
-    torch.save(inputs, tmp_path / "inputs.pt")
-    arguments = [str(tmp_path / name) for name in ("model.pt2", "inputs.pt", "outputs.pt")]
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, cwd=tmp_path,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
-    for x, got in zip(inputs, outputs, strict=True):
+    for x, got in zip(inputs, packaged(program, inputs, tmp_path), strict=True):
         assert_close("packaged", run(program, x.cuda()).cpu(), got, TOLERANCE)
