@@ -17,6 +17,7 @@ from lopro_fx.methods.base import Method
 from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.lrc import LRC
 from lopro_fx.methods.rtn import RTN
 from lopro_fx.methods.tileq import TileQ
 from lopro_fx.packages.aoti import export_aoti
@@ -31,6 +32,7 @@ from lopro_fx.store.checkpoint import load, load_state, save, save_state
 __all__ = [
     "FLRQ",
     "GPTQ",
+    "LRC",
     "RTN",
     "BackendReport",
     "Budget",

@@ -102,7 +102,7 @@ def _reason_to_leave(node: Node) -> str | None:
         rotated = x.target is ROTATE and operands(x).block > 1
         weight = stored_weight(node, lambda operand: operand.meta["val"])
         bits, group = operands(rounded).bits, operands(rounded).group
-        if (bits, group) != (8, format.activation_group(weight, rotated)):
+        if group != format.activation_group(weight, rotated):
             return f"its kernel rounds no activation to {bits} bits in groups of {group}"
     projects = call.latent is None or (call.latent.target is PROJECT and operands(call.latent).x is x)
     return None if projects else "its low-rank branch does not project its own input"

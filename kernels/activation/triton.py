@@ -16,10 +16,16 @@ ROUNDER = tl.constexpr(1.5 * 2**23)
 def integers(
     parts,  # (PARTS, GROUP) fp32
     TOP: tl.constexpr,
+    CLIP: tl.constexpr = 1.0,
 ):
     """int32 (PARTS, GROUP) in [-TOP, TOP], and the step fp32 (PARTS,)."""
     most = tl.max(tl.abs(parts), axis=1)
     live = most > LEAST
+    if CLIP != 1.0:
+        most = most * CLIP
     inverse = tl.where(live, tl.div_rn(TOP * 1.0, tl.where(live, most, 1.0)), 0.0)
     step = tl.where(live, most * (1.0 / TOP), 0.0)
-    return ((parts * inverse[:, None] + ROUNDER) - ROUNDER).to(tl.int32), step
+    codes = ((parts * inverse[:, None] + ROUNDER) - ROUNDER).to(tl.int32)
+    if CLIP != 1.0:
+        codes = tl.minimum(tl.maximum(codes, -TOP), TOP)
+    return codes, step

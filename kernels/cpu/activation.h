@@ -138,10 +138,11 @@ void project(const Site& s, const Sizes& p, const float* x, int64_t stride, Toke
   for (int t = 0; t < T; ++t) finish_latent<V>(s, p, tokens[t].latent);
 }
 
-// Steps and sums of the blocks of x; with INT8, also x as integers in the order of the columns.
+// Steps and sums of the blocks of x; with INT8, also x as integers up to `largest` in the order of the columns.
 template <class V, bool INT8>
-void round_blocks(const Sizes& p, const float* x, int8_t* rounded, Token& token) {
+void round_blocks(const Sizes& p, const float* x, float largest, int8_t* rounded, Token& token) {
   using F = typename V::F;
+  float clip = clip_for(largest, p.log_block);
   int64_t b = 0;
   for (; b < p.columns / p.block; ++b) {
     const float* part = x + b * p.block;
@@ -155,11 +156,14 @@ void round_blocks(const Sizes& p, const float* x, int8_t* rounded, Token& token)
       }
       float most = V::reduce_max(top) + V::reduce(poison);
       // As in activation/reference.py: zeros, and no subnormal step.
-      float inverse = most > 1e-30f ? 127.0f / most : most != most ? most : 0.0f;
-      float step = most > 1e-30f || most != most ? most * (1.0f / 127.0f) : 0.0f;
-      F factor = V::set(inverse);
-      for (int64_t j = 0; j < p.block; j += 16)
-        sum = V::add(sum, V::round_i8(V::mul(V::load(part + j), factor), rounded + b * p.block + j));
+      float top_value = most * clip;
+      float inverse = most > 1e-30f ? largest / top_value : most != most ? most : 0.0f;
+      float step = most > 1e-30f || most != most ? top_value * (1.0f / largest) : 0.0f;
+      F factor = V::set(inverse), above = V::set(largest), below = V::set(-largest);
+      for (int64_t j = 0; j < p.block; j += 16) {
+        F v = V::min(V::max(V::mul(V::load(part + j), factor), below), above);
+        sum = V::add(sum, V::round_i8(v, rounded + b * p.block + j));
+      }
       token.steps[b] = step;
       token.sums[b] = V::reduce(sum) * step;
     } else {

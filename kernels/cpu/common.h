@@ -151,6 +151,12 @@ struct Sizes {
   int64_t lanes;    // of a latent, padded
 };
 
+// Part of a block's largest magnitude that becomes the integer `largest`, see `clip_for` in activation/reference.py.
+inline float clip_for(float largest, int log_block) {
+  double clip = largest < 127.0f ? 1.2 - 0.05 * log_block : 1.0;
+  return static_cast<float>(clip < 0.7 ? 0.7 : clip > 1.0 ? 1.0 : clip);
+}
+
 inline int log_block_for(const Site& s) { return s.int8 && s.block == 1 ? 5 : 7; }
 
 inline Sizes make_sizes(const Site& s, int log_block) {

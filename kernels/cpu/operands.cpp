@@ -91,8 +91,9 @@ void take_input(Site& s, AtenTensorHandle x, int64_t act_bits) {
   ok(aoti_torch_get_data_ptr(x, &address));
   s.x = address;
   check(s.in > 0, "x has no columns");
-  check(act_bits == 0 || act_bits == 8, "act_bits is neither 0 nor 8");
-  s.int8 = act_bits == 8;
+  check(act_bits == 0 || act_bits == 4 || act_bits == 8, "act_bits is none of 0, 4, 8");
+  s.int8 = act_bits != 0;
+  s.largest = act_bits == 4 ? 7.0f : 127.0f;
 }
 
 void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,

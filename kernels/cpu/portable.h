@@ -69,6 +69,9 @@ struct Vector {
   static F max(const F& x, const F& y) {
     return make([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
   }
+  static F min(const F& x, const F& y) {
+    return make([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; });
+  }
   static F abs(const F& x) {
     return make([&](int i) { return std::fabs(x.v[i]); });
   }

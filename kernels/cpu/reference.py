@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.activation.reference import round_activation
+from lopro_fx.kernels.activation.reference import BITS, round_activation
 from lopro_fx.kernels.formats.registry import reference
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.reference import rotate
@@ -24,8 +24,8 @@ def site(
     Args:
         format: its name.
         x, perm, signs, block, skip, down, down_scale, bias: as in "site".
-        act_bits: 8 rounds the rotated activation to int8 for the packed gemm; the low-rank branch takes it unrounded. 0
-            rounds nothing.
+        act_bits: 8 or 4 rounds the rotated activation to so many bits for the packed gemm; the low-rank branch takes it
+            unrounded. 0 rounds nothing.
         act_group: columns that share a step of the rounding.
         rest: the format's tensors and spec, up and up_scale.
 
@@ -65,8 +65,8 @@ def require_activation(operator: str, x: Tensor, act_bits: int) -> None:
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"lopro::{operator}: x is {x.dtype}; it takes float32, bfloat16 or float16")
-    if act_bits not in (0, 8):
-        raise ValueError(f"lopro::{operator}: act_bits is {act_bits}; give 0 or 8")
+    if act_bits not in (0, *BITS):
+        raise ValueError(f"lopro::{operator}: act_bits is {act_bits}; give 0, 4 or 8")
 
 
 def _prepared(

@@ -43,7 +43,8 @@ struct Site {
   int64_t parts;  // 0 without up_scale
   const uint16_t* core;  // f16 (rank, rank) between down and up, or null
 
-  bool int8;
+  bool int8;      // activations are rounded, to integers of at most
+  float largest;  // in magnitude
   void* y;
 };
 

@@ -41,7 +41,7 @@ void prepare_tile(const Site& s, const Sizes& p, int64_t tile, const Tiles& all,
     float* own = x + t * (p.columns + 16);
     if (tile * T + t < s.tokens) rotate<V>(s, p, tile * T + t, raw, own);
     else std::memset(own, 0, static_cast<size_t>(p.columns + 16) * 4);
-    round_blocks<V, INT8>(p, own, rounded, token);
+    round_blocks<V, INT8>(p, own, s.largest, rounded, token);
     if (INT8) arrange(rounded, token);
     else token.x = own;
   }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ class Replay:
         """Yield each unit before the graph runs it; call `install` with its solution before taking the next."""
         if self._batches is None or not self._groups:
             for group in self._groups:
-                free = data_free(group.in_features, self._method.observers(), self._device)
-                yield self._unit(group), replace(free, experts=(free,) * group.experts)
+                unit = self._unit(group)
+                free = data_free(group.in_features, self._method.observers_of(unit), self._device)
+                yield unit, replace(free, experts=(free,) * group.experts)
             return
         runner = self._runner = LockstepRunner(self._program, self._batches, self._device)
         padding = [Padding(self._program, batch) for batch in self._batches]
@@ -66,23 +68,25 @@ class Replay:
             *(walk.operand_stops(set(first), 4) for walk in walks), strict=True
         ):
             group = first[node]
+            unit = self._unit(group)
             weight = self._importance[group.name] if self._importance else None
             if group.experts:
                 ids, _, slots = routes
                 before = (unquantised[0][1][0], unquantised[0][1][1]) if unquantised else None
                 seen = measure_experts(
-                    inputs, ids, slots[0], group.experts, group.name, group.source.name, self._method.observers,
+                    inputs, ids, slots[0], group.experts, group.name, group.source.name,
+                    partial(self._method.observers_of, unit),
                     self._method.token_clip, weight.tokens if weight else None,
                     [pads.of_pairs(len(chosen)) for pads, chosen in zip(padding, ids, strict=True)], before,
                 )  # fmt: skip
-                yield self._unit(group), with_rows(seen, weight.rows if weight else None)
+                yield unit, with_rows(seen, weight.rows if weight else None)
                 continue
             visible = [pads.visible(value.shape[:-1]) for pads, value in zip(padding, inputs, strict=True)]
             seen = measure(
-                inputs, group.name, group.source.name, self._method.observers(), self._method.token_clip,
+                inputs, group.name, group.source.name, self._method.observers_of(unit), self._method.token_clip,
                 weight.tokens if weight else None, visible, unquantised[0][1][0] if unquantised else None,
             )  # fmt: skip
-            yield self._unit(group), replace(seen, rows=weight.rows if weight else None)
+            yield unit, replace(seen, rows=weight.rows if weight else None)
 
     def install(self, solved: Solved) -> None:
         """Run the operators of these layers from here on, if the method is `sequential`."""

@@ -29,11 +29,9 @@ from lopro_fx.calibration.runner import LockstepRunner
 from lopro_fx.calibration.simulate import Simulated, simulated
 from lopro_fx.errors import CalibrationError
 from lopro_fx.kernels.formats.quantizer import Quantizer
-from lopro_fx.kernels.formats.registry import FORMATS, empty
 from lopro_fx.kernels.routed.reference import routed_linear
 from lopro_fx.layer import Input, Layer, stored_bytes
 from lopro_fx.methods.base import Context, seed_of
-from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.passes.sites import Group, Site, weight_of
 
@@ -265,11 +263,8 @@ def options_of(sensitivity: Sensitivity, method: Rounding) -> list[Option]:
         size, sites = sensitivity.shared_bytes, sensitivity.sites
         for site in sites:
             size += packed_bytes(own, site.shape)
-        if isinstance(own, LoPRo) and own.rank:
-            rows = [site.out_features for site in sites]
-            scales = 2 * (len(rows) + 1) if own.factor_bits == 8 else 0
-            branch = own.rank * ((sum(rows) + sites[0].in_features) * own.factor_bits // 8 + scales)
-            size += branch * max(sites[0].experts, 1)
+        branch = own.branch_bytes([site.out_features for site in sites], sites[0].in_features)
+        size += branch * max(sites[0].experts, 1)
         loss = sensitivity.divergence * gaussian_error(own.quantizer)
         found.append(Option(settings, size, loss))
     return found
@@ -277,9 +272,7 @@ def options_of(sensitivity: Sensitivity, method: Rounding) -> list[Option]:
 
 def packed_bytes(method: Rounding, shape: tuple[int, ...]) -> int:
     """Bytes of a weight (m, n), or of experts (e, m, n), that the method rounds."""
-    quantizer = method.quantizer
-    spec = {name: getattr(quantizer, name, value) for name, value in FORMATS[method.format].spec.items()}
-    return stored_bytes(empty(method.format, shape, spec).tensors.values())
+    return stored_bytes(method.empty(shape).tensors.values())
 
 
 @cache

@@ -223,6 +223,10 @@ class Method:
         """Return the observers to run on each input; () for a method without data."""
         return ()
 
+    def observers_of(self, unit: Unit) -> Sequence[Observer]:
+        """Return the observers of one input, where they depend on what reads it."""
+        return self.observers()
+
     def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
         """Quantise the Linears of one input."""
         raise NotImplementedError

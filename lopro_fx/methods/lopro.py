@@ -7,7 +7,7 @@ at run time only x' = Tᵀ x is needed (the paper's low-rank branch reads the ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from lopro_fx.methods.lowrank import (
     Branch,
     column_scale,
     correction,
+    factor_bytes,
     fit_up,
     gram_components,
     r1_sketch,
@@ -106,6 +107,9 @@ class LoPRo(Rounding):
     @property
     def unknown_size(self) -> str | None:
         return f"keeps one of the transforms {', '.join(self.transforms)}" if len(self.transforms) > 1 else None
+
+    def branch_bytes(self, rows: Sequence[int], in_features: int) -> int:
+        return factor_bytes(self.rank, rows, in_features, self.factor_bits)
 
     @classmethod
     def paper(cls, **changes: Any) -> LoPRo:

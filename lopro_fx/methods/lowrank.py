@@ -117,6 +117,12 @@ def column_scale(magnitude: Tensor, power: float) -> Tensor:
     return (raised / (raised.max() * raised.min()).sqrt()).to(torch.float32)
 
 
+def factor_bytes(rank: int, rows: Sequence[int], in_features: int, bits: int) -> int:
+    """Bytes of a down factor and of an up factor of each of the layers with `rows` rows, see `round_factor`."""
+    scales = 2 * (len(rows) + 1) if bits == 8 else 0
+    return rank * ((sum(rows) + in_features) * bits // 8 + scales)
+
+
 @dataclass(frozen=True)
 class Branch:
     """Low-rank branch of a unit with rounded factors: the shared down factor (r, n), and an up factor a layer."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError
+from lopro_fx.layer import Activation, Transform
 
 # Columns of the Gram that are computed at once, from the diagonal on.
 _BLOCK = 256
@@ -117,6 +118,35 @@ class Drift(Observer):
         return torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
 
+class RoundedInput(Observer):
+    """E[y yᵀ] and E[x yᵀ], fp32 (2, n, n), each token with its weight, with x transformed and y its rounded value; two
+    identities without data."""
+
+    name = "rounded"
+
+    def __init__(self, transform: Transform, activation: Activation) -> None:
+        self._transform, self._activation = transform, activation
+        self._total: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, x: Tensor, weights: Tensor | None) -> None:
+        if self._total is None:
+            self._total = x.new_zeros(2, x.shape[1], x.shape[1])
+        self._tokens += x.shape[0]
+        moved = self._transform.forward(x)
+        rounded = self._activation.forward(moved)
+        weighed = rounded if weights is None else rounded * weights.unsqueeze(1)
+        self._total[0].addmm_(rounded.T, weighed)
+        self._total[1].addmm_(moved.T, weighed)
+
+    def result(self) -> Tensor:
+        assert self._total is not None
+        return self._total / max(self._tokens, 1)
+
+    def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
+        return torch.eye(in_features, dtype=torch.float32, device=device).repeat(2, 1, 1)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Calibration statistics of one input.
@@ -152,6 +182,11 @@ class Statistics:
     def drift(self) -> Tensor:
         """Result of `Drift`."""
         return self._of(Drift)
+
+    @property
+    def rounded(self) -> Tensor:
+        """Result of `RoundedInput`."""
+        return self._of(RoundedInput)
 
     def row_scale(self, share: Tensor) -> Tensor:
         """Scale (m, 1) of an error's rows that weighs their squares by `rows`; `share` (m, 1) takes them to one

@@ -10,28 +10,34 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lopro_fx.methods.ldlq import Feedback, feedback
-from lopro_fx.methods.observers import Gram, Statistics
+from lopro_fx.methods.observers import Gram, RoundedInput, Statistics
 
 # Damping of both low-rank factors, as a part of the mean diagonal. It is ten times that of the rounding: with less, a
 # factor grows without bound in directions that calibration hardly saw, and other text uses them.
 FACTOR_DAMP = 0.1
+_GRAMS = (Gram.name, RoundedInput.name)
 _MOST = 0.1
 
 
 def informed(stats: Statistics) -> Statistics:
-    """Scale the Gram to a mean diagonal of 1 to 2, then add the prior; an all-zero Gram becomes the identity."""
+    """Scale the Gram to a mean diagonal of 1 to 2, then add the prior; an all-zero Gram becomes the identity.
+
+    The same happens to the Grams of rounded activations: what calibration hardly saw counts as not rounded.
+    """
     gram, n = stats.gram, stats.gram.shape[0]
     mean = gram.diagonal().mean().item()
-    if not mean > 0:
-        return _with(stats, torch.eye(n, dtype=gram.dtype, device=gram.device))
-    gram = gram * 2.0 ** (1 - math.frexp(mean)[1])
-    if stats.tokens:
-        gram.diagonal().add_((n / max(stats.distinct, 1)) ** 2 * gram.diagonal().mean())
-    return _with(stats, gram)
+    if mean > 0:
+        factor = 2.0 ** (1 - math.frexp(mean)[1])
+        prior = (n / max(stats.distinct, 1)) ** 2 * factor * mean if stats.tokens else 0.0
+    else:
+        factor, prior = 0.0, 1.0
+    found = {name: stats.values[name] * factor for name in _GRAMS if name in stats.values}
+    for value in found.values():
+        value.diagonal(dim1=-2, dim2=-1).add_(prior)
+    return replace(stats, values={**stats.values, **found})
 
 
 def shrinkage(stats: Statistics) -> float:
@@ -54,7 +60,3 @@ def informed_feedback(gram: Tensor, order: Tensor, damp: float, stats: Statistic
     wanted = (1 + damp) * (1 + shrinkage(stats)) - 1
     fb = feedback(gram[order][:, order], wanted)
     return fb, damp if fb.damp == wanted else fb.damp
-
-
-def _with(stats: Statistics, gram: Tensor) -> Statistics:
-    return replace(stats, values={**stats.values, Gram.name: gram})

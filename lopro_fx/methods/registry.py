@@ -10,6 +10,7 @@ from lopro_fx.methods.base import Method
 from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.lrc import LRC
 from lopro_fx.methods.rtn import RTN
 from lopro_fx.methods.tileq import TileQ
 
@@ -42,5 +43,5 @@ def from_dict(values: Mapping[str, Any]) -> Method:
         raise ConfigError(f"{METHODS[name].__name__}: {error}") from error
 
 
-for _method in (RTN, GPTQ, FLRQ, LoPRo, TileQ):
+for _method in (RTN, GPTQ, FLRQ, LoPRo, LRC, TileQ):
     register_method(_method)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError
+from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.quantizer import Quantizer
-from lopro_fx.kernels.formats.registry import known_format
+from lopro_fx.kernels.formats.registry import empty, known_format
 from lopro_fx.layer import Factor, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.asymmetric import compensated
@@ -99,6 +100,16 @@ class Rounding(Method):
         kind = known_format(self.format).quantizer
         assert kind is not None
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+    def empty(self, shape: tuple[int, ...]) -> Packed:
+        """Tensors of a weight (m, n), or of experts (e, m, n), that the method rounds, on the meta device."""
+        quantizer = self.quantizer
+        spec = {name: getattr(quantizer, name, value) for name, value in known_format(self.format).spec.items()}
+        return empty(self.format, shape, spec)
+
+    def branch_bytes(self, rows: Sequence[int], in_features: int) -> int:
+        """Bytes of the low-rank branch of Linears with so many rows that read one tensor."""
+        return 0
 
     @property
     def unknown_size(self) -> str | None:

@@ -22,6 +22,8 @@ cpu_site = torch.ops.lopro.cpu_site.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One activation in some thousands lies so close to the middle of two integers that the order of a sum decides.
 ROUNDED = 2e-3
+# By bits of an activation: a number on the edge of two steps may take either.
+SPREAD = {0: 3e-6, 4: 2e-2, 8: ROUNDED}
 
 
 def operands(
@@ -62,7 +64,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 def compare(x: Tensor, site: tuple[Any, ...], act_bits: int) -> None:
     expected, got = reference.cpu_site(x, *site, act_bits), cpu_site(x, *site, act_bits)
     assert got.dtype == x.dtype
-    assert_close(f"{tuple(x.shape)}", expected, got, max(ROUNDED if act_bits else 3e-6, 2 * TOLERANCE[x.dtype]))
+    assert_close(f"{tuple(x.shape)}", expected, got, max(SPREAD[act_bits], 2 * TOLERANCE[x.dtype]))
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
@@ -81,7 +83,7 @@ def test_every_operand(path: str, dtype: torch.dtype, tokens: int) -> None:
     x = heavy_tailed(tokens, 576).to(dtype)
     for options in ({"parts": 5}, {"parts": 2}, {"parts": 0}, {"factor_bits": 16}):
         site = operands(50, 576, 3, 64, rank=19, block=64, skip=64, permuted=True, biased=True, **options)
-        for act_bits in (0, 8):
+        for act_bits in (0, 4, 8):
             compare(x, site, act_bits)
 
 
@@ -214,7 +216,7 @@ def test_wrong_operands_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         cpu_site(x.double(), *site, 8)
     with pytest.raises(ValueError, match="act_bits"):
-        cpu_site(x, *site, 4)
+        cpu_site(x, *site, 5)
     with pytest.raises(ValueError, match="group_size"):
         cpu_site(x, *site[:-1], 48, 8)
     if native.load():

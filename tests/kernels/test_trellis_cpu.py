@@ -33,6 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = ((2.0, 1), (3.0, 1), (4.0, 1), (1.5, 2), (2.0, 2), (2.5, 2))
 # One activation in some thousands lies so close to the middle of two integers that the order of a sum decides.
 ROUNDED = 2e-3
+# By bits of an activation: a number on the edge of two steps may take either.
+SPREAD = {0: 3e-6, 4: 2e-2, 8: ROUNDED}
 RUN = """
 import sys, torch
 run = torch._inductor.aoti_load_package(sys.argv[1])
@@ -106,7 +108,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 def compare(x: Tensor, site: tuple[Any, ...], act_bits: int) -> None:
     expected, got = reference.trellis_cpu(x, *site, act_bits), trellis_cpu(x, *site, act_bits)
     assert got.dtype == x.dtype
-    assert_close(f"{tuple(x.shape)}", expected, got, max(ROUNDED if act_bits else 3e-6, 2 * TOLERANCE[x.dtype]))
+    assert_close(f"{tuple(x.shape)}", expected, got, max(SPREAD[act_bits], 2 * TOLERANCE[x.dtype]))
 
 
 @pytest.mark.parametrize("window", [12, 14, 16])
@@ -128,7 +130,7 @@ def test_every_operand(path: str, dtype: torch.dtype, tokens: int) -> None:
     x = heavy_tailed(tokens, 576).to(dtype)
     for options in ({"parts": 5}, {"parts": 2}, {"parts": 0}, {"factor_bits": 16}):
         site = operands(150, 576, 3.0, 1, rank=19, block=64, skip=64, permuted=True, biased=True, **options)
-        for act_bits in (0, 8):
+        for act_bits in (0, 4, 8):
             compare(x, site, act_bits)
 
 
@@ -209,7 +211,7 @@ def test_wrong_operands_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         trellis_cpu(x.double(), *site, 8)
     with pytest.raises(ValueError, match="act_bits"):
-        trellis_cpu(x, *site, 4)
+        trellis_cpu(x, *site, 5)
     if native.load():
         with pytest.raises(ValueError, match="codes"):
             trellis_cpu(torch.randn(2, 64), *site, 8)

@@ -242,7 +242,7 @@ void prepare_decode(const AffineSite& s, const Plan& p, int64_t index, Token& to
   using C = Codes<BITS>;
   rotate<V>(s, p, index, raw, x);
   if (s.rank) project<V, 1>(s, p, x, 0, &token);
-  round_blocks<V, INT8>(p, x, rounded, token);
+  round_blocks<V, INT8>(p, x, s.largest, rounded, token);
   if (p.log_ratio == 0)
     for (int64_t b = p.blocks; b < p.blocks + 16; ++b) {
       token.steps[b] = token.steps[b - p.blocks];

@@ -50,8 +50,8 @@ def cpu_site(
         perm, signs, block, skip, down, down_scale, codes, scales, zeros, bias, up, up_scale, bits: as in
             `lopro::packed_site`.
         group_size: -1 or a multiple of 32.
-        act_bits: 8 rounds the rotated activation to int8 per token and block of columns for the packed gemm; the
-            low-rank branch takes it unrounded. 0 rounds nothing.
+        act_bits: 8 or 4 rounds the rotated activation to so many bits, per token and block of columns, for the packed
+            gemm; the low-rank branch takes it unrounded. 0 rounds nothing.
 
     Returns:
         (..., out_features) of x's dtype.

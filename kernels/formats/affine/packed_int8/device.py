@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from lopro_fx.kernels import dispatch, registry
+from lopro_fx.kernels.activation.reference import clip_for
 from lopro_fx.kernels.formats.affine.packed_int8.triton import int8_matmul_kernel, round_kernel
 from lopro_fx.kernels.formats.affine.packing.format import WORD, group_count
 from lopro_fx.kernels.tiles import WHOLE_ROW, main_width, stand_in
@@ -49,8 +50,8 @@ def round_rows(
     absent = stand_in(signs, perm, x)
     wrap_triton(round_kernel)[(m * -(-k // chunk),)](
         x, absent if perm is None else perm, absent if signs is None else signs, y, steps, totals,
-        m, K=k, TOP=(1 << (act_bits - 1)) - 1, ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums,
-        CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
+        m, K=k, TOP=(1 << (act_bits - 1)) - 1, CLIP=clip_for(act_bits, k if act_group == -1 else act_group),
+        ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
         num_warps=8 if chunk > 4096 else 4,
     )  # fmt: skip
     return y, steps, totals

@@ -19,8 +19,8 @@ def round_kernel(
     step_ptr,  # (ACT_GROUPS, M) fp32
     sum_ptr,  # (SUM_GROUPS, M) fp32: sums of the integers of each SUM_SIZE columns, times the step if there are many
     M,
-    K: tl.constexpr, TOP: tl.constexpr, ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr, SUM_SIZE: tl.constexpr,
-    SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr,
+    K: tl.constexpr, TOP: tl.constexpr, CLIP: tl.constexpr, ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr,
+    SUM_SIZE: tl.constexpr, SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr,
     HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, rotated and rounded."""
@@ -35,7 +35,7 @@ def round_kernel(
     )  # fmt: skip
     PARTS: tl.constexpr = CHUNK // ACT_GROUP
     parts = tl.reshape(x, (PARTS, ACT_GROUP))
-    codes, step = integers(parts, TOP)
+    codes, step = integers(parts, TOP, CLIP)
     g = chunk * PARTS + tl.arange(0, PARTS)
     tl.store(step_ptr + g.to(tl.int64) * M + m, step, mask=g < ACT_GROUPS)
     k = start + tl.arange(0, CHUNK)

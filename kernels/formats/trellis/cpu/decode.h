@@ -207,7 +207,7 @@ template <class V, int COLUMNS, bool INT8>
 void prepare_decode(const Site& s, const Plan& p, int64_t index, Token& token, float* raw, float* x, int8_t* rounded) {
   rotate<V>(s, p, index, raw, x);
   if (s.rank) project<V, 1>(s, p, x, 0, &token);
-  round_blocks<V, INT8>(p, x, rounded, token);
+  round_blocks<V, INT8>(p, x, s.largest, rounded, token);
   if (INT8) {
     uint32_t* words = static_cast<uint32_t*>(token.x);
     for (int64_t c = 0; c < p.states; ++c)

@@ -33,8 +33,8 @@ def trellis_cpu(
         x: (..., in_features) float32, bfloat16 or float16.
         perm, signs, block, skip, down, down_scale, scales, codes, bias, up, up_scale, bits, columns, window, strip: as
             in `lopro::trellis_site`.
-        act_bits: 8 rounds the rotated activation to int8 per token and block of columns for the packed gemm; the
-            low-rank branch takes it unrounded. 0 rounds nothing.
+        act_bits: 8 or 4 rounds the rotated activation to so many bits, per token and block of columns, for the packed
+            gemm; the low-rank branch takes it unrounded. 0 rounds nothing.
 
     Returns:
         (..., out_features) of x's dtype.
