@@ -53,6 +53,31 @@ _EXPERTS = {
     "tileq-16-trellis": "TileQ, trellis, rank 16",
     "tileq-32-trellis": "TileQ, trellis, rank 32",
 }
+# Rows of benchmarks/activations.py.
+_ACTIVATIONS = {
+    "w4a16": "LoPRo, 4-bit weights alone",
+    "w4a8": "the same, 8-bit activations",
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "rotated": "rotation and GPTQ (`LoPRo`, tokens alike)",
+    "rotated-rank-40": "the same, a branch of rank 40 for the error of the weights",
+    "rotated-32": "the same without, groups of 32 for weights and activations",
+    "rotated-32-best": "the same, gradient importance, asymmetric target",
+    "lrc-0-paper": "`LRC(rank=0)`, all of the target",
+    "lrc-0": "`LRC(rank=0)`, half of it",
+    "lrc-10-paper": "LRC, factors a tenth of the weights, all of the target",
+    "lrc-10-paper-5": "the same, `iterations=5`",
+    "lrc-30-paper": "the same, factors three tenths",
+    "lrc-10": "LRC, a tenth, half of the target",
+    "lrc-10-deflated": "the same, `deflated=True`",
+    "lrc-20": "LRC, two tenths, half of the target",
+    "lrc-30": "LRC, three tenths",
+    "rotated-best": "LoPRo, gradient importance, asymmetric target",
+    "lrc-0-best": "LRC with both, no branch",
+    "lrc-10-best": "LRC with both, a tenth",
+    "lrc-20-best": "LRC with both, two tenths",
+    "lrc-30-best": "LRC with both, three tenths",
+}
 # Rows of the formats "trellis" and "affine".
 _TRELLIS = ("budget", "trellis")
 _AFFINE = {
@@ -131,6 +156,12 @@ def experts() -> str:
         )))  # fmt: skip
     heads = ("", "bits per weight", "factors of experts", "perplexity", "KL", "same token")
     return table(heads, [line for _, line in sorted(lines)])
+
+
+def activations() -> str:
+    """4-bit activations: rounding, rotation, and low-rank correction."""
+    rows = {row["row"]: row for row in rows_of("activations")}
+    return _measured([(label, rows[name]) for name, label in _ACTIVATIONS.items() if name in rows])
 
 
 def flexible() -> str:

@@ -221,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis,
     "searching": searching,
     "sketches": sketches,
+    "activations": accuracy.activations,
     "branch": accuracy.branch,
     "experts": accuracy.experts,
     "cpu-experts": _cpu_experts,

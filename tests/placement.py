@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
-from lopro_fx import FLRQ, GPTQ, RTN, LoPRo, Method
+from lopro_fx import FLRQ, GPTQ, LRC, RTN, LoPRo, Method
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.models import export_causal_lm
 from tests.elsewhere import ELSEWHERE, placed
@@ -26,6 +26,7 @@ METHODS: dict[str, Method] = {
     # Each component is a read; the budget allows as many in both of the widths below.
     "flrq": FLRQ(**_COMMON, rank_budget=0.9, least_gain=0),
     "flrq paper": FLRQ.paper(**_COMMON),
+    "lrc": LRC(**_COMMON, rank=4),
     "lopro fp16 factors": LoPRo(**_COMMON, rank=4, factor_bits=16, sequential=False),
 }
 # Checks of the weights where they lie, draws of random numbers, and moves.
@@ -75,7 +76,7 @@ def check_reads(name: str) -> None:
         def solved(x: torch.Tensor = x, weight: torch.Tensor = weight) -> object:
             x, weight = x.to(ELSEWHERE), weight.to(ELSEWHERE)
             drift = torch.zeros_like(gram := x.T @ x / len(x))
-            values = {"gram": gram, "magnitude": x.abs().mean(0), "drift": drift}
+            values = {"gram": gram, "magnitude": x.abs().mean(0), "drift": drift, "rounded": gram.repeat(2, 1, 1)}
             stats = Statistics(values, len(x), len(x))
             return config.solution([weight], stats, generator())
 

@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
     "rtn": lopro_fx.RTN(bits=4, group_size=32),
     "lopro": lopro_fx.LoPRo(bits=3, rank=4, importance="gradient"),
     "tileq": lopro_fx.TileQ(bits=3, tile_rank=4),
+    "lrc": lopro_fx.LRC(group_size=32, rank=4),
     "trellis": lopro_fx.TileQ(format="trellis", bits=2, window=12, tile_rank=4),
 }
 

@@ -57,14 +57,11 @@ class Gram(Observer):
             self._total = x.new_zeros(x.shape[1], x.shape[1])
         self._tokens += x.shape[0]
         rows = x if weights is None else x * weights.sqrt().unsqueeze(1)
-        for first in range(0, x.shape[1], _BLOCK):
-            block = rows[:, first : first + _BLOCK]
-            self._total[first : first + _BLOCK, first:].addmm_(block.T, rows[:, first:])
+        _add_upper(self._total, rows)
 
     def result(self) -> Tensor:
         assert self._total is not None
-        upper = self._total / max(self._tokens, 1)
-        return upper.triu_().add_(upper.triu(1).T)
+        return _mirrored(self._total / max(self._tokens, 1))
 
     def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
         return torch.eye(in_features, dtype=torch.float32, device=device)
@@ -135,16 +132,31 @@ class RoundedInput(Observer):
         self._tokens += x.shape[0]
         moved = self._transform.forward(x)
         rounded = self._activation.forward(moved)
-        weighed = rounded if weights is None else rounded * weights.unsqueeze(1)
-        self._total[0].addmm_(rounded.T, weighed)
-        self._total[1].addmm_(moved.T, weighed)
+        if weights is not None:
+            root = weights.sqrt().unsqueeze(1)
+            moved, rounded = moved * root, rounded * root
+        _add_upper(self._total[0], rounded)
+        self._total[1].addmm_(moved.T, rounded)
 
     def result(self) -> Tensor:
         assert self._total is not None
-        return self._total / max(self._tokens, 1)
+        rounded, cross = self._total / max(self._tokens, 1)
+        return torch.stack([_mirrored(rounded), cross])
 
     def data_free(self, in_features: int, device: torch.device | str) -> Tensor:
         return torch.eye(in_features, dtype=torch.float32, device=device).repeat(2, 1, 1)
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to the upper triangle of `total`, block by block."""
+    for first in range(0, rows.shape[1], _BLOCK):
+        block = rows[:, first : first + _BLOCK]
+        total[first : first + _BLOCK, first:].addmm_(block.T, rows[:, first:])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    upper = total.triu()
+    return upper + upper.triu(1).T
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_truncated_file(copied, name, kept):
     _refused(copied, name)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(name=st.sampled_from(FILES[1:]), position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_one_flipped_bit_is_found(saved, tmp_path_factory, name, position, bit):
     folder = shutil.copytree(saved, tmp_path_factory.mktemp("flip") / "copy")

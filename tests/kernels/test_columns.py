@@ -67,7 +67,7 @@ def test_rounding_is_the_definition(bits: int, width: int, rows: int, own: bool,
 
 
 @given(bits, st.sampled_from((32, 64, 128, 150)), widths, rows, st.booleans(), paths, seeds)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_descent_is_the_definition(
     bits: int, group: int, width: int, rows: int, scales: bool, path: str, seed: int
 ) -> None:

@@ -172,7 +172,7 @@ def test_every_operand(path: str, format: str, dtype: torch.dtype, tokens: int) 
             compare(format, x, ids, 2, named, act_bits)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape(compiled: None, data: st.DataObject) -> None:
     """As the definition without rounding; with it too, as the kernel of one weight on the rows of each expert."""

@@ -87,7 +87,7 @@ def test_every_operand(path: str, dtype: torch.dtype, tokens: int) -> None:
             compare(x, site, act_bits)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     if not native.load():

@@ -51,7 +51,8 @@ def round_rows(
     wrap_triton(round_kernel)[(m * -(-k // chunk),)](
         x, absent if perm is None else perm, absent if signs is None else signs, y, steps, totals,
         m, K=k, TOP=(1 << (act_bits - 1)) - 1, CLIP=clip_for(act_bits, k if act_group == -1 else act_group),
-        ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums, CHUNK=chunk, LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
+        ACT_GROUP=size, ACT_GROUPS=groups, SUM_SIZE=sum_size, SUM_GROUPS=sums, CHUNK=chunk,
+        LOG_BLOCK=block.bit_length() - 1, HAS_PERM=perm is not None, HAS_SIGNS=signs is not None,
         num_warps=8 if chunk > 4096 else 4,
     )  # fmt: skip
     return y, steps, totals

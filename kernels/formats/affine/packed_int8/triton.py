@@ -20,8 +20,8 @@ def round_kernel(
     sum_ptr,  # (SUM_GROUPS, M) fp32: sums of the integers of each SUM_SIZE columns, times the step if there are many
     M,
     K: tl.constexpr, TOP: tl.constexpr, CLIP: tl.constexpr, ACT_GROUP: tl.constexpr, ACT_GROUPS: tl.constexpr,
-    SUM_SIZE: tl.constexpr, SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr, HAS_PERM: tl.constexpr,
-    HAS_SIGNS: tl.constexpr,
+    SUM_SIZE: tl.constexpr, SUM_GROUPS: tl.constexpr, CHUNK: tl.constexpr, LOG_BLOCK: tl.constexpr,
+    HAS_PERM: tl.constexpr, HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     """One program: CHUNK columns of one token, rotated and rounded."""
     # Neighbouring programs take one token, as in `rotate_kernel`.
