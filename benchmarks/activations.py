@@ -1,8 +1,8 @@
 """Accuracy with 4-bit activations: rounding, rotation, and what a low-rank branch buys, every stored bit counted.
 
 SmolLM2-135M by the protocol of benchmarks/frontier.py; weights of 4 bits in groups of 128, activations of 4 bits with a
-step for each 128 columns of a token, unless stated. The output projection keeps its activations. Programs run by the CPU's kernels,
-which compute with the stored 4-bit integers. Rows are added to the result file as they finish.
+step for each 128 columns of a token, unless stated. The output projection keeps its activations. Programs run by the
+CPU's kernels, which compute with the stored 4-bit integers. Rows are added to the result file as they finish.
 """
 
 from __future__ import annotations
