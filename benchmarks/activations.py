@@ -34,6 +34,9 @@ ROWS: dict[str, Method] = {
     # The bytes of a branch in groups of 32, and activations with them.
     "rotated-32": LoPRo(**{**_PLAIN, "group_size": 32, "act_group": 32}),
     "rotated-32-best": LoPRo(**{**_BEST, "group_size": 32, "act_group": 32}),
+    # Groups of 32 for activations alone: no byte more, and for the compiled kernel of CPUs none of its groups.
+    "rotated-act-32": LoPRo(**{**_PLAIN, "act_group": 32}),
+    "lrc-10-32-best": LRC(**{**_BEST, "group_size": 32, "act_group": 32}),
     # Factors for the rounding error of the weights, of about the size of "lrc-10".
     "rotated-rank-40": LoPRo(**_PLAIN, rank=40),
     "lrc-0-paper": LRC(**_PAPER, rank=0),

@@ -66,17 +66,19 @@ def test_a_format_without_integers_is_left_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("transform", ["full", "identity"])
-def test_compiled_code_for_cpus_rounds_as_the_program_says(transform: str) -> None:
-    program = _rounded(transform=transform)
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_compiled_code_for_cpus_rounds_as_the_program_says(act_bits: int, transform: str) -> None:
+    program = _rounded(act_bits, transform=transform)
     for activations in ("float", "int8"):
         native = lopro_fx.optimize(program, target="cpu", activations=activations)
-        assert {operands(node).act_bits for node in calls(native, CPU)} == {8}
+        assert {operands(node).act_bits for node in calls(native, CPU)} == {act_bits}
         assert not calls(native, ROUND)
-        assert_same(program, native, ids(), ratio=2e-3)
+        # A number on the edge of two steps may take either.
+        assert_same(program, native, ids(), ratio=2e-3 if act_bits == 8 else 2e-2)
 
 
 def test_other_roundings_run_without_compiled_code() -> None:
-    for program in (_rounded(4), _rounded(8, -1)):
+    for program in (_rounded(4, -1), _rounded(8, -1)):
         native = lopro_fx.optimize(program, target="cpu")
         assert not calls(native, CPU)
         assert "rounds no activation to" in reasons(native, "native_cpu")["blocks.0.q"]
