@@ -139,11 +139,11 @@ class Method:
     token_clip: float = 16.0
     importance: str = setting(
         "none",
-        "gradient weighs tokens by the loss's gradient (default for lopro, flrq; none for the others)",
+        "gradient weighs tokens by the loss's gradient (default for lopro, flrq, tileq, lrc; none for the others)",
         IMPORTANCE,
     )
     sequential: bool = True
-    act_bits: int = setting(0, "of a rounded activation: 8, 4, or 0 to keep it (default: 0)")
+    act_bits: int = setting(0, "of a rounded activation: 8, 4, or 0 to keep it (default: 4 for lrc, else 0)")
     act_group: int = 0
     seed: int = setting(0, "of every random choice (default: 0)")
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)

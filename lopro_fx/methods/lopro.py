@@ -67,7 +67,7 @@ class LoPRo(Rounding):
         damp: as in GPTQ, beside what `prior.shrinkage` adds.
     """
 
-    rank: int = setting(0, "of LoPRo's low-rank branch (default: 0)")
+    rank: int = setting(0, "of the low-rank branch (default: 0 for lopro, by --factor-share for lrc)")
     factor_bits: int = 8
     transforms: tuple[str, ...] = ("full",)
     block_size: int = 256

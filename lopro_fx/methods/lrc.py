@@ -64,9 +64,11 @@ class LRC(Rounding):
     """
 
     bits: float = setting(4, "of a weight", kind=number)
-    act_bits: int = 4
-    rank: int | None = None
-    factor_share: float = setting(0.1, "of LRC's branch: numbers in its factors, as a part of the weights")
+    act_bits: int = setting(4, "of a rounded activation: 8 or 4")
+    rank: int | None = setting(None, "of LRC's branch (default: by the factors' share)", kind=int)
+    factor_share: float = setting(
+        0.1, "of LRC's branch: numbers in its factors, as a part of the weights (default: 0.1)"
+    )
     factor_bits: int = 8
     compensation: float = 0.5
     deflated: bool = True

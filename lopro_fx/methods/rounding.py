@@ -50,7 +50,9 @@ class Rounding(Method):
     """
 
     format: str = setting("affine", "affine (scales by group) or trellis (default: affine)")
-    bits: float = setting(3, "of a weight; affine 2, 3, 4, 8; trellis 1.5, 2, 2.5, 3, 4 (default: 3)", kind=number)
+    bits: float = setting(
+        3, "of a weight; affine 2, 3, 4, 8; trellis 1.5, 2, 2.5, 3, 4 (default: 4 for lrc, else 3)", kind=number
+    )
     group_size: int | None = setting(
         None, "affine: columns that share a scale: 32, 64, 128, -1 for all (default: 64)", kind=int
     )
@@ -58,7 +60,9 @@ class Rounding(Method):
     window: int | None = None
     strip: int | None = None
     asymmetry: float | None = setting(
-        None, "part of the inputs' drift that weights make up for, 0 to 1 (default: 0.4 for lopro, flrq)", kind=float
+        None,
+        "part of the inputs' drift that weights make up for, 0 to 1 (default: 0.4 for lopro, flrq, tileq, lrc)",
+        kind=float,
     )
     name: ClassVar[str]
     # Default of `asymmetry` for a method that is sequential.

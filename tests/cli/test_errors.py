@@ -38,6 +38,7 @@ def _refused(result, *words):
         (("quantize", "--rank", "-1"), ["rank=-1"]),
         (("quantize", "--method", "gptq", "--rank", "8"), ["--rank 8", "gptq"]),
         (("quantize", "--method", "flrq", "--rank", "8"), ["--rank 8", "flrq"]),
+        (("quantize", "--method", "lrc", "--rank", "8", "--act-bits", "0"), ["LRC(act_bits=0)"]),
         (("quantize", "--method", "flrq", "--rank-budget", "-1"), ["FLRQ(rank_budget=-1.0)"]),
         (("quantize", "--budget", "-1"), ["bits_per_weight=-1.0"]),
         (("quantize", "--budget", "3", "--max-bytes", "9"), ["--max-bytes", "not allowed with", "--budget"]),
