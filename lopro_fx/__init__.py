@@ -18,6 +18,7 @@ from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.lrc import LRC
+from lopro_fx.methods.lrq import LRQ
 from lopro_fx.methods.rtn import RTN
 from lopro_fx.methods.tileq import TileQ
 from lopro_fx.packages.aoti import export_aoti
@@ -33,6 +34,7 @@ __all__ = [
     "FLRQ",
     "GPTQ",
     "LRC",
+    "LRQ",
     "RTN",
     "BackendReport",
     "Budget",

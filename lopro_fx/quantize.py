@@ -18,7 +18,7 @@ from lopro_fx import __about__
 from lopro_fx.budget import Budget
 from lopro_fx.calibration.batches import flatten_batches
 from lopro_fx.calibration.importance import Importance, importance_of
-from lopro_fx.calibration.replay import Replay
+from lopro_fx.calibration.replay import Replay, Stage
 from lopro_fx.devices import available, full_precision, home_of
 from lopro_fx.errors import CalibrationError, ConfigError, LoProError, first_line
 from lopro_fx.kernels.formats.registry import format_of
@@ -125,14 +125,10 @@ def calibrate(
             )
             settings = _settings(selection, config)
         replay = Replay(program, selection.groups, batches, config, importance, place)
-        for unit, seen in replay.units():
-            solved = journal and journal.read(unit.name)
-            if solved is None:
-                solved = _at_home(_solve(unit, seen, settings[unit.name], place), home)
-                if journal:
-                    journal.write(solved)
-            result.add(solved, seen)
-            replay.install(solved)
+        if config.learns and batches is not None and selection.groups:
+            _solve_blocks(replay, config, settings, journal, result, place, home)
+        else:
+            _solve_units(replay, settings, journal, result, place, home)
         for head in selection.heads:
             solved = journal and journal.read(head.name)
             if solved is None:
@@ -172,6 +168,89 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
         groups={name: list(shared.readers) for name, shared in state.inputs.items()},
     )
     return RewritePass(state.inputs, state.layers, record)(as_linears(program))
+
+
+def _solve_units(
+    replay: Replay,
+    settings: Mapping[str, Method],
+    journal: Journal | None,
+    result: _Result,
+    place: torch.device,
+    home: torch.device,
+) -> None:
+    for unit, seen in replay.units():
+        solved = journal and journal.read(unit.name)
+        if solved is None:
+            solved = _at_home(_solve(unit, seen, settings[unit.name], place), home)
+            if journal:
+                journal.write(solved)
+        result.add(solved, seen)
+        replay.install(solved)
+
+
+def _solve_blocks(
+    replay: Replay,
+    config: Method,
+    settings: Mapping[str, Method],
+    journal: Journal | None,
+    result: _Result,
+    place: torch.device,
+    home: torch.device,
+) -> None:
+    """Solve the units of each block, and let the method learn from the block's output; a block is finished as one."""
+    for stage in replay.stages():
+        known = [journal.read(group.name) for group in stage.block.groups] if journal else []
+        finished = [solved for solved in known if solved is not None]
+        if len(finished) < len(stage.block.groups):
+            finished = []
+        every = []
+        for unit, seen in stage.units:
+            solved = finished[len(every)] if finished else _solve(unit, seen, settings[unit.name], place)
+            stage.solved.append((unit, solved))
+            every.append(seen)
+            replay.install(solved)
+        if not finished:
+            stage.solved[:] = _learnt(stage, config, result, place)
+        for (_, solved), seen in zip(stage.solved, every, strict=True):
+            solved = _at_home(solved, home)
+            if journal and not finished:
+                journal.write(solved)
+            result.add(solved, seen)
+
+
+def _learnt(stage: Stage, config: Method, result: _Result, place: torch.device) -> list[tuple[Unit, Solved]]:
+    """What the method makes of a block's solutions; the time it takes is its layers' in equal parts."""
+    name, started = stage.block.name, time.monotonic()
+    generator = torch.Generator().manual_seed(seed_of(name, config.seed))
+    # Errors of the caller's own progress function, which are none of the method.
+    foreign: list[Exception] = []
+
+    def label(text: str) -> None:
+        try:
+            result.label(text)
+        except Exception as error:
+            foreign.append(error)
+            raise
+
+    try:
+        found = config.learn(stage.learnable(), Context(place, generator), label)
+    except (LoProError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        if error in foreign:
+            raise
+        known = f"method '{config.name}' failed on block '{name}'"
+        raise CalibrationError(f"{known}: {type(error).__name__}: {first_line(error)}") from error
+    layers = sum(len(solved.layers) for solved in found)
+    seconds, learnt = (time.monotonic() - started) / layers, []
+    for (unit, before), solved in zip(stage.solved, found, strict=True):
+        solved = verified(config.name, unit, solved)
+        timed = [
+            replace(layer, metrics={**layer.metrics, "seconds": old.metrics["seconds"] + seconds})
+            for layer, old in zip(solved.layers, before.layers, strict=True)
+        ]
+        learnt.append((unit, replace(solved, layers=tuple(timed))))
+    return learnt
 
 
 def _settings(selection: Selection, config: Method) -> dict[str, Method]:
@@ -300,6 +379,10 @@ class _Result:
         self._total = sum(site.weights for site in selection.sites)
         self._done = 0
         progress(0, self._total, "")
+
+    def label(self, text: str) -> None:
+        """Say what is being done now."""
+        self.progress(self._done, self._total, text)
 
     def add(self, solved: Solved, seen: Statistics | None = None) -> None:
         self.inputs[solved.input.name] = solved.input

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
-from lopro_fx import FLRQ, GPTQ, LRC, RTN, LoPRo, Method
+from lopro_fx import FLRQ, GPTQ, LRC, LRQ, RTN, LoPRo, Method
 from lopro_fx.methods.observers import Statistics
 from lopro_fx.models import export_causal_lm
 from tests.elsewhere import ELSEWHERE, placed
@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     "flrq": FLRQ(**_COMMON, rank_budget=0.9, least_gain=0),
     "flrq paper": FLRQ.paper(**_COMMON),
     "lrc": LRC(**_COMMON, rank=4),
+    "lrq": LRQ(**_COMMON, steps=0),
     "lopro fp16 factors": LoPRo(**_COMMON, rank=4, factor_bits=16, sequential=False),
 }
 # Checks of the weights where they lie, draws of random numbers, and moves.

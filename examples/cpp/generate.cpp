@@ -76,7 +76,7 @@ void load_weights(caffe2::serialize::PyTorchStreamReader& archive, const std::st
 // Key and value tensors of all layers: (batch, heads, max_cache_len + 1, head_dim).
 std::vector<at::Tensor> allocate_cache(const Metadata& metadata) {
   static const std::unordered_map<std::string, at::ScalarType> types{
-      {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}};
+      {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}, {"uint8", at::kByte}};
   std::vector<at::Tensor> cache;
   std::istringstream shapes(metadata.at("cache_heads"));
   int64_t heads, width;

@@ -58,7 +58,7 @@ class LockstepRunner:
     def operand_stops(self, at: set[Node], count: int) -> Iterator[tuple[Node, list[list[Any]]]]:
         """`stops` with the first `count` operands, each for every batch."""
         remaining = len(at)
-        for index, node in enumerate(self._nodes):
+        for index, node in enumerate(self._nodes[self._next :], self._next):
             self._next = index
             if node in at:
                 yield node, [[self._near(self._value(operand, values)) for values in self._values]
@@ -68,6 +68,17 @@ class LockstepRunner:
                     return
             self._run(node)
             self._free(self._last_use.get(node, ()))
+
+    def advance(self, end: int) -> None:
+        """Run what has not run of the graph's first `end` nodes."""
+        for node in self._nodes[self._next : end]:
+            self._run(node)
+            self._free(self._last_use.get(node, ()))
+        self._next = max(self._next, end)
+
+    def values(self, node: Node) -> list[Any]:
+        """What `node`, which has run and is read later, gave for every batch."""
+        return [self._value(node, values) for values in self._values]
 
     def outputs(self) -> list[Any]:
         """Run what has not run yet and return the program's outputs for every batch."""
@@ -79,8 +90,11 @@ class LockstepRunner:
             self._free(self._last_use.get(node, ()))
         raise AssertionError("a graph without an output")
 
-    def fork(self) -> LockstepRunner:
+    def fork(self, batches: Sequence[int] | None = None) -> LockstepRunner:
         """Return a runner that goes on from the present stop by itself; it shares what this one has computed.
+
+        Args:
+            batches: places of those to go on with; None is all.
 
         Raises:
             CalibrationError: the graph will write in place to what has been computed, which the two would both see.
@@ -89,12 +103,15 @@ class LockstepRunner:
         rest = self._nodes[self._next :] if self._mutates else ()
         if any(base_of(written) in computed for node in rest for written in written_operands(node)):
             raise CalibrationError(
-                "a budget can't be planned on a program that writes buffers, such as one with a cache"
+                "a program that writes buffers, such as one with a cache, can't run twice from its middle, which a "
+                "budget and learned rounding need: calibrate the program of the same model without a cache, and apply "
+                "the state to this one"
             )
         forked = copy(self)
         forked.replaced = dict(self.replaced)
         forked._shared = dict(self._shared)
-        forked._values = [dict(values) for values in self._values]
+        chosen = self._values if batches is None else [self._values[place] for place in batches]
+        forked._values = [dict(values) for values in chosen]
         return forked
 
     def _bind(self, batches: Sequence[Sequence[Any]]) -> None:

@@ -10,6 +10,7 @@ from lopro_fx.commands import output
 from lopro_fx.commands.data import positive
 from lopro_fx.commands.source import open_checkpoint
 from lopro_fx.errors import CheckpointError, ConfigError, ModelError, first_line
+from lopro_fx.generation.cache import BITS
 from lopro_fx.generation.export import export_for_generation
 from lopro_fx.huggingface import save_pretrained
 from lopro_fx.huggingface.save import require_replaceable, shard_bytes
@@ -41,6 +42,10 @@ def add(parser: ArgumentParser) -> None:
     positive(parser, "--max-cache-len", 1024, "tokens that prompt and text may have together")
     positive(parser, "--batch-size", 1, "texts generated together")
     parser.add_argument(
+        "--cache-bits", type=int, choices=BITS, default=0,
+        help="of keys and values in a package's cache: 8, 4, or 0 to keep the model's dtype (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
         "--activations",
         choices=tuple(ACTIVATIONS),
         default=DEFAULT,
@@ -55,7 +60,7 @@ def run(args: Namespace) -> None:
     check_name(args.package or args.aoti)
     if args.package:
         options = {"max_cache_len": args.max_cache_len, "batch_size": args.batch_size,
-                   "activations": args.activations}  # fmt: skip
+                   "activations": args.activations, "cache_bits": args.cache_bits}  # fmt: skip
         result = write_package(args.folder, args.package, **options)
     else:
         # Fewer nodes compute the same and compile in less time.
@@ -72,7 +77,9 @@ def _shard(text: str) -> int:
         raise ArgumentTypeError(str(error)) from error
 
 
-def write_package(folder: str, path: str, *, max_cache_len: int, batch_size: int, activations: str) -> AotiResult:
+def write_package(
+    folder: str, path: str, *, max_cache_len: int, batch_size: int, activations: str, cache_bits: int = 0
+) -> AotiResult:
     """Compile the model of a folder that `quantize --out` wrote into one package for generation (see `package`).
 
     Raises:
@@ -83,7 +90,9 @@ def write_package(folder: str, path: str, *, max_cache_len: int, batch_size: int
     config, _ = _settings(folder)
     with reporting("export"), quiet():
         model = rebuild_model(source.program, config)
-        programs = export_for_generation(model, max_cache_len=max_cache_len, batch_size=batch_size)
+        programs = export_for_generation(
+            model, max_cache_len=max_cache_len, batch_size=batch_size, cache_bits=cache_bits
+        )
     state = state_of(source.program)
     programs = programs.map(lambda program: apply(program, state))
     with reporting("compile"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.export import Dim
 
 from lopro_fx.errors import ConfigError, ModelError, first_line
 from lopro_fx.generation.attention import grouped_attention_in
+from lopro_fx.generation.cache import BITS, restored, stored
 from lopro_fx.generation.programs import CacheSpec, GenerationPrograms
 from lopro_fx.models.export import export_view
 from lopro_fx.models.masks import Form, Misuse, check_masks
@@ -21,7 +23,9 @@ from lopro_fx.passes import compat
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1) -> GenerationPrograms:
+def export_for_generation(
+    model: Any, *, max_cache_len: int, batch_size: int = 1, cache_bits: int = 0
+) -> GenerationPrograms:
     """Export a model as the two programs that generate text with a KV cache.
 
     Their weights are named as in the model, so a `QuantState` calibrated on `export_causal_lm`'s program fits both:
@@ -32,6 +36,8 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
         max_cache_len: most tokens of prompt and text together, at least 2. A longer cache costs memory; time grows only
             with the tokens in it.
         batch_size: rows that are generated together.
+        cache_bits: 8 or 4 rounds keys and values to so many bits, with a step and an offset for each token and head; 0
+            keeps the model's dtype.
 
     Raises:
         ConfigError: a size is out of range.
@@ -40,14 +46,19 @@ def export_for_generation(model: Any, *, max_cache_len: int, batch_size: int = 1
     """
     if max_cache_len < 2 or batch_size < 1:
         raise ConfigError(f"max_cache_len={max_cache_len}, batch_size={batch_size}: at least 2 and 1 are needed")
+    if cache_bits not in BITS:
+        raise ConfigError(f"cache_bits={cache_bits!r}: allowed are {', '.join(map(str, BITS))}")
     limit = table_limit(model) or configured_limit(model)
     if limit is not None and max_cache_len > limit:
         raise ConfigError(f"max_cache_len={max_cache_len}: this model knows positions up to {limit}")
     windows, attempts = _windows(model.config.get_text_config(decoder=True)), _attempts(model)
-    spec = _cache_spec(model, batch_size, max_cache_len)
+    spec = replace(_cache_spec(model, batch_size, max_cache_len), bits=cache_bits)
+    odd = next((width for _, width in (*spec.keys, *spec.values) if width % 2), None)
+    if cache_bits and odd is not None:
+        raise ModelError(f"{type(model).__name__} has heads of {odd} columns; cache_bits needs an even number")
     reasons: list[Misuse | ModelError] = []
     for dtype, in_tables in attempts:
-        forward = _forward(type(model).forward, windows, dtype, in_tables)
+        forward = _forward(type(model).forward, windows, dtype, in_tables, spec)
         try:
             return _programs(model, spec, forward)
         except (Misuse, ModelError) as error:
@@ -91,7 +102,9 @@ def _programs(model: nn.Module, spec: CacheSpec, forward: Any) -> GenerationProg
     return GenerationPrograms(prefill, decode, spec)
 
 
-def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype, in_tables: bool) -> Any:
+def _forward(
+    plain_forward: Any, windows: dict[str, int | None], mask_dtype: torch.dtype, in_tables: bool, spec: CacheSpec
+) -> Any:
     takes = inspect.signature(plain_forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -105,7 +118,7 @@ def _forward(plain_forward: Any, windows: dict[str, int | None], mask_dtype: tor
                 self,
                 input_ids=input_ids,
                 attention_mask=_masks(written, padding, slots, windows, mask_dtype),
-                past_key_values=_cache(written, slots.shape[0], keys, values),
+                past_key_values=_cache(written, slots.shape[0], keys, values, spec),
                 use_cache=True,
                 **positions,
                 **last,
@@ -136,7 +149,7 @@ def _masks(written: Tensor, padding: Tensor, slots: Tensor, windows: dict[str, i
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
+def _cache(written: Tensor, length: int, keys: Any, values: Any, spec: CacheSpec) -> Any:
     """Wrap the programs' own tensors as a cache of transformers."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -153,9 +166,16 @@ def _cache(written: Tensor, length: int, keys: Any, values: Any) -> Any:
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self._cache
-            keys.index_copy_(2, written, key_states)
-            values.index_copy_(2, written, value_states)
-            return keys[:, :, :length], values[:, :, :length]
+            return self._through(keys, key_states), self._through(values, value_states)
+
+        @staticmethod
+        def _through(cache: Tensor, states: Tensor) -> Tensor:
+            """Write the states, and read what the cache holds."""
+            if not spec.bits:
+                cache.index_copy_(2, written, states)
+                return cache[:, :, :length]
+            cache.index_copy_(2, written, stored(states, spec.bits))
+            return restored(cache[:, :, :length], states.shape[-1], spec.bits, states.dtype)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
             return length, 0

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lopro_fx.generation.cache import stored_width
+
 PREFILL, DECODE = "prefill", "decode"
 
 
@@ -23,10 +25,11 @@ class CacheSpec:
         batch_size: rows of every tensor.
         max_cache_len: slots that can be used, one a token, padding included.
         keys, values: (heads, head_dim) of each layer that keeps any; a tensor is (batch_size, heads, max_cache_len + 1,
-            head_dim). The last slot stays empty, so that a read never covers the whole tensor: torch.export would tell
-            that case apart.
-        dtype: of all of them, e.g. "float32".
+            head_dim), or `stored_width` of that with `bits`. The last slot stays empty, so that a read never covers the
+            whole tensor: torch.export would tell that case apart.
+        dtype: of keys and values, e.g. "float32".
         vocabulary: width of the logits.
+        bits: 8 or 4 keep each token and head as uint8 rows, see `generation.cache`; 0 keeps numbers of `dtype`.
     """
 
     batch_size: int
@@ -35,26 +38,37 @@ class CacheSpec:
     values: list[tuple[int, int]]
     dtype: str
     vocabulary: int
+    bits: int = 0
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """dtype of the tensors."""
+        return torch.uint8 if self.bits else getattr(torch, self.dtype)
+
+    def stored_sizes(self) -> list[tuple[int, int]]:
+        """(heads, columns) of the tensors, keys before values."""
+        return [(heads, stored_width(width, self.bits)) for heads, width in (*self.keys, *self.values)]
 
     def allocate(self, device: torch.device | str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
         """Zeroed (keys, values)."""
-        dtype = getattr(torch, self.dtype)
+        dtype = self.stored_dtype
 
-        def zeros(heads: int, width: int) -> Tensor:
-            shape = (self.batch_size, heads, self.max_cache_len + 1, width)
+        def zeros(heads: int, columns: int) -> Tensor:
+            shape = (self.batch_size, heads, self.max_cache_len + 1, columns)
             if torch.device(device).type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             # NumPy leaves pages of zeros to the system until they are used; torch writes them.
             pages = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)
             return torch.from_numpy(pages).view(dtype).view(shape)
 
-        return [zeros(*size) for size in self.keys], [zeros(*size) for size in self.values]
+        tensors = [zeros(*size) for size in self.stored_sizes()]
+        return tensors[: len(self.keys)], tensors[len(self.keys) :]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, over all rows and layers."""
-        width = sum(heads * width for heads, width in (*self.keys, *self.values))
-        return self.batch_size * width * getattr(torch, self.dtype).itemsize
+        columns = sum(heads * columns for heads, columns in self.stored_sizes())
+        return self.batch_size * columns * self.stored_dtype.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """Fields, ready for JSON."""

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from lopro_fx.kernels.activation.reference import BITS
 from lopro_fx.layer import Input, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.observers import Observer, Statistics
+
+if TYPE_CHECKING:
+    from lopro_fx.methods.block import Block
 
 HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
@@ -151,6 +154,8 @@ class Method:
     name: ClassVar[str]
     # Whether it loses accuracy without calibration.
     needs_data: ClassVar[bool] = True
+    # Whether `learn` follows once the units of a block are solved; it needs calibration.
+    learns: ClassVar[bool] = False
     # Settings that differ on the command line, where programs return logits.
     of_language_models: ClassVar[Mapping[str, Any]] = {"head_bits": 8}
 
@@ -234,6 +239,13 @@ class Method:
     def solve_experts(self, unit: Unit, seen: Statistics, context: Context) -> Solved | None:
         """Quantise the experts that read one input; None leaves each of them to `solve`, with its own statistics."""
         return None
+
+    def learn(self, block: Block, context: Context, label: Callable[[str], None]) -> Sequence[Solved]:
+        """Change the solutions of a block's units by the error of the block's output, if the method `learns`.
+
+        Returns the units' solutions, in order. `label` tells the user what is being done.
+        """
+        raise NotImplementedError
 
     def most_bits(self) -> float:
         """Upper bound of the bits per weight, all tensors counted, for the check of free disk space."""

@@ -11,6 +11,7 @@ from lopro_fx.methods.flrq import FLRQ
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
 from lopro_fx.methods.lrc import LRC
+from lopro_fx.methods.lrq import LRQ
 from lopro_fx.methods.rtn import RTN
 from lopro_fx.methods.tileq import TileQ
 
@@ -43,5 +44,5 @@ def from_dict(values: Mapping[str, Any]) -> Method:
         raise ConfigError(f"{METHODS[name].__name__}: {error}") from error
 
 
-for _method in (RTN, GPTQ, FLRQ, LoPRo, LRC, TileQ):
+for _method in (RTN, GPTQ, FLRQ, LoPRo, LRC, LRQ, TileQ):
     register_method(_method)

@@ -209,11 +209,11 @@ def _compress(source: Path, target: Path) -> None:
 
 def _flat(cache: CacheSpec) -> dict[str, str]:
     """Describe the cache in strings that a program without a JSON reader can split."""
-    shapes = [f"{heads}x{width}" for heads, width in (*cache.keys, *cache.values)]
+    shapes = [f"{heads}x{columns}" for heads, columns in cache.stored_sizes()]
     return {
         "batch_size": str(cache.batch_size),
         "max_cache_len": str(cache.max_cache_len),
-        "cache_dtype": cache.dtype,
+        "cache_dtype": str(cache.stored_dtype).removeprefix("torch."),
         "cache_heads": " ".join(shapes),
     }
 

@@ -1,0 +1,204 @@
+"""LRQ and FlexRound: rounding learned from the output of a block (arXiv 2407.11534; 2306.00317).
+
+Each weight is divided before it is rounded, by a divisor that is learned block by block (see `divisors`): of low rank
+in LRQ, one a weight in FlexRound. What is stored are codes and scales as of any method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lopro_fx.errors import CalibrationError, ConfigError
+from lopro_fx.layer import Layer
+from lopro_fx.methods import checks
+from lopro_fx.methods.base import Context, Solved, Unit, setting
+from lopro_fx.methods.block import Block
+from lopro_fx.methods.divisors import LearnedRounding
+from lopro_fx.methods.gptq import GPTQ
+from lopro_fx.methods.lopro import LoPRo
+from lopro_fx.methods.observers import Observer, Statistics
+from lopro_fx.methods.rounding import Rounding
+from lopro_fx.methods.rtn import RTN
+
+_STARTS: dict[str, type[Rounding]] = {"rtn": RTN, "gptq": GPTQ, "lopro": LoPRo}
+# Times that the held-out error is measured while a block learns.
+_LOOKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRQ(Rounding):
+    """Rounding with learned divisors (LRQ, arXiv 2407.11534; FlexRound, 2306.00317).
+
+    Args:
+        start: method whose codes learning starts from: "rtn" (the papers), "gptq" or "lopro" (behind its rotation).
+        divisors: "low_rank" (LRQ) or "full", a divisor for each weight (FlexRound).
+        divisor_rank: of LRQ's divisors; None takes a quarter of the smaller side of each weight.
+        steps: of gradient descent a block; 0 leaves the start as it is.
+        step_batches: calibration batches a step.
+        learning_rate: of the divisors' logarithms at first; it falls to 0 by a cosine (Adam).
+        scale_rate: the same of the scales' logarithms.
+        held_out: part of the batches that is not learned from. The iterate of least error on them is kept.
+    """
+
+    start: str = setting("lopro", "what learning starts from: rtn, gptq or lopro (default: lopro)", tuple(_STARTS))
+    divisors: str = setting("low_rank", "low_rank (LRQ) or full (FlexRound) (default: low_rank)", ("low_rank", "full"))
+    divisor_rank: int | None = None
+    steps: int = setting(100, "steps of learning a block (default: 100)")
+    step_batches: int = 1
+    learning_rate: float = 1e-3
+    scale_rate: float = 1e-3
+    held_out: float = 0.05
+    name: ClassVar[str] = "lrq"
+    learns: ClassVar[bool] = True
+    default_asymmetry: ClassVar[float] = 0.4
+    of_language_models: ClassVar[dict[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format != "affine":
+            raise ConfigError(f"LRQ(format={self.format!r}): it learns codes of format 'affine'; take LoPRo")
+        checks.choice(self, "start", tuple(_STARTS))
+        checks.choice(self, "divisors", ("low_rank", "full"))
+        if self.divisor_rank is not None:
+            checks.whole(self, "divisor_rank", 0, 65536)
+        checks.whole(self, "steps", 0, 1_000_000)
+        checks.whole(self, "step_batches", 1, 65536)
+        checks.at_least(self, "learning_rate", 0, 1)
+        checks.at_least(self, "scale_rate", 0, 1)
+        checks.at_least(self, "held_out", 0, 0.9)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> LRQ:
+        """The paper's choices: scales of rows, a start from rounding to nearest, 5000 steps of two batches."""
+        choices: dict[str, Any] = {
+            "group_size": -1,
+            "start": "rtn",
+            "steps": 5000,
+            "step_batches": 2,
+            "learning_rate": 5e-4,
+            "scale_rate": 5e-4,
+            "asymmetry": 0.0,
+            "token_clip": 0,
+        }
+        return cls(**{**choices, **changes})
+
+    def observers(self) -> Sequence[Observer]:
+        return self._start.observers()
+
+    def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
+        return self._start.solve(unit, seen, context)
+
+    def solve_experts(self, unit: Unit, seen: Statistics, context: Context) -> Solved | None:
+        return self._start.solve_experts(unit, seen, context)
+
+    def learn(self, block: Block, context: Context, label: Callable[[str], None]) -> Sequence[Solved]:
+        solutions = [solved for _, solved in block.units]
+        learned = self._learned(block, context)
+        if not learned or not self.steps:
+            return solutions
+        errors = _Descent(self, block, learned, context, label).run()
+        return [
+            replace(solved, layers=tuple(_changed(layer, learned, errors) for layer in solved.layers))
+            for solved in solutions
+        ]
+
+    @property
+    def _start(self) -> Rounding:
+        shared = {field.name: getattr(self, field.name) for field in fields(Rounding)}
+        return _STARTS[self.start](**shared)
+
+    def _learned(self, block: Block, context: Context) -> dict[str, LearnedRounding]:
+        found = {}
+        for unit, solved in block.units:
+            for weight, layer in zip(unit.weights, solved.layers, strict=True):
+                if layer.weight.format == "affine":
+                    target = solved.input.transform.forward(weight.to(torch.float32))
+                    rank = None if self.divisors == "full" else self._rank(weight)
+                    found[layer.name] = LearnedRounding(layer.weight, target, rank, context.generator)
+        return found
+
+    def _rank(self, weight: Tensor) -> int:
+        least = min(weight.shape[-2:])
+        return math.ceil(least / 4) if self.divisor_rank is None else min(self.divisor_rank, least)
+
+
+def _changed(layer: Layer, learned: dict[str, LearnedRounding], errors: tuple[float, float]) -> Layer:
+    if layer.name not in learned:
+        return layer
+    own = learned[layer.name]
+    # The loss in the Gram's norm was that of the start.
+    metrics = {key: value for key, value in layer.metrics.items() if key != "relative_loss"}
+    metrics |= {"block_error": errors[1], "block_error_before": errors[0], "learned_numbers": own.numbers}
+    return replace(layer, weight=own.packed(), metrics=metrics)
+
+
+class _Descent:
+    """Gradient descent on the divisors and scales of a block."""
+
+    def __init__(
+        self,
+        config: LRQ,
+        block: Block,
+        learned: dict[str, LearnedRounding],
+        context: Context,
+        label: Callable[[str], None],
+    ) -> None:
+        self._config, self._block, self._label, self._rng = config, block, label, context.generator
+        self._learned, self._weights = learned, {name: own.weight for name, own in learned.items()}
+        count = round(config.held_out * block.batches)
+        if config.held_out and block.batches > 1:
+            count = max(count, 1)
+        self._seen = list(range(block.batches - count))
+        # Without batches to spare, the error is that of the batches learned from.
+        self._held = list(range(block.batches - count, block.batches)) or self._seen
+
+    def run(self) -> tuple[float, float]:
+        """Leave the best iterate in the parameters; return the held-out error before and after."""
+        config = self._config
+        divisors = [parameter for own in self._learned.values() for parameter in own.divisors]
+        scales = [parameter for own in self._learned.values() for parameter in own.scales]
+        rates = (config.learning_rate, config.scale_rate)
+        optimizer = torch.optim.Adam([{"params": divisors}, {"params": scales}], lr=rates[0])
+        first = least = self._held_error()
+        best = self._values()
+        every, queue = max(1, config.steps // _LOOKS), []
+        for step in range(config.steps):
+            while len(queue) < config.step_batches:
+                queue += torch.randperm(len(self._seen), generator=self._rng).tolist()
+            chosen, queue = queue[: config.step_batches], queue[config.step_batches :]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            with torch.enable_grad():
+                error = self._block.error(self._weights, [self._seen[place] for place in chosen])
+                optimizer.zero_grad()
+                error.backward()
+            optimizer.step()
+            if (step + 1) % every == 0 or step + 1 == config.steps:
+                found = self._held_error()
+                if found < least:
+                    least, best = found, self._values()
+            self._label(
+                f"{self._block.name}: step {step + 1} of {config.steps}, error {least:.3g} ({first:.3g} before)"
+            )
+        for own, values in zip(self._learned.values(), best, strict=True):
+            own.restore(values)
+        return first, least
+
+    def _values(self) -> list[list[Tensor]]:
+        return [own.values() for own in self._learned.values()]
+
+    def _held_error(self) -> float:
+        with torch.no_grad():
+            found = [self._block.error(self._weights, [place]).item() for place in self._held]
+        mean = sum(found) / len(found)
+        if not math.isfinite(mean):
+            raise CalibrationError(
+                f"the output of block '{self._block.name}' is not finite; take float32 or exclude it"
+            )
+        return mean
