@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, GraphError
-from lopro_fx.kernels.cpu import native
 from lopro_fx.packages.aoti import size_bound
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names, quantized_lm, token_ids
 from tests.helpers import assert_close
@@ -100,42 +96,6 @@ def test_size_bound_counts_tied_weights_once(quantized):
     stored, table = _stored(quantized), quantized.state_dict["embed.weight"].nbytes
     assert quantized.state_dict["head.weight"].data_ptr() == quantized.state_dict["embed.weight"].data_ptr()
     assert stored <= size_bound(quantized) < min(1.05 * stored, stored + table)
-
-
-_PATHS = """
-import sys, tempfile, torch, lopro_fx
-from pathlib import Path
-assert " " in torch.__file__ and " " in tempfile.gettempdir()
-torch.manual_seed(0)
-program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()), (torch.randn(2, 64),))
-quantized = lopro_fx.quantize(program, None, lopro_fx.RTN(bits=4, group_size=32))
-fast = lopro_fx.optimize(quantized, target="cpu", activations="float")
-path = lopro_fx.export_aoti(fast, sys.argv[1]).path
-x = torch.randn(2, 64)
-torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), fast.module()(x))
-"""
-
-
-def test_no_path_has_to_please_a_command_line(tmp_path):
-    """The package's, that of temporary files, the kernel's and torch's own."""
-    if not native.load():
-        pytest.skip("no C++ compiler built the kernel")
-    temporary, cache, site, target = (tmp_path / name for name in ("t 'm' $p", "c:a che", "site packages", "o u;t é"))
-    temporary.mkdir()
-    site.mkdir()
-    (site / "torch").symlink_to(Path(torch.__file__).parent)
-    places = {"TMPDIR": temporary, "LOPRO_FX_CACHE": cache, "PYTHONPATH": site}
-    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    # The kernel is built anew, because torch lies elsewhere; what is built here need not be fast.
-    compiler = tmp_path / "quick-compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {get_cpp_compiler()} "$@" -O0\n')
-    compiler.chmod(0o755)
-    environment["CXX"] = str(compiler)
-    command = [sys.executable, "-c", _PATHS, str(target / "a model.pt2")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert names(target) == ["a model.pt2"]
 
 
 def test_a_full_disk_of_temporary_files_is_named(program, tmp_path):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lopro_fx.kernels import scratch
 from lopro_fx.kernels.cpu import build, native
@@ -36,6 +37,19 @@ threads = [threading.Thread(target=lambda: paths.append(native.active_path())) f
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(*set(paths), len(paths))
+"""
+
+_PATHS = """
+import sys, tempfile, torch, lopro_fx
+from pathlib import Path
+assert " " in torch.__file__ and " " in tempfile.gettempdir()
+torch.manual_seed(0)
+program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()), (torch.randn(2, 64),))
+quantized = lopro_fx.quantize(program, None, lopro_fx.RTN(bits=4, group_size=32))
+fast = lopro_fx.optimize(quantized, target="cpu", activations="float")
+path = lopro_fx.export_aoti(fast, sys.argv[1]).path
+x = torch.randn(2, 64)
+torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), fast.module()(x))
 """
 
 
@@ -62,12 +76,18 @@ def _count(compiler: Path, name: str) -> list[int]:
     return [int(line) if line.isdecimal() else 1 for line in (compiler.parent / name).read_text().split()]
 
 
-def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: Path, tmp_path: Path) -> None:
-    """Also in a cache whose path no shell takes, and where a process that was killed has left its folder; what was
-    damaged later is built again."""
-    cache = tmp_path / "a 'b' \"c\" $HOME é:;&"
+def test_a_build_that_many_ask_for(compiler: Path, tmp_path: Path) -> None:
+    """Threads and processes that come together wait for one, where a process that was killed has left its folder. No
+    path has to please a command line: the cache's, the package's, that of temporary files and torch's own."""
+    cache, temporary, site, target = (
+        tmp_path / name for name in ("a 'b' \"c\" $HOME é:;&", "t 'm' $p", "site packages", "o u;t é")
+    )
     (cache / ".lopro_cpu-left").mkdir(parents=True)
-    processes = [_start(compiler, cache, threads=3, MAX_JOBS="2") for _ in range(2)]
+    temporary.mkdir()
+    site.mkdir()
+    (site / "torch").symlink_to(Path(torch.__file__).parent)
+    places = {"TMPDIR": str(temporary), "PYTHONPATH": str(site), "MAX_JOBS": "2"}
+    processes = [_start(compiler, cache, threads=3, **places) for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
@@ -78,11 +98,24 @@ def test_threads_and_processes_that_come_together_wait_for_one_build(compiler: P
     assert len(_count(compiler, "calls")) == _FILES
     assert max(_count(compiler, "together")) <= 2
     assert sorted(path.name for path in cache.iterdir() if path.name.startswith(".")) == []
+
+    environment = {**os.environ, "CXX": str(compiler), "LOPRO_FX_CACHE": str(cache), **places}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", _PATHS, str(target / "a model.pt2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in target.iterdir()] == ["a model.pt2"]
+
+    # What was damaged later is built again.
     (library,) = cache.glob("lopro_cpu-*/lopro_cpu.so")
     os.truncate(library, library.stat().st_size // 2)
-    out, err = _start(compiler, cache, MAX_JOBS="2").communicate(timeout=900)
-    assert out.split()[0] == path, err
-    assert len(_count(compiler, "calls")) == 2 * _FILES
+    begun = len(_count(compiler, "calls"))
+    again = _start(compiler, cache, **places)
+    while len(_count(compiler, "calls")) == begun:
+        assert again.poll() is None, again.communicate()
+        time.sleep(0.05)
+    again.kill()
+    again.communicate()
 
 
 @pytest.mark.parametrize("name", ["lopro_cpu.so", "lib{}.a", "sums.json"])
