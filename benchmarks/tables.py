@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import accuracy_tables as accuracy
+from benchmarks import learned_tables
 from benchmarks.common import ROOT
 from benchmarks.table import rows_of, table
 
@@ -232,6 +233,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,
     "stories": accuracy.stories,
+    "learned": lambda: learned_tables.learned("learned"),
+    "learned-stories": lambda: learned_tables.learned("learned_stories"),
+    "cache": learned_tables.cache,
+    "cpu-prefill": learned_tables.prefill,
 }
 
 

@@ -100,9 +100,7 @@ class _Recorder(LockstepRunner):
         self, program: ExportedProgram, batch: Sequence[Any], watched: set[Node], device: torch.device | None
     ) -> None:
         super().__init__(program, [batch], device)
-        for values in (self._shared, *self._values):
-            values.update((node, value.clone()) for node, value in values.items()
-                          if isinstance(value, Tensor) and value.is_inference())  # fmt: skip
+        self.allow_gradients()
         self.found: dict[Node, Tensor] = {}
         self.leads: dict[Node, torch.Size] = {}
         self._watched = watched

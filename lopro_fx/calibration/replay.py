@@ -83,6 +83,7 @@ class Replay:
         """Yield the program's blocks: take the units of each, `install` and `learn` before taking the next."""
         assert self._batches is not None
         walk, clean = self._walk(), self._walk()
+        walk.allow_gradients()
         for block in find_blocks(self._program, self._groups):
             walk.advance(block.start)
             clean.advance(block.start)

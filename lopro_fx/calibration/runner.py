@@ -50,6 +50,12 @@ class LockstepRunner:
         self._next = 0
         self._bind(batches)
 
+    def allow_gradients(self) -> None:
+        """Copy tensors of inference mode, through which no gradient goes; call it before the first node runs."""
+        for values in (self._shared, *self._values):
+            values.update((node, value.clone()) for node, value in values.items()
+                          if isinstance(value, Tensor) and value.is_inference())  # fmt: skip
+
     def stops(self, at: set[Node]) -> Iterator[tuple[Node, list[Any]]]:
         """Yield (node, its first operand for every batch) before each node in `at` runs; stop at the last of them."""
         for node, (inputs, *_) in self.operand_stops(at, 1):

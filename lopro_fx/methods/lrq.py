@@ -37,7 +37,7 @@ class LRQ(Rounding):
 
     Args:
         start: method whose codes learning starts from: "rtn" (the papers), "gptq" or "lopro" (behind its rotation).
-        divisors: "low_rank" (LRQ) or "full", a divisor for each weight (FlexRound).
+        divisors: "full", a divisor for each weight (FlexRound), or "low_rank" (LRQ). Full ones measured better.
         divisor_rank: of LRQ's divisors; None takes a quarter of the smaller side of each weight.
         steps: of gradient descent a block; 0 leaves the start as it is.
         step_batches: calibration batches a step.
@@ -47,11 +47,11 @@ class LRQ(Rounding):
     """
 
     start: str = setting("lopro", "what learning starts from: rtn, gptq or lopro (default: lopro)", tuple(_STARTS))
-    divisors: str = setting("low_rank", "low_rank (LRQ) or full (FlexRound) (default: low_rank)", ("low_rank", "full"))
+    divisors: str = setting("full", "low_rank (LRQ) or full (FlexRound) (default: full)", ("low_rank", "full"))
     divisor_rank: int | None = None
-    steps: int = setting(100, "steps of learning a block (default: 100)")
+    steps: int = setting(200, "steps of learning a block (default: 200)")
     step_batches: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     scale_rate: float = 1e-3
     held_out: float = 0.05
     name: ClassVar[str] = "lrq"
@@ -67,6 +67,8 @@ class LRQ(Rounding):
         checks.choice(self, "divisors", ("low_rank", "full"))
         if self.divisor_rank is not None:
             checks.whole(self, "divisor_rank", 0, 65536)
+            if self.divisors == "full":
+                raise ConfigError(f"LRQ(divisor_rank={self.divisor_rank!r}): give divisors='low_rank' with it")
         checks.whole(self, "steps", 0, 1_000_000)
         checks.whole(self, "step_batches", 1, 65536)
         checks.at_least(self, "learning_rate", 0, 1)
@@ -79,6 +81,7 @@ class LRQ(Rounding):
         choices: dict[str, Any] = {
             "group_size": -1,
             "start": "rtn",
+            "divisors": "low_rank",
             "steps": 5000,
             "step_batches": 2,
             "learning_rate": 5e-4,

@@ -1,0 +1,70 @@
+"""Tables of what benchmarks/learned.py, cache.py and cpu_prefill.py measured."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.table import rows_of, table
+
+_NAMES = {
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "lopro": "LoPRo",
+    "flexround-rtn": "FlexRound from RTN",
+    "lrq-rtn": "LRQ from RTN",
+    "flexround": "**FlexRound from LoPRo (`LRQ()`)**",
+    "lrq": 'LRQ from LoPRo (`divisors="low_rank"`)',
+}
+
+
+def _name(row: str) -> str:
+    scheme, _, method = row.partition("-") if row.startswith("w4") else ("3 bits", "", row)
+    label = "`LRQ()`" if method == "lrq" and scheme != "3 bits" else _NAMES[method]
+    return label if scheme == "3 bits" else f"{label}, {scheme.upper()}"
+
+
+def learned(result: str) -> str:
+    """Learned and solved rounding; the mean of a row's seeds, and the half of their range."""
+    seeds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of(result):
+        seeds.setdefault(row["row"].split(" ")[0], []).append(row)
+    lines = []
+    for name, rows in seeds.items():
+        cells = []
+        for key, digits in (("perplexity", 2), ("kl", 4)):
+            found = [row[key] for row in rows]
+            spread = f" ± {(max(found) - min(found)) / 2:.{digits}f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.{digits}f}{spread}")
+        numbers = rows[0]["learned_numbers"] / rows[0]["weights"]
+        seconds = statistics.mean(row["seconds"] for row in rows)
+        lines.append((_name(name), f"{rows[0]['bits_per_weight']:.3f}", *cells,
+                      f"{numbers:.2f}" if numbers else "", f"{seconds:.0f} s"))  # fmt: skip
+    return table(("", "bits per weight", "perplexity", "KL", "learned numbers a weight", "time"), lines)
+
+
+def cache() -> str:
+    """Keys and values by bits."""
+    lines = [
+        (
+            row["row"].removeprefix("cache-").replace("0", "fp32"),
+            f"{row['perplexity']:.3f}",
+            f"{row['kl']:.5f}",
+            f"{row['bytes_per_token']:,}",
+            f"{row['bytes_per_token'] / row['bf16_bytes_per_token']:.2f}",
+        )
+        for row in rows_of("cache")
+    ]
+    return table(("bits", "perplexity", "KL", "bytes a token", "times bf16"), lines)
+
+
+def prefill() -> str:
+    """Decoder layers on 512 tokens on a CPU."""
+    lines = [
+        (
+            row["row"], f"{row['milliseconds']:.0f} ms", f"{row['least']:.0f} to {row['most']:.0f}",
+            f"{row['times_bf16']:.2f}", f"{row['times_torchao']:.2f}",
+        )
+        for row in rows_of("cpu_prefill")
+    ]  # fmt: skip
+    return table(("512 tokens", "time", "spread, ms", "times bf16", "times torchao"), lines)
