@@ -1,9 +1,10 @@
 """Rounding of one weight to the format "affine" with learned divisors (LRQ, 2407.11534; FlexRound, 2306.00317).
 
-    What = s exp(d) * (clamp(round(t / exp(d + D) + z), 0, 2^bits - 1) - z)        D = L U + r + c, or a matrix
+    What = s exp(d) * (clamp(round(t / exp(D) + z), 0, 2^bits - 1) - z)        D = L U + r + c, or a matrix
 
 t is the weight in steps: W / s, or next to the code at hand where that differs from the nearest one, so that at first
-every code is the one at hand. D decides codes alone, d is the learned part of the scale.
+every code is the one at hand. D decides codes alone, d is the learned part of the scale. In the papers d divides too:
+then codes that feedback has moved off the nearest would fall back with the first change of a scale.
 """
 
 from __future__ import annotations
@@ -106,8 +107,7 @@ class LearnedRounding:
             divisor = divisor + self._full
         elif self._left.numel():
             divisor = divisor + self._left @ self._right
-        divisor = (divisor + self._log_scale[:, self._group]).exp()
-        steps = self._steps / divisor + self._zero
+        steps = self._steps / divisor.exp() + self._zero
         return (steps + (steps.round() - steps).detach()).clamp(0, self._top)
 
 

@@ -39,17 +39,17 @@ class LRQ(Rounding):
         start: method whose codes learning starts from: "rtn" (the papers), "gptq" or "lopro" (behind its rotation).
         divisors: "full", a divisor for each weight (FlexRound), or "low_rank" (LRQ). Full ones measured better.
         divisor_rank: of LRQ's divisors; None takes a quarter of the smaller side of each weight.
-        steps: of gradient descent a block; 0 leaves the start as it is.
+        steps: of gradient descent a block, the first third on scales alone; 0 leaves the start as it is.
         step_batches: calibration batches a step.
         learning_rate: of the divisors' logarithms at first; it falls to 0 by a cosine (Adam).
-        scale_rate: the same of the scales' logarithms.
+        scale_rate: the same of the scales' logarithms, in each of the two parts.
         held_out: part of the batches that is not learned from. The iterate of least error on them is kept.
     """
 
     start: str = setting("lopro", "what learning starts from: rtn, gptq or lopro (default: lopro)", tuple(_STARTS))
     divisors: str = setting("full", "low_rank (LRQ) or full (FlexRound) (default: full)", ("low_rank", "full"))
     divisor_rank: int | None = None
-    steps: int = setting(200, "steps of learning a block (default: 200)")
+    steps: int = setting(150, "steps of learning a block (default: 150)")
     step_batches: int = 1
     learning_rate: float = 3e-3
     scale_rate: float = 1e-3
@@ -163,35 +163,45 @@ class _Descent:
 
     def run(self) -> tuple[float, float]:
         """Leave the best iterate in the parameters; return the held-out error before and after."""
-        config = self._config
+        first = self._least = self._held_error()
+        self._best = self._values()
+        # Scales can't undo what feedback has found, and on some models divisors only do.
+        alone = self._config.steps // 3
+        for done, steps, rate in ((0, alone, 0.0), (alone, self._config.steps - alone, self._config.learning_rate)):
+            self._descend(done, steps, rate, first)
+            for own, values in zip(self._learned.values(), self._best, strict=True):
+                own.restore(values)
+        return first, self._least
+
+    def _descend(self, done: int, steps: int, rate: float, first: float) -> None:
+        """Take `steps` steps after `done` others, with the divisors' learning rate `rate`."""
+        config, every = self._config, max(1, self._config.steps // _LOOKS)
         divisors = [parameter for own in self._learned.values() for parameter in own.divisors]
         scales = [parameter for own in self._learned.values() for parameter in own.scales]
-        rates = (config.learning_rate, config.scale_rate)
-        optimizer = torch.optim.Adam([{"params": divisors}, {"params": scales}], lr=rates[0])
-        first = least = self._held_error()
-        best = self._values()
-        every, queue = max(1, config.steps // _LOOKS), []
-        for step in range(config.steps):
+        groups = [(divisors, rate)] if rate else []
+        groups += [(scales, config.scale_rate)] if config.scale_rate else []
+        if not groups:
+            return
+        optimizer = torch.optim.Adam([{"params": parameters} for parameters, _ in groups])
+        queue: list[int] = []
+        for step in range(steps):
             while len(queue) < config.step_batches:
                 queue += torch.randperm(len(self._seen), generator=self._rng).tolist()
             chosen, queue = queue[: config.step_batches], queue[config.step_batches :]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            for group, (_, most) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = most * 0.5 * (1 + math.cos(math.pi * step / steps))
             with torch.enable_grad():
                 error = self._block.error(self._weights, [self._seen[place] for place in chosen])
                 optimizer.zero_grad()
                 error.backward()
             optimizer.step()
-            if (step + 1) % every == 0 or step + 1 == config.steps:
+            if (step + 1) % every == 0 or step + 1 == steps:
                 found = self._held_error()
-                if found < least:
-                    least, best = found, self._values()
+                if found < self._least:
+                    self._least, self._best = found, self._values()
             self._label(
-                f"{self._block.name}: step {step + 1} of {config.steps}, error {least:.3g} ({first:.3g} before)"
+                f"{self._block.name}: step {done + step + 1} of {config.steps}, error {first:.3g} to {self._least:.3g}"
             )
-        for own, values in zip(self._learned.values(), best, strict=True):
-            own.restore(values)
-        return first, least
 
     def _values(self) -> list[list[Tensor]]:
         return [own.values() for own in self._learned.values()]

@@ -126,15 +126,13 @@ def test_gradients_are_the_closed_forms(shape: tuple[int, int, int], seed: int) 
     slope = torch.randn(m, n, generator=generator(seed + 1))
     own.weight().backward(slope)
     group = torch.arange(n) // (n if size == -1 else size)
-    scale, exponent = own._scales[:, group] * log_scale.exp()[:, group], matrix + row + column
-    shifted = own._steps / (exponent + log_scale[:, group]).exp() + own._zero
-    inside = (shifted.round() >= 0) & (shifted.round() <= 3)
-    quotient = scale * own._steps / (exponent + log_scale[:, group]).exp()
+    scale, quotient = own._scales[:, group] * log_scale.exp()[:, group], own._steps / (matrix + row + column).exp()
+    rounded = (quotient + own._zero).round()
+    inside, quotient = (rounded >= 0) & (rounded <= 3), scale * quotient
     parameters = [*own.divisors, *own.scales]
     assert_close("divisors", -(quotient * slope).where(inside, 0), parameters[0].grad, 1e-5)
     assert_close("rows", -(quotient * slope).where(inside, 0).sum(1, keepdim=True), parameters[1].grad, 1e-4)
-    each = (own.weight().detach() - quotient.where(inside, 0)) * slope
-    wanted = torch.zeros_like(log_scale).index_add_(1, group, each)
+    wanted = torch.zeros_like(log_scale).index_add_(1, group, own.weight().detach() * slope)
     assert_close("scales", wanted, parameters[3].grad, 1e-4)
 
 
