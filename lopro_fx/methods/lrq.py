@@ -164,6 +164,9 @@ class _Descent:
     def run(self) -> tuple[float, float]:
         """Leave the best iterate in the parameters; return the held-out error before and after."""
         first = self._least = self._held_error()
+        if not math.isfinite(first):
+            name = self._block.name
+            raise CalibrationError(f"the output of block '{name}' is not finite; take float32, or exclude its Linears")
         self._best = self._values()
         # Scales can't undo what feedback has found, and on some models divisors only do.
         alone = self._config.steps // 3
@@ -197,6 +200,8 @@ class _Descent:
             optimizer.step()
             if (step + 1) % every == 0 or step + 1 == steps:
                 found = self._held_error()
+                if not math.isfinite(found):  # diverged: the best so far is what is left of it
+                    return
                 if found < self._least:
                     self._least, self._best = found, self._values()
             self._label(
@@ -209,9 +214,4 @@ class _Descent:
     def _held_error(self) -> float:
         with torch.no_grad():
             found = [self._block.error(self._weights, [place]).item() for place in self._held]
-        mean = sum(found) / len(found)
-        if not math.isfinite(mean):
-            raise CalibrationError(
-                f"the output of block '{self._block.name}' is not finite; take float32 or exclude it"
-            )
-        return mean
+        return sum(found) / len(found)
