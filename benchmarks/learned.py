@@ -23,8 +23,8 @@ from lopro_fx.models.load import load_model
 _W3: dict[str, Any] = {"bits": 3, "group_size": 128, "importance": "gradient"}
 _W4: dict[str, Any] = {**_W3, "bits": 4}
 _LEARNED: dict[str, dict[str, Any]] = {
-    "flexround-rtn": {"start": "rtn", "divisors": "full", "learning_rate": 0.01},
-    "lrq-rtn": {"start": "rtn", "divisors": "low_rank", "learning_rate": 0.01},
+    "flexround-rtn": {"start": "rtn", "divisors": "full"},
+    "lrq-rtn": {"start": "rtn", "divisors": "low_rank"},
     "flexround": {"divisors": "full"},
     "lrq": {"divisors": "low_rank"},
 }

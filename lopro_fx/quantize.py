@@ -209,7 +209,7 @@ def _solve_blocks(
             stage.solved.append((unit, solved))
             every.append(seen)
             replay.install(solved)
-        if not finished:
+        if not finished and stage.block.outputs:
             stage.solved[:] = _learnt(stage, config, result, place)
         for (_, solved), seen in zip(stage.solved, every, strict=True):
             solved = _at_home(solved, home)

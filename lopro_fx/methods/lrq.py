@@ -51,7 +51,7 @@ class LRQ(Rounding):
     divisor_rank: int | None = None
     steps: int = setting(150, "steps of learning a block (default: 150)")
     step_batches: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     scale_rate: float = 1e-3
     held_out: float = 0.05
     name: ClassVar[str] = "lrq"
