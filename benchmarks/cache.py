@@ -1,6 +1,6 @@
 """Perplexity with keys and values of 8 and 4 bits, and the cache's size: every token is decoded through the cache.
 
-SmolLM2-135M in fp32; the first 24 windows of 512 tokens of wikitext2_test.txt, all windows as rows of one batch, by the
+SmolLM2-135M in fp32; the first 12 windows of 512 tokens of wikitext2_test.txt, all windows as rows of one batch, by the
 decode program of `export_for_generation`. KL divergence is from the same program with a cache of the model's dtype.
 """
 
@@ -16,7 +16,7 @@ from lopro_fx import Generator, export_for_generation
 from lopro_fx.evaluation.text import read_text, token_windows
 from lopro_fx.models.load import load_model
 
-_WINDOWS, _TOKENS = 24, 512
+_WINDOWS, _TOKENS = 12, 512
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     ]  # fmt: skip
     for row in rows:
         print(row)
-    save_result("cache", rows, text="wikitext2_test.txt, 24 x 512")
+    save_result("cache", rows, text="wikitext2_test.txt, 12 x 512")
 
 
 if __name__ == "__main__":

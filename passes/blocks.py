@@ -21,7 +21,7 @@ class Block:
         name: module path, or the group's name where the group is in no repeated module.
         groups: of Linears whose first use is in the block, in graph order.
         start, end: places in the graph of its first node and of the node behind it.
-        outputs: floating-point nodes that depend on its Linears and are read behind it.
+        outputs: floating-point nodes, numbers left out, that depend on its Linears and are read behind it.
     """
 
     name: str
@@ -80,7 +80,7 @@ def _outputs(nodes: Sequence[Node], sites: Sequence[Node]) -> tuple[Node, ...]:
         if reached.intersection(node.all_input_nodes):
             reached.add(node)
         value = node.meta.get("val")
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
         if node in reached and floating and any(user not in inside for user in node.users):
             found.append(node)
     return tuple(found)

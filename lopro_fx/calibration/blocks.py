@@ -33,6 +33,7 @@ class SolvedBlock:
         walk: on quantised inputs; it is not moved.
         units: the block's, with their solutions.
         targets: of its outputs, in their order.
+        batches: how many the walk has. Those without a token are left out.
     """
 
     def __init__(
@@ -44,12 +45,15 @@ class SolvedBlock:
         batches: int,
     ) -> None:
         self._block, self._walk, self._targets = block, walk, targets
-        self.name, self.units, self.batches = block.name, units, batches
+        self.name, self.units = block.name, units
+        self._places = [place for place in range(batches) if any(target.tokens[place].any() for target in targets)]
+        self.batches = len(self._places)
         solved = {layer.name: (solved.input, layer) for _, solved in units for layer in solved.layers}
         self._sites = [(site, *solved[site.name]) for group in block.groups for site in group.sites]
 
     def error(self, weights: Mapping[str, Callable[[], Tensor]], batches: Sequence[int]) -> Tensor:
-        runner = self._walk.fork(batches)
+        places = [self._places[place] for place in batches]
+        runner = self._walk.fork(places)
         for site, shared, layer in self._sites:
             weight = weights[site.name]() if site.name in weights else None
             for node in site.nodes:
@@ -57,7 +61,7 @@ class SolvedBlock:
         runner.advance(self._block.end)
         total = torch.zeros((), dtype=torch.float32, device=runner.device)
         for node, target in zip(self._block.outputs, self._targets, strict=True):
-            for value, place in zip(runner.values(node), batches, strict=True):
+            for value, place in zip(runner.values(node), places, strict=True):
                 error = value.to(torch.float32) - target.values[place].to(torch.float32)
                 total = total + _weighted(error, target.tokens[place], target.features) / target.variance
         return total / (len(batches) * len(self._targets))

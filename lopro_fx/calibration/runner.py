@@ -109,9 +109,9 @@ class LockstepRunner:
         rest = self._nodes[self._next :] if self._mutates else ()
         if any(base_of(written) in computed for node in rest for written in written_operands(node)):
             raise CalibrationError(
-                "a program that writes buffers, such as one with a cache, can't run twice from its middle, which a "
-                "budget and learned rounding need: calibrate the program of the same model without a cache, and apply "
-                "the state to this one"
+                "a program that writes in place to what it has computed, such as the buffers of a cache or a sum by "
+                "+=, can't run twice from its middle, which a budget and learned rounding need: calibrate a program of "
+                "the same model without such writes, and apply the state to this one"
             )
         forked = copy(self)
         forked.replaced = dict(self.replaced)

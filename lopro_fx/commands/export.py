@@ -54,6 +54,8 @@ def add(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    if args.cache_bits and not args.package:
+        raise ConfigError("--cache-bits goes with --package: only a package has a cache of its own")
     if args.hf:
         _save_for_transformers(args)
         return

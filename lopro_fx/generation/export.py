@@ -46,7 +46,7 @@ def export_for_generation(
     """
     if max_cache_len < 2 or batch_size < 1:
         raise ConfigError(f"max_cache_len={max_cache_len}, batch_size={batch_size}: at least 2 and 1 are needed")
-    if cache_bits not in BITS:
+    if type(cache_bits) is not int or cache_bits not in BITS:
         raise ConfigError(f"cache_bits={cache_bits!r}: allowed are {', '.join(map(str, BITS))}")
     limit = table_limit(model) or configured_limit(model)
     if limit is not None and max_cache_len > limit:

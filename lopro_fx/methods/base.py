@@ -28,10 +28,6 @@ HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
 ACT_BITS = (0, *BITS)
 ACT_GROUPS = (0, 32, 64, 128, -1)
-# Settings of a whole run, which no Linear can have for itself.
-_OF_RUN = (
-    "include", "exclude", "head_bits", "token_clip", "importance", "sequential", "seed", "overrides",
-)  # fmt: skip
 # Keys of a setting's help text, and of what reads its flag, in its field's metadata.
 HELP, KIND = "help", "kind"
 
@@ -142,7 +138,7 @@ class Method:
     token_clip: float = 16.0
     importance: str = setting(
         "none",
-        "gradient weighs tokens by the loss's gradient (default for lopro, flrq, tileq, lrc; none for the others)",
+        "gradient weighs tokens by the loss's gradient (default for lopro, flrq, tileq, lrc, lrq; none for the others)",
         IMPORTANCE,
     )
     sequential: bool = True
@@ -156,6 +152,10 @@ class Method:
     needs_data: ClassVar[bool] = True
     # Whether `learn` follows once the units of a block are solved; it needs calibration.
     learns: ClassVar[bool] = False
+    # Settings of a whole run, which no Linear can have for itself.
+    of_run: ClassVar[tuple[str, ...]] = (
+        "include", "exclude", "head_bits", "token_clip", "importance", "sequential", "seed", "overrides",
+    )  # fmt: skip
     # Settings that differ on the command line, where programs return logits.
     of_language_models: ClassVar[Mapping[str, Any]] = {"head_bits": 8}
 
@@ -181,9 +181,9 @@ class Method:
         """
         known = {field.name for field in fields(self)}
         for name in values:
-            if name not in known or name in _OF_RUN:
+            if name not in known or name in self.of_run:
                 reason = "is a setting of the whole run" if name in known else "is no such setting"
-                own = ", ".join(sorted(known.difference(_OF_RUN)))
+                own = ", ".join(sorted(known.difference(self.of_run)))
                 raise ConfigError(f"'{name}' {reason}; a Linear's own are {own}")
         return replace(self, **{"overrides": {}, **values})
 

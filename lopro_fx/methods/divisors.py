@@ -46,7 +46,9 @@ class LearnedRounding:
         codes = torch.cat([part.codes for part in self._parts]).to(torch.float32)
         self._scales = torch.cat([part.scales for part in self._parts])
         self._zero = (torch.cat([part.zeros for part in self._parts]).to(torch.float32) + ZERO_OFFSET)[:, self._group]
-        steps = target.reshape(rows, columns) / self._scales[:, self._group] + self._zero
+        # Rows of zeros have no scale; their codes stay.
+        scales = self._scales[:, self._group]
+        steps = torch.where(scales > 0, target.reshape(rows, columns) / scales + self._zero, codes)
         kept = steps.round().clamp(0, self._top) == codes
         inside = 0.5 - _EDGE
         steps = torch.where(kept, steps, torch.minimum(torch.maximum(steps, codes - inside), codes + inside))

@@ -7,6 +7,7 @@ in LRQ, one a weight in FlexRound. What is stored are codes and scales as of any
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lopro_fx.errors import CalibrationError, ConfigError
+from lopro_fx.errors import ConfigError, first_line
 from lopro_fx.layer import Layer
 from lopro_fx.methods import checks
 from lopro_fx.methods.base import Context, Solved, Unit, setting
@@ -57,6 +58,10 @@ class LRQ(Rounding):
     name: ClassVar[str] = "lrq"
     learns: ClassVar[bool] = True
     default_asymmetry: ClassVar[float] = 0.4
+    of_run: ClassVar[tuple[str, ...]] = (
+        *Rounding.of_run, "start", "divisors", "divisor_rank", "steps", "step_batches", "learning_rate", "scale_rate",
+        "held_out",
+    )  # fmt: skip
     of_language_models: ClassVar[dict[str, Any]] = {**Rounding.of_language_models, "importance": "gradient"}
 
     def __post_init__(self) -> None:
@@ -103,9 +108,13 @@ class LRQ(Rounding):
     def learn(self, block: Block, context: Context, label: Callable[[str], None]) -> Sequence[Solved]:
         solutions = [solved for _, solved in block.units]
         learned = self._learned(block, context)
-        if not learned or not self.steps:
+        if not learned or not self.steps or not block.batches:
             return solutions
-        errors = _Descent(self, block, learned, context, label).run()
+        try:
+            errors = _Descent(self, block, learned, context, label).run()
+        except _UnlearnableError as reason:
+            warnings.warn(f"block '{block.name}' keeps its start: nothing is learned from it, {reason}", stacklevel=2)
+            return solutions
         return [
             replace(solved, layers=tuple(_changed(layer, learned, errors) for layer in solved.layers))
             for solved in solutions
@@ -141,6 +150,10 @@ def _changed(layer: Layer, learned: dict[str, LearnedRounding], errors: tuple[fl
     return replace(layer, weight=own.packed(), metrics=metrics)
 
 
+class _UnlearnableError(Exception):
+    """Reason why a block's output can't be learned from."""
+
+
 class _Descent:
     """Gradient descent on the divisors and scales of a block."""
 
@@ -156,7 +169,9 @@ class _Descent:
         self._learned, self._weights = learned, {name: own.weight for name, own in learned.items()}
         count = round(config.held_out * block.batches)
         if config.held_out and block.batches > 1:
-            count = max(count, 1)
+            count = min(max(count, 1), block.batches - 1)
+        if block.batches == 1:
+            count = 0
         self._seen = list(range(block.batches - count))
         # Without batches to spare, the error is that of the batches learned from.
         self._held = list(range(block.batches - count, block.batches)) or self._seen
@@ -165,8 +180,7 @@ class _Descent:
         """Leave the best iterate in the parameters; return the held-out error before and after."""
         first = self._least = self._held_error()
         if not math.isfinite(first):
-            name = self._block.name
-            raise CalibrationError(f"the output of block '{name}' is not finite; take float32, or exclude its Linears")
+            raise _UnlearnableError("its output is not finite")
         self._best = self._values()
         # Scales can't undo what feedback has found, and on some models divisors only do.
         alone = self._config.steps // 3
@@ -187,16 +201,22 @@ class _Descent:
             return
         optimizer = torch.optim.Adam([{"params": parameters} for parameters, _ in groups])
         queue: list[int] = []
+        wanted = min(config.step_batches, len(self._seen))
         for step in range(steps):
-            while len(queue) < config.step_batches:
-                queue += torch.randperm(len(self._seen), generator=self._rng).tolist()
-            chosen, queue = queue[: config.step_batches], queue[config.step_batches :]
+            while len(queue) < wanted:
+                queue += torch.randperm(len(self._seen), generator=self._rng, dtype=torch.int64, device="cpu").tolist()
+            chosen, queue = queue[:wanted], queue[wanted:]
             for group, (_, most) in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = most * 0.5 * (1 + math.cos(math.pi * step / steps))
             with torch.enable_grad():
                 error = self._block.error(self._weights, [self._seen[place] for place in chosen])
+                if not error.requires_grad:
+                    raise _UnlearnableError("no gradient comes through it")
                 optimizer.zero_grad()
-                error.backward()
+                try:
+                    error.backward()
+                except RuntimeError as reason:  # such as a value that is written in place
+                    raise _UnlearnableError(first_line(reason)) from reason
             optimizer.step()
             if (step + 1) % every == 0 or step + 1 == steps:
                 found = self._held_error()

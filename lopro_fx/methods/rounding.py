@@ -45,8 +45,8 @@ class Rounding(Method):
         window: trellis: bits of a state, 12 to 16. Each more halves the speed of rounding.
         strip: trellis: rows of a bit string, a multiple of 32, or -1 for all rows.
         asymmetry: part, 0 to 1, of the drift of quantised inputs that the weights make up for, see `asymmetric`. More
-            than 0 runs the unquantised model beside the quantised one. By default 0.4 for LoPRo and FLRQ if they are
-            `sequential`, else 0.
+            than 0 runs the unquantised model beside the quantised one. By default 0 for RTN, GPTQ and what
+            is not `sequential`, else 0.4.
     """
 
     format: str = setting("affine", "affine (scales by group) or trellis (default: affine)")
@@ -61,7 +61,7 @@ class Rounding(Method):
     strip: int | None = None
     asymmetry: float | None = setting(
         None,
-        "part of the inputs' drift that weights make up for, 0 to 1 (default: 0.4 for lopro, flrq, tileq, lrc)",
+        "part of the inputs' drift that weights make up for, 0 to 1 (default: 0.4 for lopro, flrq, tileq, lrc, lrq)",
         kind=float,
     )
     name: ClassVar[str]

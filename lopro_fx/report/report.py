@@ -21,7 +21,8 @@ class Report:
     """Figures of a quantised program.
 
     `rows` is one dict a layer: name, format and its numbers, rank, transform, bits_per_weight, relative_loss, damp,
-    seconds and, where something fell back, warning. `packed_bytes` counts everything that replaced weights,
+    seconds and, where something fell back, warning. Learned layers have block_error and block_error_before, of their
+    block's output, in place of relative_loss. `packed_bytes` counts everything that replaced weights,
     `kept_bytes` the rest of the state dict, tied tensors once. `bits_per_weight` is 8 * packed_bytes / weights.
     """
 
@@ -49,8 +50,9 @@ class Report:
         formats = dict.fromkeys(row["format"] for row in self.rows if "format" in row)
         every = dict.fromkeys(key for format in FORMATS.values() for key in format.spec)
         spec = [key for key in every if any(key in row for row in self.rows)]
+        learned = ["block_error"] if any("block_error" in row for row in self.rows) else []
         columns = ("name", *(["format"] if len(formats) > 1 else []), *spec, "rank", "transform", "bits_per_weight",
-                   "relative_loss", "damp", "warning")  # fmt: skip
+                   "relative_loss", *learned, "damp", "warning")  # fmt: skip
         rows = [tuple(row.get(column, "") for column in columns) for row in self.rows]
         title = (
             f"{self.config.get('method', 'quantised')}: {len(self.rows)} layers, "

@@ -35,7 +35,7 @@ path, prompt, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 contents = load_pt2(path, load_weights_from_disk=True)
 cache = json.loads(contents.extra_files["lopro_fx.json"])["cache"]
 bits = cache["bits"]
-columns, dtype = (lambda width: width * bits // 8 + 4, torch.uint8) if bits else (int, torch.float32)
+columns, dtype = (lambda width: width * bits // 8 + 5, torch.uint8) if bits else (int, torch.float32)
 keys, values = ([torch.zeros(1, heads, cache["max_cache_len"] + 1, columns(width), dtype=dtype)
                  for heads, width in cache[name]] for name in ("keys", "values"))
 ids, position, tokens = torch.tensor([prompt]), 0, []

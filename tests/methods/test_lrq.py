@@ -255,6 +255,72 @@ def test_experts_learn_too() -> None:
     assert len(moved) == sum(bool(layer.experts) for layer in state.layers.values())
 
 
+@pytest.mark.parametrize("start", ["rtn", "gptq", "lopro"])
+def test_rows_and_weights_of_zeros_stay(start: str) -> None:
+    module, _ = decoder(bias=True)
+    module.blocks[0].q.weight.data[3] = 0
+    module.blocks[1].gate.weight.data.zero_()
+    state = _quantised(export(module, ids(), dynamic=True), start=start)
+    for name, rows_of in (("blocks.0.q", 3), ("blocks.1.gate", slice(None))):
+        layer = state.layers[name]
+        assert not dense_weight(state.inputs[layer.input], layer)[rows_of].any()
+        assert layer.metrics["block_error"] < float("inf")
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.75, 0.9])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_some_batches_are_left_to_learn_from(held_out: float, count: int) -> None:
+    state = _quantised(batches=_batches(count), held_out=held_out, step_batches=50, steps=3)
+    assert "block_error" in state.layers["blocks.0.q"].metrics
+
+
+def test_batches_without_tokens_are_not_held_out() -> None:
+    state = _quantised(batches=[*_batches(), torch.zeros(2, 0, dtype=torch.int64)], start="rtn")
+    assert 0 < state.layers["blocks.0.q"].metrics["block_error"] < state.layers["blocks.0.q"].metrics[
+        "block_error_before"
+    ]  # fmt: skip
+
+
+class _Odd(nn.Module):
+    """Items of a list whose outputs no gradient comes through, and one that also gives a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.ModuleList(_Item(kind) for kind in ("cut", "number", "written"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for item in self.items:
+            x = item(x)
+        return x
+
+
+class _Item(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.kind == "cut":
+            return x + y.detach()
+        if self.kind == "number":
+            return y / y.square().mean().sqrt()
+        return y.sigmoid_().add_(x)
+
+
+def test_a_block_that_gives_no_gradient_keeps_its_start() -> None:
+    program, batches = export(seeded(_Odd()), rows()), [rows(seed=seed) for seed in range(4)]
+    with pytest.warns(UserWarning, match=r"block 'items\.0' keeps its start"):
+        state = lopro_fx.calibrate(program, batches, LRQ(**_FAST, start="rtn"))
+    assert "block_error" not in state.layers["items.0.inner"].metrics
+    assert "block_error" in state.layers["items.1.inner"].metrics
+
+
+def test_the_report_shows_the_errors_of_blocks() -> None:
+    found = lopro_fx.report(lopro_fx.apply(decoder(bias=True)[1], _quantised(start="rtn")))
+    assert f"{found.rows[0]['block_error']:.4g}" in str(found)
+
+
 class _StoppedError(Exception):
     pass
 
@@ -296,6 +362,7 @@ def test_without_text_nothing_is_learned() -> None:
         ({"start": "awq"}, "start"),
         ({"divisors": "none"}, "divisors"),
         ({"divisor_rank": 4}, "low_rank"),
+        ({"overrides": {"*.down": {"steps": 0}}}, "whole run"),
         ({"steps": -1}, "steps"),
         ({"held_out": 1.0}, "held_out"),
         ({"learning_rate": 2.0}, "learning_rate"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,7 +35,7 @@ def test_an_error_is_at_most_half_a_step(
     wide = x.float()
     span = wide.amax(-1, keepdim=True) - wide.amin(-1, keepdim=True)
     # The range is wider by what its ends lose when they are cut.
-    step = (span + 2.0**-5 * wide.amin(-1, keepdim=True).abs()) * (1 + 2.0**-5) / ((1 << bits) - 1)
+    step = (span + 2.0**-13 * wide.amin(-1, keepdim=True).abs()) * (1 + 2.0**-5) / ((1 << bits) - 1)
     assert ((found - wide).abs() <= 0.501 * step + 1e-45).all()
     # Tokens and heads are rounded by themselves.
     assert torch.equal(stored(x[:, :1, 2:3], bits), rows[:, :1, 2:3])
@@ -47,13 +49,21 @@ def test_a_row_of_one_number_and_a_row_of_zeros(bits: int) -> None:
     assert ((found - x).abs() <= x.abs() * 0.02).all()
 
 
-@pytest.mark.parametrize(("name", "bits", "limit", "share"), [("gemma2", 8, 0.02, 0.4), ("llama", 4, 0.3, 0.3)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_the_type_can_hold_stays_finite(bits: int, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    x = torch.tensor([[-most, 0.0, 1.0, most], [most, most, most / 2, 0.0]], dtype=dtype)
+    assert restored(stored(x, bits), 4, bits, dtype).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "bits", "limit", "share"), [("gemma2", 8, 0.02, 0.41), ("llama", 4, 0.3, 0.3)])
 def test_programs_with_a_rounded_cache(name: str, bits: int, limit: float, share: float) -> None:
     model = causal_lm(name)
     plain = lopro_fx.export_for_generation(model, max_cache_len=24, batch_size=2)
     programs = lopro_fx.export_for_generation(model, max_cache_len=24, batch_size=2, cache_bits=bits)
     assert lopro_fx.CacheSpec.from_dict(programs.cache.to_dict()) == programs.cache
-    # Heads of these models have 8 columns, beside which 4 bytes weigh more than in a real one.
+    # Heads of these models have 8 columns, beside which 5 bytes weigh more than in a real one.
     assert programs.cache.bytes_per_token <= share * plain.cache.bytes_per_token
     ids = torch.randint(3, VOCAB, (2, 9), generator=generator())
     padding = torch.tensor([0, 3])
@@ -69,5 +79,7 @@ def test_programs_with_a_rounded_cache(name: str, bits: int, limit: float, share
 
 
 def test_other_bits_are_refused(llama) -> None:
-    with pytest.raises(ConfigError, match="cache_bits=3"):
-        lopro_fx.export_for_generation(llama, max_cache_len=8, cache_bits=3)
+    for bits in (3, 8.0, True, "8"):
+        given: Any = bits
+        with pytest.raises(ConfigError, match=f"cache_bits={bits!r}"):
+            lopro_fx.export_for_generation(llama, max_cache_len=8, cache_bits=given)
