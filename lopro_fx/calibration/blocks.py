@@ -26,7 +26,7 @@ class Target:
 
 
 class SolvedBlock:
-    """`methods.block.Block` over a walk that stands at the block's start.
+    """`methods.base.Block` over a walk that stands at the block's start.
 
     Args:
         block: what to run.

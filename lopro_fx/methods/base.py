@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from lopro_fx.kernels.activation.reference import BITS
 from lopro_fx.layer import Input, Layer, Transform
 from lopro_fx.methods import checks
 from lopro_fx.methods.observers import Observer, Statistics
-
-if TYPE_CHECKING:
-    from lopro_fx.methods.block import Block
 
 HEAD_BITS = (0, 4, 8)
 IMPORTANCE = ("none", "gradient")
@@ -99,6 +96,39 @@ class Solved:
 
     input: Input
     layers: tuple[Layer, ...]
+
+
+class Block(Protocol):
+    """Linears whose outputs meet, such as those of a decoder layer, and the calibration batches that they read."""
+
+    @property
+    def name(self) -> str:
+        """Module path."""
+        ...
+
+    @property
+    def batches(self) -> int:
+        """Number of calibration batches."""
+        ...
+
+    @property
+    def units(self) -> Sequence[tuple[Unit, Solved]]:
+        """Units in graph order, and their solutions so far."""
+        ...
+
+    def error(self, weights: Mapping[str, Callable[[], Tensor]], batches: Sequence[int]) -> Tensor:
+        """Mean squared error of the block's output to that of the unquantised model, a number, differentiable.
+
+        Args:
+            weights: by a Linear's name, a function that returns its dense weight, in the packed weight's coordinates.
+                Linears that are left out keep their solutions. Activations are rounded as the solutions say, with the
+                gradient of the identity.
+            batches: places of the batches to run.
+
+        Returns:
+            fp32 (): squared error over the outputs' variance; tokens and features weigh as in the Grams.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,7 @@ from torch import Tensor
 from lopro_fx.errors import ConfigError, first_line
 from lopro_fx.layer import Layer
 from lopro_fx.methods import checks
-from lopro_fx.methods.base import Context, Solved, Unit, setting
-from lopro_fx.methods.block import Block
+from lopro_fx.methods.base import Block, Context, Solved, Unit, setting
 from lopro_fx.methods.divisors import LearnedRounding
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
