@@ -1,4 +1,4 @@
-"""Tables of what benchmarks/learned.py, cache.py and cpu_prefill.py measured."""
+"""Tables of what benchmarks/learned.py and cache.py measured."""
 
 from __future__ import annotations
 
@@ -56,15 +56,3 @@ def cache() -> str:
         for row in rows_of("cache")
     ]
     return table(("bits", "perplexity", "KL", "bytes a token", "times bf16"), lines)
-
-
-def prefill() -> str:
-    """Decoder layers on 512 tokens on a CPU."""
-    lines = [
-        (
-            row["row"], f"{row['milliseconds']:.0f} ms", f"{row['least']:.0f} to {row['most']:.0f}",
-            f"{row['times_bf16']:.2f}", f"{row['times_torchao']:.2f}",
-        )
-        for row in rows_of("cpu_prefill")
-    ]  # fmt: skip
-    return table(("512 tokens", "time", "spread, ms", "times bf16", "times torchao"), lines)

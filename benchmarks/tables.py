@@ -233,10 +233,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,
     "stories": accuracy.stories,
-    "learned": lambda: learned_tables.learned("learned"),
     "learned-stories": lambda: learned_tables.learned("learned_stories"),
     "cache": learned_tables.cache,
-    "cpu-prefill": learned_tables.prefill,
 }
 
 

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from lopro_fx.errors import ConfigError, first_line
-from lopro_fx.layer import Layer
+from lopro_fx.layer import Layer, Transform
 from lopro_fx.methods import checks
-from lopro_fx.methods.base import Block, Context, Solved, Unit, setting
+from lopro_fx.methods.base import Block, Context, Solved, setting
 from lopro_fx.methods.divisors import LearnedRounding
 from lopro_fx.methods.gptq import GPTQ
 from lopro_fx.methods.lopro import LoPRo
-from lopro_fx.methods.observers import Observer, Statistics
+from lopro_fx.methods.observers import Statistics
 from lopro_fx.methods.rounding import Rounding
 from lopro_fx.methods.rtn import RTN
+from lopro_fx.methods.solution import GroupSolution
 
 _STARTS: dict[str, type[Rounding]] = {"rtn": RTN, "gptq": GPTQ, "lopro": LoPRo}
 # Times that the held-out error is measured while a block learns.
@@ -95,14 +96,19 @@ class LRQ(Rounding):
         }
         return cls(**{**choices, **changes})
 
-    def observers(self) -> Sequence[Observer]:
-        return self._start.observers()
+    def transform(self, joint: Tensor, stats: Statistics, generator: torch.Generator) -> Transform:
+        return self._start.transform(joint, stats, generator)
 
-    def solve(self, unit: Unit, seen: Statistics, context: Context) -> Solved:
-        return self._start.solve(unit, seen, context)
-
-    def solve_experts(self, unit: Unit, seen: Statistics, context: Context) -> Solved | None:
-        return self._start.solve_experts(unit, seen, context)
+    def solve_rows(
+        self,
+        joint: Tensor,
+        share: Tensor,
+        rows: list[int],
+        stats: Statistics,
+        generator: torch.Generator,
+        transform: Transform | None,
+    ) -> GroupSolution:
+        return self._start.solve_rows(joint, share, rows, stats, generator, transform)
 
     def learn(self, block: Block, context: Context, label: Callable[[str], None]) -> Sequence[Solved]:
         solutions = [solved for _, solved in block.units]
@@ -121,7 +127,7 @@ class LRQ(Rounding):
 
     @property
     def _start(self) -> Rounding:
-        shared = {field.name: getattr(self, field.name) for field in fields(Rounding)}
+        shared = {field.name: getattr(self, field.name) for field in fields(Rounding) if field.name != "overrides"}
         return _STARTS[self.start](**shared)
 
     def _learned(self, block: Block, context: Context) -> dict[str, LearnedRounding]:
