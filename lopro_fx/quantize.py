@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,9 @@ def calibrate(
             settings = _settings(selection, config)
         replay = Replay(program, selection.groups, batches, config, importance, place)
         if config.learns and batches is not None and selection.groups:
-            _solve_blocks(replay, config, settings, journal, result, place, home)
+            _solve_blocks(replay, _Run(config, settings, journal, place, home), result)
         else:
-            _solve_units(replay, settings, journal, result, place, home)
+            _solve_units(replay, _Run(config, settings, journal, place, home), result)
         for head in selection.heads:
             solved = journal and journal.read(head.name)
             if solved is None:
@@ -170,51 +170,50 @@ def apply(program: ExportedProgram, state: QuantState) -> ExportedProgram:
     return RewritePass(state.inputs, state.layers, record)(as_linears(program))
 
 
-def _solve_units(
-    replay: Replay,
-    settings: Mapping[str, Method],
-    journal: Journal | None,
-    result: _Result,
-    place: torch.device,
-    home: torch.device,
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """Method of the run and of each unit, what is finished, where units are solved, and where their tensors belong."""
+
+    config: Method
+    settings: Mapping[str, Method]
+    journal: Journal | None
+    place: torch.device
+    home: torch.device
+
+    def solve(self, unit: Unit, seen: Statistics) -> Solved:
+        return _solve(unit, seen, self.settings[unit.name], self.place)
+
+
+def _solve_units(replay: Replay, run: _Run, result: _Result) -> None:
     for unit, seen in replay.units():
-        solved = journal and journal.read(unit.name)
+        solved = run.journal and run.journal.read(unit.name)
         if solved is None:
-            solved = _at_home(_solve(unit, seen, settings[unit.name], place), home)
-            if journal:
-                journal.write(solved)
+            solved = _at_home(run.solve(unit, seen), run.home)
+            if run.journal:
+                run.journal.write(solved)
         result.add(solved, seen)
         replay.install(solved)
 
 
-def _solve_blocks(
-    replay: Replay,
-    config: Method,
-    settings: Mapping[str, Method],
-    journal: Journal | None,
-    result: _Result,
-    place: torch.device,
-    home: torch.device,
-) -> None:
+def _solve_blocks(replay: Replay, run: _Run, result: _Result) -> None:
     """Solve the units of each block, and let the method learn from the block's output; a block is finished as one."""
     for stage in replay.stages():
-        known = [journal.read(group.name) for group in stage.block.groups] if journal else []
+        known = [run.journal.read(group.name) for group in stage.block.groups] if run.journal else []
         finished = [solved for solved in known if solved is not None]
         if len(finished) < len(stage.block.groups):
             finished = []
         every = []
         for unit, seen in stage.units:
-            solved = finished[len(every)] if finished else _solve(unit, seen, settings[unit.name], place)
+            solved = finished[len(every)] if finished else run.solve(unit, seen)
             stage.solved.append((unit, solved))
             every.append(seen)
             replay.install(solved)
         if not finished and stage.block.outputs:
-            stage.solved[:] = _learnt(stage, config, result, place)
+            stage.solved[:] = _learnt(stage, run.config, result, run.place)
         for (_, solved), seen in zip(stage.solved, every, strict=True):
-            solved = _at_home(solved, home)
-            if journal and not finished:
-                journal.write(solved)
+            solved = _at_home(solved, run.home)
+            if run.journal and not finished:
+                run.journal.write(solved)
             result.add(solved, seen)
 
 

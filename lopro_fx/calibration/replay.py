@@ -80,7 +80,7 @@ class Replay:
         yield from self._measured(self._groups, walk, self._walk() if self._compares else None)
 
     def stages(self) -> Iterator[Stage]:
-        """Yield the program's blocks: take the units of each, `install` and `learn` before taking the next."""
+        """Yield the program's blocks: solve and `install` the units of each, into `solved`, before taking the next."""
         assert self._batches is not None
         walk, clean = self._walk(), self._walk()
         walk.allow_gradients()

@@ -39,6 +39,8 @@ def _refused(result, *words):
         (("quantize", "--method", "gptq", "--rank", "8"), ["--rank 8", "gptq"]),
         (("quantize", "--method", "flrq", "--rank", "8"), ["--rank 8", "flrq"]),
         (("quantize", "--method", "lrc", "--rank", "8", "--act-bits", "0"), ["LRC(act_bits=0)"]),
+        (("quantize", "--method", "lrq", "--format", "trellis"), ["format='trellis'", "affine"]),
+        (("quantize", "--method", "lrq", "--steps", "-1"), ["steps=-1"]),
         (("quantize", "--method", "flrq", "--rank-budget", "-1"), ["FLRQ(rank_budget=-1.0)"]),
         (("quantize", "--budget", "-1"), ["bits_per_weight=-1.0"]),
         (("quantize", "--budget", "3", "--max-bytes", "9"), ["--max-bytes", "not allowed with", "--budget"]),
@@ -52,6 +54,7 @@ def _refused(result, *words):
         (("report", "/nonexistent"), ["/nonexistent"]),
         (("export", "/nonexistent", "--aoti", "x.so"), ["x.so", ".pt2"]),
         (("export", "/nonexistent"), ["--aoti"]),
+        (("export", "/nonexistent", "--hf", "x", "--cache-bits", "8"), ["--cache-bits", "--package"]),
     ],
 )
 def test_one_line(run, arguments, words):
