@@ -6,7 +6,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from lopro_fx.kernels.errors import GraphError
-from lopro_fx.kernels.formats.registry import operator_of
+from lopro_fx.kernels.formats.registry import operator_of, rounding_operands
 from lopro_fx.passes.base import counters
 from lopro_fx.passes.calls import (
     EXPERTS,
@@ -70,7 +70,8 @@ class NativeCpuPass(PackedPass):
         rounded = None if fused else rounding_of(node)
         act_bits = self.act_bits if rounded is None else operands(rounded).bits
         operator = operator_of(format_of(node).name, _kernel_of(node))
-        site = call.to(operator, act_bits=act_bits) if fused else fused_operands(node, operator, act_bits=act_bits)
+        rounding = {"act_bits": act_bits, **(_group_operand(node) or {})}
+        site = call.to(operator, **rounding) if fused else fused_operands(node, operator, **rounding)
         native = editor.add_operator(node, f"native_{node.name}", site, node)
         native.meta[META] = Mark(sites=sites_of(node), group=group_of(node))
         editor.replace(node, native)
@@ -89,6 +90,18 @@ def _kernel_of(node: Node) -> str:
     return "cpu_experts" if kind_of(node) in EXPERTS else "cpu"
 
 
+def _group_operand(node: Node) -> dict[str, int] | None:
+    """Operand for the columns that share a step; None if the kernel can't have them."""
+    format, rounded = format_of(node), None if kind_of(node) in SITES.values() else rounding_of(node)
+    operator = operator_of(format.name, _kernel_of(node))
+    if rounded is None:
+        return rounding_operands(operator, 0, 0)
+    x = unrounded(node)
+    weight = stored_weight(node, lambda operand: operand.meta["val"])
+    own = format.activation_group(weight, x.target is ROTATE and operands(x).block > 1)
+    return rounding_operands(operator, own, operands(rounded).group)
+
+
 def _reason_to_leave(node: Node) -> str | None:
     format = format_of(node)
     if operator_of(format.name, _kernel_of(node)) is None:
@@ -98,11 +111,9 @@ def _reason_to_leave(node: Node) -> str | None:
         return None
     call = operands(node)
     x, rounded = unrounded(node), rounding_of(node)
-    if rounded is not None:
-        rotated = x.target is ROTATE and operands(x).block > 1
-        weight = stored_weight(node, lambda operand: operand.meta["val"])
-        bits, group = operands(rounded).bits, operands(rounded).group
-        if group != format.activation_group(weight, rotated):
-            return f"its kernel rounds no activation to {bits} bits in groups of {group}"
+    if rounded is not None and _group_operand(node) is None:
+        return (
+            f"its kernel rounds no activation to {operands(rounded).bits} bits in groups of {operands(rounded).group}"
+        )
     projects = call.latent is None or (call.latent.target is PROJECT and operands(call.latent).x is x)
     return None if projects else "its low-rank branch does not project its own input"

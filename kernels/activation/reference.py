@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 BITS = (4, 8)
+# Columns that may share a step; -1 for all.
+GROUPS = (-1, 32, 64, 128)
 # Default columns per step: rotation spreads outliers; unrotated, an outlier costs the columns of its step bits.
 ROTATED_GROUP, PLAIN_GROUP = 128, 32
 # Groups whose largest magnitude is at most this are zero: far below it, their step would be subnormal.

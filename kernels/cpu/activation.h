@@ -142,24 +142,27 @@ void project(const Site& s, const Sizes& p, const float* x, int64_t stride, Toke
 template <class V, bool INT8>
 void round_blocks(const Sizes& p, const float* x, float largest, int8_t* rounded, Token& token) {
   using F = typename V::F;
-  float clip = clip_for(largest, p.log_block);
   int64_t b = 0;
+  float step = 0.0f;
+  F factor = V::zero(), above = V::set(largest), below = V::set(-largest);
   for (; b < p.columns / p.block; ++b) {
     const float* part = x + b * p.block;
     F sum = V::zero();
     if (INT8) {
-      F top = V::zero(), poison = V::zero();
-      for (int64_t j = 0; j < p.block; j += 16) {
-        F v = V::load(part + j);
-        top = V::max(top, V::abs(v));
-        poison = V::fma(v, V::zero(), poison);  // NaN where v is not finite
+      if (b % p.shared == 0) {
+        F top = V::zero(), poison = V::zero();
+        int64_t end = least(p.columns - b * p.block, p.shared * p.block);
+        for (int64_t j = 0; j < end; j += 16) {
+          F v = V::load(part + j);
+          top = V::max(top, V::abs(v));
+          poison = V::fma(v, V::zero(), poison);  // NaN where v is not finite
+        }
+        float most = V::reduce_max(top) + V::reduce(poison);
+        // As in activation/reference.py: zeros, and no subnormal step.
+        float top_value = most * p.clip;
+        factor = V::set(most > 1e-30f ? largest / top_value : most != most ? most : 0.0f);
+        step = most > 1e-30f || most != most ? top_value * (1.0f / largest) : 0.0f;
       }
-      float most = V::reduce_max(top) + V::reduce(poison);
-      // As in activation/reference.py: zeros, and no subnormal step.
-      float top_value = most * clip;
-      float inverse = most > 1e-30f ? largest / top_value : most != most ? most : 0.0f;
-      float step = most > 1e-30f || most != most ? top_value * (1.0f / largest) : 0.0f;
-      F factor = V::set(inverse), above = V::set(largest), below = V::set(-largest);
       for (int64_t j = 0; j < p.block; j += 16) {
         F v = V::min(V::max(V::mul(V::load(part + j), factor), below), above);
         sum = V::add(sum, V::round_i8(v, rounded + b * p.block + j));

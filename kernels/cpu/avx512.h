@@ -14,7 +14,7 @@ struct Vector {
   // Rows at a time for one token, and for four; registers of 16 rows, and tokens, of a tile for many.
   template <int BITS>
   static constexpr int rows = BITS < 4 ? 4 : 2;
-  static constexpr int shared_rows = 2, panel = 2, tile = 12;
+  static constexpr int shared_rows = 2, panel = 2, tile = 8;
   // Registers of 16 rows that a column of states is read for at once: for one token, and for four.
   static constexpr int runs = 16, shared_runs = 4;
 

@@ -82,6 +82,16 @@ inline void store_scalar(void* base, Type type, int64_t i, float value) {
   else static_cast<uint16_t*>(base)[i] = type == Type::f16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
+// `count` of them, without a choice of type for each.
+inline void store_run(void* base, Type type, int64_t first, const float* values, int64_t count) {
+  uint16_t* halves = static_cast<uint16_t*>(base) + first;
+  if (type == Type::f32) std::memcpy(static_cast<float*>(base) + first, values, static_cast<size_t>(count) * 4);
+  else if (type == Type::f16)
+    for (int64_t i = 0; i < count; ++i) halves[i] = float_to_half(values[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) halves[i] = float_to_bfloat(values[i]);
+}
+
 inline uint32_t load_word(const void* p) {
   uint32_t word;
   std::memcpy(&word, p, 4);
@@ -143,21 +153,27 @@ struct Scratch {
   void* raw;
 };
 
-// Sizes of an activation that follow from a site. Columns that share a step are a block.
+// Sizes of an activation that follow from a site. Columns that share a step are a block, or several.
 struct Sizes {
   int64_t columns;  // of buffers: in, padded
   int64_t block, blocks, padded_blocks;
   int log_block;
+  int64_t shared;  // blocks that share a step
+  float clip;
   int64_t lanes;    // of a latent, padded
 };
 
-// Part of a block's largest magnitude that becomes the integer `largest`, see `clip_for` in activation/reference.py.
-inline float clip_for(float largest, int log_block) {
-  double clip = largest < 127.0f ? 1.2 - 0.05 * log_block : 1.0;
+// Part of the largest magnitude of `columns` that becomes the integer `largest`, see `clip_for` in
+// activation/reference.py.
+inline float clip_for(float largest, int64_t columns) {
+  double clip = largest < 127.0f ? 1.2 - 0.05 * std::log2(static_cast<double>(columns)) : 1.0;
   return static_cast<float>(clip < 0.7 ? 0.7 : clip > 1.0 ? 1.0 : clip);
 }
 
-inline int log_block_for(const Site& s) { return s.int8 && s.block == 1 ? 5 : 7; }
+inline int log_block_for(const Site& s) {
+  if (s.act_group > 0) return s.act_group == 32 ? 5 : s.act_group == 64 ? 6 : 7;
+  return s.int8 && s.block == 1 && s.act_group == 0 ? 5 : 7;
+}
 
 inline Sizes make_sizes(const Site& s, int log_block) {
   Sizes p;
@@ -166,6 +182,8 @@ inline Sizes make_sizes(const Site& s, int log_block) {
   p.block = int64_t{1} << log_block;
   p.blocks = ceil_div(s.in, p.block);
   p.padded_blocks = round_up(p.columns / p.block, 16);
+  p.shared = s.act_group == -1 ? p.columns / p.block : s.act_group > 0 ? s.act_group / p.block : 1;
+  p.clip = clip_for(s.largest, s.act_group == -1 ? s.in : p.shared * p.block);
   p.lanes = round_up(s.rank, 16);
   return p;
 }

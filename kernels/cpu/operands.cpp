@@ -73,7 +73,7 @@ const void* moved(const void* address, Type type, int64_t count) {
   return address ? static_cast<const char*>(address) + count * width : nullptr;
 }
 
-void take_input(Site& s, AtenTensorHandle x, int64_t act_bits) {
+void take_input(Site& s, AtenTensorHandle x, int64_t act_bits, int64_t act_group) {
   int64_t *sizes, *strides, rank = dims(x);
   ok(aoti_torch_get_sizes(x, &sizes));
   ok(aoti_torch_get_strides(x, &strides));
@@ -92,6 +92,9 @@ void take_input(Site& s, AtenTensorHandle x, int64_t act_bits) {
   s.x = address;
   check(s.in > 0, "x has no columns");
   check(act_bits == 0 || act_bits == 4 || act_bits == 8, "act_bits is none of 0, 4, 8");
+  check(act_group == 0 || act_group == -1 || act_group == 32 || act_group == 64 || act_group == 128,
+        "act_group is none of 0, -1, 32, 64, 128");
+  s.act_group = act_group;
   s.int8 = act_bits != 0;
   s.largest = act_bits == 4 ? 7.0f : 127.0f;
 }

@@ -39,8 +39,8 @@ const void* moved(const void* address, Type type, int64_t count);
 
 inline bool is_scale(Type type) { return type == Type::f16 || type == Type::f32; }
 
-// Sizes, strides and address of x, and act_bits.
-void take_input(Site& s, AtenTensorHandle x, int64_t act_bits);
+// Sizes, strides and address of x, and how it is rounded.
+void take_input(Site& s, AtenTensorHandle x, int64_t act_bits, int64_t act_group);
 // Rotation, low-rank branch and bias; x and `out` are known.
 void take_around(Site& s, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,
                  AtenTensorHandle* down, AtenTensorHandle* down_scale, AtenTensorHandle* bias, AtenTensorHandle* up,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopro_fx.kernels.activation.reference import BITS, round_activation
+from lopro_fx.kernels.activation.reference import BITS, GROUPS, round_activation
 from lopro_fx.kernels.formats.registry import reference
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.rotate.reference import rotate
@@ -26,7 +26,7 @@ def site(
         x, perm, signs, block, skip, down, down_scale, bias: as in "site".
         act_bits: 8 or 4 rounds the rotated activation to so many bits for the packed gemm; the low-rank branch takes it
             unrounded. 0 rounds nothing.
-        act_group: columns that share a step of the rounding.
+        act_group: columns that share a step of the rounding, -1 for all.
         rest: the format's tensors and spec, up and up_scale.
 
     Returns:
@@ -57,16 +57,18 @@ def experts(
     return reference(format, "experts")(x=wide, latent=latent, **rest).to(x.dtype)
 
 
-def require_activation(operator: str, x: Tensor, act_bits: int) -> None:
+def require_activation(operator: str, x: Tensor, act_bits: int, act_group: int) -> None:
     """Require what operators for CPUs take.
 
     Raises:
-        ValueError: the dtype of x, or act_bits, is another.
+        ValueError: the dtype of x, act_bits or act_group is another.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"lopro::{operator}: x is {x.dtype}; it takes float32, bfloat16 or float16")
     if act_bits not in (0, *BITS):
         raise ValueError(f"lopro::{operator}: act_bits is {act_bits}; give 0, 4 or 8")
+    if act_group not in (0, *GROUPS):
+        raise ValueError(f"lopro::{operator}: act_group is {act_group}; give 0, -1, 32, 64 or 128")
 
 
 def _prepared(

@@ -45,6 +45,7 @@ struct Site {
 
   bool int8;      // activations are rounded, to integers of at most
   float largest;  // in magnitude
+  int64_t act_group;  // columns that share a step: 32, 64, 128, -1 for all, or 0 for as many as the rotation suggests
   void* y;
 };
 

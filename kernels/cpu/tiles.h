@@ -138,8 +138,7 @@ void store_panel(const Site& s, int64_t panel_row, int64_t from, int64_t to, con
   constexpr int T = V::tile, P = V::panel * 16;
   int64_t rows = least(P, s.out - panel_row);
   for (int64_t t = from * T; t < least(to * T, s.tokens); ++t)
-    for (int64_t i = 0; i < rows; ++i)
-      store_scalar(s.y, s.type, row_of(s, t) * s.out + panel_row + i, acc[(t - from * T) * P + i]);
+    store_run(s.y, s.type, row_of(s, t) * s.out + panel_row, acc + (t - from * T) * P, rows);
 }
 
 // Tiles that a thread multiplies a panel with at a time.

@@ -32,7 +32,7 @@ class Format:
     name: ClassVar[str]
     spec: ClassVar[Mapping[str, Scalar]] = {}
     # Further operators, by the kind that passes look for: "cpu", compiled code for CPUs, takes the operands of `_site`
-    # without prologue and residual, and `act_bits`.
+    # without prologue and residual, `act_bits`, and `act_group` if it rounds in other groups than `activation_group`.
     operators: ClassVar[Mapping[str, str]] = {}
     # What solvers round with; None for a format that only its own method writes.
     quantizer: ClassVar[type[Quantizer] | None] = None

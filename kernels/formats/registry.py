@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lopro_fx.kernels import registry
+from lopro_fx.kernels.activation.reference import GROUPS
 from lopro_fx.kernels.errors import ConfigError
 from lopro_fx.kernels.formats import definition
 from lopro_fx.kernels.formats.base import Format, Kernel, Packed
@@ -99,6 +100,17 @@ def format_of(packed: Packed) -> Format:
         ConfigError: it isn't registered.
     """
     return known_format(packed.format)
+
+
+def rounding_operands(operator: torch._ops.OpOverload, own: int, group: int) -> dict[str, int] | None:
+    """Operand by which an operator for CPUs rounds groups of `group` columns, where it rounds `own` of itself.
+
+    None if it can't: it takes no `act_group`, or not this one.
+    """
+    takes = any(argument.name == "act_group" for argument in operator._schema.arguments)
+    if group == own:
+        return {"act_group": 0} if takes else {}
+    return {"act_group": group} if takes and group in GROUPS else None
 
 
 def known_format(name: str) -> Format:

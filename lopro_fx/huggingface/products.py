@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from lopro_fx.huggingface.modules import PackedEmbedding, PackedModule, PackedWeight, layout_of
 from lopro_fx.kernels.activation.delivery import ACTIVATIONS
-from lopro_fx.kernels.formats.registry import dequantize, known_format
+from lopro_fx.kernels.formats.registry import dequantize, known_format, rounding_operands
 from lopro_fx.layer import Activation, Input, Layer, Transform, branch, dense_weight, factor_of
 
 _SHARED = ("perm", "signs", "down", "down_scale")
@@ -64,15 +65,12 @@ class PackedProduct(PackedWeight):
     def shared(self) -> PackedInput:
         return self._shared[0]
 
-    def rounds_natively(self) -> bool:
-        """Whether the compiled kernel rounds the input as `shared` says, or not at all."""
-        group = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
-        return self.shared.activation in (None, Activation(8, group))
-
-    def native_bits(self) -> int:
-        """Bits that the compiled kernel rounds to."""
-        rounded = self.shared.activation
-        return self.act_bits if rounded is None else rounded.bits
+    def native_rounding(self, operator: OpOverload) -> dict[str, int] | None:
+        """Operands by which the compiled kernel rounds the input as `shared` says, or as it likes; None if it can't."""
+        own = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
+        rounded = self.shared.activation or Activation(self.act_bits, own)
+        group = rounding_operands(operator, own, rounded.group)
+        return None if group is None else {"act_bits": rounded.bits, **group}
 
     def turned(self, x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """Rotate x by the input's tensors; return it with its latent, None without a branch."""
@@ -146,8 +144,8 @@ class PackedLinear(PackedProduct, nn.Linear):
         gradients = _asks_for_gradients(operands)
         # The compiled operator has no derivative.
         native = None if gradients or x.device.type != "cpu" else self.operator("cpu")
-        if native is not None and self.rounds_natively():
-            return native(*operands, self.native_bits())
+        if native is not None and (rounding := self.native_rounding(native)) is not None:
+            return native(*operands, **rounding)
         if shared.activation is None:
             return self.operator("site")(*operands)
         x, latent = self.turned(x, (perm, signs, down, down_scale))
@@ -197,9 +195,9 @@ class PackedExperts(PackedProduct):
         gradients = _asks_for_gradients((x, *tensors, *own, *low))
         # Neither operator has a derivative.
         native = None if gradients or x.device.type != "cpu" else self.operator("cpu_experts")
-        if native is not None and self.rounds_natively():
+        if native is not None and (rounding := self.native_rounding(native)) is not None:
             return native(x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low,
-                          *self.numbers, self.native_bits())  # fmt: skip
+                          *self.numbers, **rounding)  # fmt: skip
         if not gradients and shared.activation is None:
             return self.operator("experts_site")(
                 x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low, *self.numbers

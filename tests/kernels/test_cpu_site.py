@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lopro_fx  # noqa: F401  registers the operators
+from lopro_fx.kernels.activation.reference import GROUPS
 from lopro_fx.kernels.cpu import build, native
 from lopro_fx.kernels.formats.affine.cpu_site import reference
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
@@ -61,8 +62,8 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def compare(x: Tensor, site: tuple[Any, ...], act_bits: int) -> None:
-    expected, got = reference.cpu_site(x, *site, act_bits), cpu_site(x, *site, act_bits)
+def compare(x: Tensor, site: tuple[Any, ...], act_bits: int, act_group: int = 0) -> None:
+    expected, got = reference.cpu_site(x, *site, act_bits, act_group), cpu_site(x, *site, act_bits, act_group)
     assert got.dtype == x.dtype
     assert_close(f"{tuple(x.shape)}", expected, got, max(SPREAD[act_bits], 2 * TOLERANCE[x.dtype]))
 
@@ -75,6 +76,15 @@ def test_paths_equal_the_definition(path: str, act_bits: int, bits: int, group_s
         site = operands(35, width, bits, group_size, block=block)
         for tokens in (1, 3, 17):
             compare(heavy_tailed(tokens, width), site, act_bits)
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 128, -1])
+@pytest.mark.parametrize("act_group", GROUPS)
+def test_groups_of_activations(path: str, act_group: int, group_size: int) -> None:
+    for width, block, bits in ((96, 1, 3), (1000, 8, 8), (1536, 512, 4), (1536, 1, 8)):
+        site = operands(35, width, bits, group_size, block=block, rank=3)
+        for tokens, act_bits in ((1, 8), (3, 4), (17, 8), (17, 4)):
+            compare(heavy_tailed(tokens, width), site, act_bits, act_group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,6 +227,8 @@ def test_wrong_operands_are_refused() -> None:
         cpu_site(x.double(), *site, 8)
     with pytest.raises(ValueError, match="act_bits"):
         cpu_site(x, *site, 5)
+    with pytest.raises(ValueError, match="act_group"):
+        cpu_site(x, *site, 8, 48)
     with pytest.raises(ValueError, match="group_size"):
         cpu_site(x, *site[:-1], 48, 8)
     if native.load():

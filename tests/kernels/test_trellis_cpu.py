@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lopro_fx
+from lopro_fx.kernels.activation.reference import GROUPS
 from lopro_fx.kernels.cpu import native
 from lopro_fx.kernels.formats.affine.packing.format import group_count, pack
 from lopro_fx.kernels.formats.affine.rounded import affine
@@ -105,8 +106,8 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def compare(x: Tensor, site: tuple[Any, ...], act_bits: int) -> None:
-    expected, got = reference.trellis_cpu(x, *site, act_bits), trellis_cpu(x, *site, act_bits)
+def compare(x: Tensor, site: tuple[Any, ...], act_bits: int, act_group: int = 0) -> None:
+    expected, got = reference.trellis_cpu(x, *site, act_bits, act_group), trellis_cpu(x, *site, act_bits, act_group)
     assert got.dtype == x.dtype
     assert_close(f"{tuple(x.shape)}", expected, got, max(SPREAD[act_bits], 2 * TOLERANCE[x.dtype]))
 
@@ -122,6 +123,14 @@ def test_paths_equal_the_definition(path: str, act_bits: int, bits: float, colum
         site = operands(out, width, bits, columns, window=window, strip=strip, block=block)
         for tokens in (1, 3, 40):
             compare(heavy_tailed(tokens, width), site, act_bits)
+
+
+@pytest.mark.parametrize("act_group", GROUPS)
+def test_groups_of_activations(path: str, act_group: int) -> None:
+    for width, block, (bits, columns) in ((96, 1, (3.0, 1)), (1000, 8, (1.5, 2)), (1536, 512, (2.0, 1))):
+        site = operands(70, width, bits, columns, block=block, rank=3)
+        for tokens, act_bits in ((1, 8), (3, 4), (17, 8), (17, 4)):
+            compare(heavy_tailed(tokens, width), site, act_bits, act_group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

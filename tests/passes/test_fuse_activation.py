@@ -77,9 +77,12 @@ def test_compiled_code_for_cpus_rounds_as_the_program_says(act_bits: int, transf
         assert_same(program, native, ids(), ratio=2e-3 if act_bits == 8 else 2e-2)
 
 
-def test_other_roundings_run_without_compiled_code() -> None:
-    for program in (_rounded(4, -1), _rounded(8, -1)):
-        native = lopro_fx.optimize(program, target="cpu")
-        assert not calls(native, CPU)
-        assert "rounds no activation to" in reasons(native, "native_cpu")["blocks.0.q"]
-        assert_same(program, native, ids())
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("act_group", [32, 64, 128, -1])
+def test_compiled_code_for_cpus_rounds_in_these_groups(act_bits: int, act_group: int) -> None:
+    program = _rounded(act_bits, act_group)
+    native = lopro_fx.optimize(program, target="cpu")
+    # 0 stands for the group that the kernel takes of itself.
+    assert {operands(node).act_group for node in calls(native, CPU)} <= {0, act_group}
+    assert len(calls(native, CPU)) == 4
+    assert_same(program, native, ids(), ratio=2e-3 if act_bits == 8 else 2e-2)

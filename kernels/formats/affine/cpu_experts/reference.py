@@ -28,6 +28,7 @@ def cpu_experts(
     bits: int,
     group_size: int,
     act_bits: int,
+    act_group: int = 0,
 ) -> Tensor:
     """`lopro::packed_experts` in fp32, after the rotation and down-projection of its input, rounded once to x's dtype.
 
@@ -37,13 +38,13 @@ def cpu_experts(
         down: int8 or fp16 (rows * rank, in_features), or None.
         down_scale: (rows * rank,), or None for fp16 factors.
         ids, slots, codes, scales, zeros, up, up_scale, cells, core, bits: as in `lopro::packed_experts`.
-        group_size, act_bits: as in `lopro::cpu_site`.
+        group_size, act_bits, act_group: as in `lopro::cpu_site`.
 
     Returns:
         (tokens * slots, out_features) of x's dtype.
     """
     return experts(
         "affine", x, perm, signs, block, skip, down, down_scale, act_bits,
-        activation_group(x.shape[-1], group_size, block > 1), ids=ids, slots=slots, codes=codes, scales=scales,
-        zeros=zeros, up=up, up_scale=up_scale, cells=cells, core=core, bits=bits, group_size=group_size,
+        act_group or activation_group(x.shape[-1], group_size, block > 1), ids=ids, slots=slots, codes=codes,
+        scales=scales, zeros=zeros, up=up, up_scale=up_scale, cells=cells, core=core, bits=bits, group_size=group_size,
     )  # fmt: skip

@@ -22,6 +22,7 @@ struct Plan : Sizes {
   int log_ratio;
   int64_t scales;             // kept, of a row
   int64_t stride;             // of a row in `weigh`'s results: blocks, without gaps or padded
+  int64_t together;           // blocks of a panel's columns that share scales and steps
 };
 
 inline Plan make_plan(const AffineSite& s) {
@@ -38,6 +39,7 @@ inline Plan make_plan(const AffineSite& s) {
   if (!p.by_group) p.log_ratio = 0;
   p.scales = p.by_group ? s.groups : p.blocks;
   p.stride = p.log_ratio ? p.padded_blocks : p.blocks;
+  p.together = s.groups == 1 && s.act_group == -1 ? PANEL_COLUMNS / p.block : 1;
   return p;
 }
 

@@ -50,9 +50,11 @@ void unpack_float(const AffineSite& s, const Plan& p, int64_t row, int64_t c, in
 }
 
 // acc (TILE, rows) += panel times one tile of int8 tokens; `x`, `steps` and `sums` begin at the panel's first column.
+// `together` blocks of the activation, `block` columns in all, are summed up as integers.
 template <class V, int BITS>
 void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, const float* sums, const float* scales,
-                   const float* shifts, int64_t chunks, int64_t blocks, int64_t block, int fields, float* acc) {
+                   const float* shifts, int64_t chunks, int64_t blocks, int64_t block, int64_t together, int fields,
+                   float* acc) {
   using F = typename V::F;
   using I = typename V::I;
   constexpr int R = V::panel, T = V::tile;
@@ -78,11 +80,14 @@ void multiply_int8(const uint8_t* panel, const uint32_t* x, const float* steps, 
         }
       }
     repeat<T>([&](auto t) LOPRO_INLINE {
-      F step = V::set(steps[b * T + t]), sum = V::set(sums[b * T + t]);
+      int64_t first = b * together;
+      float all = sums[first * T + t];
+      for (int64_t i = 1; i < together; ++i) all += sums[(first + i) * T + t];
+      F step = V::set(steps[first * T + t]), sum = V::set(all);
       repeat<R>([&](auto r) LOPRO_INLINE {
         float* out = acc + (t * R + r) * 16;
-        F value = V::fnma(V::load(shifts + (b * R + r) * 16), sum, V::load(out));
-        V::store(out, V::fma(V::mul(V::to_f(dot[t][r]), step), V::load(scales + (b * R + r) * 16), value));
+        F value = V::fnma(V::load(shifts + (first * R + r) * 16), sum, V::load(out));
+        V::store(out, V::fma(V::mul(V::to_f(dot[t][r]), step), V::load(scales + (first * R + r) * 16), value));
       });
     });
   }
@@ -128,8 +133,8 @@ __attribute__((noinline)) void prefill_panel(const AffineSite& s, const Plan& p,
       if (INT8)
         multiply_int8<V, BITS == 8 ? 8 : 4>(reinterpret_cast<uint8_t*>(panel), all.x + (tile * all.words + k / 4) * T,
                          all.steps + (tile * p.padded_blocks + block) * T,
-                         all.sums + (tile * p.padded_blocks + block) * T, scales, shifts, chunks, blocks, p.block,
-                         C::fields, sums);
+                         all.sums + (tile * p.padded_blocks + block) * T, scales, shifts, chunks,
+                         ceil_div(blocks, p.together), p.block * p.together, p.together, C::fields, sums);
       else
         multiply_float<V>(panel, reinterpret_cast<const float*>(all.x) + (tile * all.words + k) * T,
                           least(span, s.in - k), sums);

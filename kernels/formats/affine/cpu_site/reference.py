@@ -42,6 +42,7 @@ def cpu_site(
     bits: int,
     group_size: int,
     act_bits: int,
+    act_group: int = 0,
 ) -> Tensor:
     """`lopro::packed_site` in fp32, rounded once to x's dtype; the packed gemm may take rounded activations.
 
@@ -52,12 +53,13 @@ def cpu_site(
         group_size: -1 or a multiple of 32.
         act_bits: 8 or 4 rounds the rotated activation to so many bits, per token and block of columns, for the packed
             gemm; the low-rank branch takes it unrounded. 0 rounds nothing.
+        act_group: columns of a block, 32, 64, 128 or -1 for all; 0 for `activation_group`.
 
     Returns:
         (..., out_features) of x's dtype.
     """
     return site(
         "affine", x, perm, signs, block, skip, down, down_scale, bias, act_bits,
-        activation_group(x.shape[-1], group_size, block > 1), codes=codes, scales=scales, zeros=zeros, up=up,
-        up_scale=up_scale, bits=bits, group_size=group_size,
+        act_group or activation_group(x.shape[-1], group_size, block > 1), codes=codes, scales=scales, zeros=zeros,
+        up=up, up_scale=up_scale, bits=bits, group_size=group_size,
     )  # fmt: skip

@@ -16,12 +16,12 @@ from lopro_fx.kernels.formats.trellis.cpu import reference
 def trellis_cpu(
     x: Tensor, perm: Tensor | None, signs: Tensor | None, block: int, skip: int, down: Tensor | None,
     down_scale: Tensor | None, scales: Tensor, codes: Tensor, bias: Tensor | None, up: Tensor | None,
-    up_scale: Tensor | None, bits: float, columns: int, window: int, strip: int, act_bits: int,
+    up_scale: Tensor | None, bits: float, columns: int, window: int, strip: int, act_bits: int, act_group: int = 0,
 ) -> Tensor:  # fmt: skip
     """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run `reference.trellis_cpu`."""
     args = (x, perm, signs, block, skip, down, down_scale, scales, codes, bias, up, up_scale, bits, columns, window,
-            strip, act_bits)  # fmt: skip
-    require_activation("trellis_cpu", x, act_bits)
+            strip, act_bits, act_group)  # fmt: skip
+    require_activation("trellis_cpu", x, act_bits, act_group)
     if x.device.type == "cpu" and native.load():
         return torch.ops.lopro.trellis_cpu.default(*args)
     return reference.trellis_cpu(*args)
@@ -36,7 +36,7 @@ def _fake(x: Tensor, *args: object) -> Tensor:
 registry.register_opaque(
     "trellis_cpu(Tensor x, Tensor? perm, Tensor? signs, int block, int skip, Tensor? down, Tensor? down_scale, "
     "Tensor scales, Tensor codes, Tensor? bias, Tensor? up, Tensor? up_scale, float bits, int columns, int window, "
-    "int strip, int act_bits) -> Tensor",
+    "int strip, int act_bits, int act_group=0) -> Tensor",
     trellis_cpu,
     _fake,
 )

@@ -6,12 +6,12 @@ namespace {
 
 Tensor trellis_cpu(Tensor x, Optional perm, Optional signs, int64_t block, int64_t skip, Optional down,
                    Optional down_scale, Tensor scales, Tensor codes, Optional bias, Optional up, Optional up_scale,
-                   double bits, int64_t columns, int64_t window, int64_t strip, int64_t act_bits) {
+                   double bits, int64_t columns, int64_t window, int64_t strip, int64_t act_bits, int64_t act_group) {
   AtenTensorHandle y;
   AOTITorchError code = aoti_torch_cpu_trellis_cpu(
       x.get(), Handle(perm).get(), Handle(signs).get(), block, skip, Handle(down).get(), Handle(down_scale).get(),
       scales.get(), codes.get(), Handle(bias).get(), Handle(up).get(), Handle(up_scale).get(), bits, columns, window,
-      strip, act_bits, &y);
+      strip, act_bits, act_group, &y);
   return result(code, y, "lopro::trellis_cpu");
 }
 

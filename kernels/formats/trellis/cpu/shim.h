@@ -6,4 +6,4 @@ extern "C" AOTITorchError aoti_torch_cpu_trellis_cpu(
     AtenTensorHandle x, AtenTensorHandle* perm, AtenTensorHandle* signs, int64_t block, int64_t skip,
     AtenTensorHandle* down, AtenTensorHandle* down_scale, AtenTensorHandle scales, AtenTensorHandle codes,
     AtenTensorHandle* bias, AtenTensorHandle* up, AtenTensorHandle* up_scale, double bits, int64_t columns,
-    int64_t window, int64_t strip, int64_t act_bits, AtenTensorHandle* y);
+    int64_t window, int64_t strip, int64_t act_bits, int64_t act_group, AtenTensorHandle* y);

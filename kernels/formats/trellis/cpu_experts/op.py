@@ -17,12 +17,12 @@ def trellis_cpu_experts(
     x: Tensor, ids: Tensor, slots: int, perm: Tensor | None, signs: Tensor | None, block: int, skip: int,
     down: Tensor | None, down_scale: Tensor | None, scales: Tensor, codes: Tensor, up: Tensor | None,
     up_scale: Tensor | None, cells: Tensor | None, core: Tensor | None, bits: float, columns: int, window: int,
-    strip: int, act_bits: int,
+    strip: int, act_bits: int, act_group: int = 0,
 ) -> Tensor:  # fmt: skip
     """Load the compiled kernel for CPU tensors and call it; elsewhere, or without it, run the definition."""
     args = (x, ids, slots, perm, signs, block, skip, down, down_scale, scales, codes, up, up_scale, cells, core, bits,
-            columns, window, strip, act_bits)  # fmt: skip
-    require_activation("trellis_cpu_experts", x, act_bits)
+            columns, window, strip, act_bits, act_group)  # fmt: skip
+    require_activation("trellis_cpu_experts", x, act_bits, act_group)
     if x.device.type == "cpu" and native.load():
         return torch.ops.lopro.trellis_cpu_experts.default(*args)
     return reference.trellis_cpu_experts(*args)
@@ -37,7 +37,7 @@ def _fake(x: Tensor, ids: Tensor, *args: object) -> Tensor:
 registry.register_opaque(
     "trellis_cpu_experts(Tensor x, Tensor ids, int slots, Tensor? perm, Tensor? signs, int block, int skip, "
     "Tensor? down, Tensor? down_scale, Tensor scales, Tensor codes, Tensor? up, Tensor? up_scale, Tensor? cells, "
-    "Tensor? core, float bits, int columns, int window, int strip, int act_bits) -> Tensor",
+    "Tensor? core, float bits, int columns, int window, int strip, int act_bits, int act_group=0) -> Tensor",
     trellis_cpu_experts,
     _fake,
 )

@@ -29,6 +29,7 @@ def trellis_cpu_experts(
     window: int,
     strip: int,
     act_bits: int,
+    act_group: int = 0,
 ) -> Tensor:
     """`lopro::trellis_experts` in fp32, after the rotation and down-projection of its input, rounded once to x's dtype.
 
@@ -39,13 +40,14 @@ def trellis_cpu_experts(
         down_scale: (rows * rank,), or None for fp16 factors.
         ids, slots, scales, codes, up, up_scale, cells, core, bits, columns, window, strip: as in
             `lopro::trellis_experts`.
-        act_bits: as in `lopro::trellis_cpu`.
+        act_bits, act_group: as in `lopro::trellis_cpu`.
 
     Returns:
         (tokens * slots, out_features) of x's dtype.
     """
     return experts(
-        "trellis", x, perm, signs, block, skip, down, down_scale, act_bits, group_for(block > 1), ids=ids, slots=slots,
+        "trellis", x, perm, signs, block, skip, down, down_scale, act_bits,
+        act_group or group_for(block > 1), ids=ids, slots=slots,
         scales=scales, codes=codes, up=up, up_scale=up_scale, cells=cells, core=core, bits=bits, columns=columns,
         window=window, strip=strip,
     )  # fmt: skip
