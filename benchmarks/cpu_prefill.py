@@ -26,9 +26,10 @@ _W8: dict[str, Any] = {"bits": 8, "act_bits": 8}
 _W4: dict[str, Any] = {"bits": 4, "group_size": 128, "act_bits": 8}
 OURS: dict[str, Method] = {
     "W8A8, a step a row and token": RTN(**_W8, group_size=-1, act_group=-1),
-    "W8A8, groups of 128": RTN(**_W8, group_size=128),
-    "W4A8, groups of 128": RTN(**_W4),
-    "W4A8, groups of 128, rotated": LoPRo(**_W4),
+    "W8A8, groups of 128, steps of 32 columns": RTN(**_W8, group_size=128),
+    "W4A8, groups of 128, a step a token": RTN(**_W4, act_group=-1),
+    "W4A8, groups of 128, steps of 32 columns": RTN(**_W4),
+    "W4A8, groups of 128, rotated, steps of 128 columns": LoPRo(**_W4),
     "W4A16, groups of 128, fp32 products": RTN(**{**_W4, "act_bits": 0}),
 }
 

@@ -100,6 +100,13 @@ def _cpu_decode() -> str:
     return table(("bits", "tokens", "affine", "trellis", "ratio"), lines)
 
 
+def _cpu_prefill() -> str:
+    """Prefill with rounded activations on a CPU."""
+    lines = [(row["case"], f"{row['ms']:.0f} ms", f"{row['times bf16']:.2f}", f"{row['times torchao']:.2f}")
+             for row in rows_of("cpu_prefill")]  # fmt: skip
+    return table(("512 tokens, 4 layers", "median", "times bf16", "times torchao, bf16"), lines)
+
+
 def _moe_edit() -> str:
     """Steps around the rounding of a large mixture."""
     lines = [
@@ -228,6 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-experts": _cpu_experts,
     "moe-edit": _moe_edit,
     "cpu-decode": _cpu_decode,
+    "cpu-prefill": _cpu_prefill,
     "gpu-experts": _gpu_experts,
     "flexible": accuracy.flexible,
     "chosen-ranks": accuracy.chosen_ranks,

@@ -67,12 +67,12 @@ def plan(
             torch.empty(_TRACED_ROWS, device="meta", dtype=torch.float32), symbolic_context=context
         ).shape[0]
     names: dict[int, str] = {}
-    slots = next((value for argument, value in zip(operator._schema.arguments, args, strict=True)
+    slots = next((value for argument, value in zip(operator._schema.arguments, args, strict=False)
                   if argument.name == "slots"), 0)  # fmt: skip
     # Without the Python dispatcher, composite operators would specialise symbolic sizes.
     with torch.no_grad(), mode, enable_python_dispatcher():
         operands: list[Any] = []
-        for argument, value in zip(operator._schema.arguments, args, strict=True):
+        for argument, value in zip(operator._schema.arguments, args, strict=False):
             if isinstance(value, Tensor):
                 shape = (rows, value.shape[-1]) if argument.name in ACTIVATIONS else value.shape
                 if argument.name == "ids" and slots:

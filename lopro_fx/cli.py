@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import lopro_fx.passes
 from lopro_fx import streams
 from lopro_fx.errors import LoProError
 
-_OK, _INTERNAL, _ERROR, _INTERRUPTED = 0, 1, 2, 130
+_OK, _INTERNAL, _ERROR, _INTERRUPTED, _TERMINATED = 0, 1, 2, 130, 143
 # Command: (module, what it does). Only the module of the given command is imported.
 _COMMANDS = {
     "quantize": ("quantize", "quantise a model, with perplexity before and after"),
@@ -28,6 +30,10 @@ _COMMANDS = {
     "report": ("report", "list what was done to each layer of a saved folder"),
 }
 _OURS = tuple(str(Path(path).resolve()) for path in (*lopro_fx.__path__, *lopro_fx.passes.__path__))
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends the run as Ctrl-C does."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; by default the process's own.
 
     Returns:
-        0, 1 after an error that is not the user's, 2 after one that is, 130 after Ctrl-C.
+        0, 1 after an error that is not the user's, 2 after one that is, 130 after Ctrl-C, 143 after SIGTERM.
     """
     streams.open_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -53,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoProError as error:
         return _fail(_ERROR, f"error: {error}", "--debug" in arguments)
     try:
-        with _quiet(args.debug):
+        with _quiet(args.debug), _ending():
             args.run(args)
+    except _TerminatedError:
+        return _fail(_TERMINATED, f"terminated{_kept(args)}", args.debug)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, f"interrupted{_kept(args)}", args.debug)
     except BrokenPipeError:  # the reader of `lopro-fx report DIR | head` has seen enough
@@ -102,6 +110,23 @@ def _quiet(debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Let SIGTERM clear up what was begun; a signal's action is the main thread's to set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:

@@ -14,6 +14,7 @@ import operator
 import os
 import tempfile
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -216,8 +217,14 @@ class CompiledProgram:
     """One program of a `.pt2` archive. Called with its inputs, lists of tensors among them; returns its only output."""
 
     def __init__(self, loader: Any, weights: Mapping[str, Tensor]) -> None:
+        self._loader = loader
         # The loader refers to the tensors, so they live as long as it does.
-        self._loader, self._weights = loader, weights
+        weakref.finalize(self, _empty, list(weights.values()), _nothing_like(weights)).atexit = False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What `compile_program` was given as metadata, and torch's own, such as AOTI_DEVICE_KEY."""
+        return dict(self._loader.get_metadata())
 
     def __call__(self, *inputs: Tensor | list[Tensor]) -> Tensor:
         flat = [tensor for value in inputs for tensor in (value if isinstance(value, list) else (value,))]
@@ -228,7 +235,11 @@ class CompiledProgram:
 def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
     """Load the compiled programs of a `.pt2` archive by name, with the weights stored beside them.
 
-    torch's own reader, `load_pt2`, does the same, but imports the compiler, which takes more memory than a small model.
+    torch's own reader, `load_pt2`, does the same, but imports the compiler, which takes more memory than a small model,
+    and keeps the weights for ever.
+
+    Raises:
+        ValueError, RuntimeError, OSError, and what damaged files raise: the archive is no such package.
     """
     from torch._C._aoti import AOTIModelPackageLoader  # pyright: ignore[reportMissingModuleSource]
 
@@ -244,20 +255,56 @@ def load_package(path: str, device_index: int) -> dict[str, CompiledProgram]:
         stored = {}
         for name in files:
             tensor = torch.load(io.BytesIO(archive.read(members[name])), weights_only=True)
-            if tensor.device.type == "cpu":
-                tensor, arena = _moved(tensor, arena)
-            stored[name.removeprefix(_WEIGHTS)] = tensor
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} holds no tensor")
+            # Places in it count from the start of its storage.
+            whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+            if whole.device.type == "cpu":
+                whole, arena = _moved(whole, arena)
+            stored[name.removeprefix(_WEIGHTS)] = whole
+    weights = {name: _views(name, config, stored) for name, config in named.items()}
     programs = {}
-    for name, config in named.items():
+    for name, views in weights.items():
         loader = AOTIModelPackageLoader(path, name, True, 1, device_index)
-        weights = {
-            fqn: stored[file].as_strided(shape, stride, stored[file].storage_offset() + offset)
-            for fqn, (file, shape, stride, offset) in config.items()
-        }
+        programs[name] = CompiledProgram(loader, views)
         use_inactive, check_full_update, user_managed = False, True, True
-        loader.load_constants(weights, use_inactive, check_full_update, user_managed)
-        programs[name] = CompiledProgram(loader, weights)
+        loader.load_constants(views, use_inactive, check_full_update, user_managed)
     return programs
+
+
+def _views(name: str, config: Any, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a program, on the memory of the stored ones."""
+    views = {}
+    for fqn, place in dict(config).items():
+        file, shape, stride, offset = place
+        numbers = (*shape, *stride, offset)
+        if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{name}: the place of {fqn} is {place}")
+        whole = stored[file]
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if 0 not in shape and last >= whole.numel():
+            raise ValueError(f"{name}: {fqn} reaches beyond {file}, which holds {whole.numel()} numbers: {place}")
+        # No view to autograd: that would keep the whole alive, see `_empty`.
+        views[fqn] = torch.empty(0, dtype=whole.dtype, device=whole.device).set_(
+            whole.untyped_storage(), whole.storage_offset() + offset, shape, stride
+        )
+    return views
+
+
+def _nothing_like(weights: Mapping[str, Tensor]) -> dict[torch.device, Tensor]:
+    return {
+        device: torch.empty(0, dtype=torch.uint8, device=device)
+        for device in {tensor.device for tensor in weights.values()}
+    }
+
+
+def _empty(tensors: list[Tensor], nothing: Mapping[torch.device, Tensor]) -> None:
+    """Take the memory from the tensors: compiled code never deletes its handles of them (seen in torch 2.13).
+
+    By `data`, which no dispatch mode sees: this runs whenever Python collects a program.
+    """
+    for tensor in tensors:
+        tensor.data = nothing[tensor.device]
 
 
 def _arena(size: int) -> Tensor:
@@ -274,7 +321,7 @@ def _arena(size: int) -> Tensor:
 
 
 def _moved(tensor: Tensor, arena: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of a contiguous tensor at the start of the arena, and the rest of the arena."""
+    """A copy of a tensor of one dimension at the start of the arena, and the rest of the arena."""
     size = tensor.numel() * tensor.element_size()
-    copy = arena[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    copy = arena[:size].view(tensor.dtype).copy_(tensor)
     return copy, arena[size + -size % 64 :]

@@ -25,7 +25,8 @@ from lopro_fx.passes.ties import identity
 from lopro_fx.passes.weights import tensor_of
 from lopro_fx.store.checkpoint import save
 from lopro_fx.store.files import replacing
-from lopro_fx.store.manifest import JOURNAL, require_ours
+from lopro_fx.store.journal import delete_journal, require_journal
+from lopro_fx.store.manifest import JOURNAL, add_companions, require_ours, written
 from lopro_fx.store.tensors import unique
 
 # Bytes that a node of the graph takes in program.json and record.json, with room: 850 to 1500 measured.
@@ -52,6 +53,7 @@ class Target:
         self.journal = journal_of(folder)
         try:
             require_ours(folder)
+            require_journal(self.journal)
             self.journal.parent.mkdir(parents=True, exist_ok=True)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"--out {first_line(error)}") from error
@@ -87,13 +89,14 @@ class Target:
         """
         from lopro_fx.report import report
 
-        with replacing(self.folder) as temporary:
+        with replacing(self.folder, written) as temporary:
             save(program, temporary)
             with quiet():
                 for companion in companions:
                     companion.save_pretrained(temporary)
             write_result(str(temporary / "report.json"), {**result(), "layers": list(report(program).rows)})
-        shutil.rmtree(self.journal, ignore_errors=True)
+            add_companions(temporary)
+        delete_journal(self.journal)
 
 
 def costs(started: float) -> dict[str, float]:

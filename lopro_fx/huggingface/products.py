@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 
 from lopro_fx.huggingface.modules import PackedEmbedding, PackedModule, PackedWeight, layout_of
 from lopro_fx.kernels.activation.delivery import ACTIVATIONS
 from lopro_fx.kernels.formats.registry import dequantize, known_format, rounding_operands
-from lopro_fx.layer import Activation, Input, Layer, Transform, branch, dense_weight, factor_of
+from lopro_fx.layer import Input, Layer, Transform, branch, dense_weight, factor_of
 
 _SHARED = ("perm", "signs", "down", "down_scale")
 
@@ -50,6 +49,8 @@ class PackedProduct(PackedWeight):
     branch_names: ClassVar[tuple[str, ...]]
     # Dimension of the components of `up`.
     up_dim: ClassVar[int]
+    # Kind of the format's operator that is compiled for CPUs.
+    native_kind: ClassVar[str]
     in_features: int
     act_bits: int
     _shared: tuple[PackedInput]
@@ -60,17 +61,30 @@ class PackedProduct(PackedWeight):
         if owner:
             self.input = shared
         self._shared = (shared,)
+        # Not in `forward`: torch.compile can't trace a look at an operator's schema.
+        self._group = self._group_operand()
 
     @property
     def shared(self) -> PackedInput:
         return self._shared[0]
 
-    def native_rounding(self, operator: OpOverload) -> dict[str, int] | None:
-        """Operands by which the compiled kernel rounds the input as `shared` says, or as it likes; None if it can't."""
+    def native(self, x: Tensor, gradients: bool) -> Any:
+        """The compiled kernel, which has no derivative, if it serves x and rounds as `shared` says; else None."""
+        if gradients or x.device.type != "cpu" or self._group is None:
+            return None
+        return self.operator(self.native_kind)
+
+    def native_rounding(self) -> dict[str, int]:
+        """Operands by which the compiled kernel rounds the input."""
+        rounded = self.shared.activation
+        return {"act_bits": self.act_bits if rounded is None else rounded.bits, **(self._group or {})}
+
+    def _group_operand(self) -> dict[str, int] | None:
+        """Operand for the columns that share a step; None where the compiled kernel is absent, or can't have them."""
+        operator = self.operator(self.native_kind)
         own = known_format(self.layout.format).activation_group(self.layout, self.shared.block > 1)
-        rounded = self.shared.activation or Activation(self.act_bits, own)
-        group = rounding_operands(operator, own, rounded.group)
-        return None if group is None else {"act_bits": rounded.bits, **group}
+        rounded = self.shared.activation
+        return None if operator is None else rounding_operands(operator, own, own if rounded is None else rounded.group)
 
     def turned(self, x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """Rotate x by the input's tensors; return it with its latent, None without a branch."""
@@ -114,6 +128,7 @@ class PackedLinear(PackedProduct, nn.Linear):
     """
 
     branch_names = ("up", "up_scale")
+    native_kind = "cpu"
     up_dim = 1
     up: Tensor | None
     up_scale: Tensor | None
@@ -142,10 +157,8 @@ class PackedLinear(PackedProduct, nn.Linear):
         operands = (x, perm, signs, shared.block, shared.skip, down, down_scale, *self.table_tensors(), self.bias,
                     self.up, self.up_scale, *self.numbers)  # fmt: skip
         gradients = _asks_for_gradients(operands)
-        # The compiled operator has no derivative.
-        native = None if gradients or x.device.type != "cpu" else self.operator("cpu")
-        if native is not None and (rounding := self.native_rounding(native)) is not None:
-            return native(*operands, **rounding)
+        if (native := self.native(x, gradients)) is not None:
+            return native(*operands, **self.native_rounding())
         if shared.activation is None:
             return self.operator("site")(*operands)
         x, latent = self.turned(x, (perm, signs, down, down_scale))
@@ -175,6 +188,7 @@ class PackedExperts(PackedProduct):
     """
 
     branch_names = ("up", "up_scale", "cells", "core")
+    native_kind = "cpu_experts"
     up_dim = -1
     # transformers initialises what stands under the parameter's name, unless this says that it needn't.
     _is_hf_initialized = True
@@ -193,11 +207,9 @@ class PackedExperts(PackedProduct):
         tensors = perm, signs, down, down_scale = shared()
         own, low = self.table_tensors(), self.held(self.branch_names)
         gradients = _asks_for_gradients((x, *tensors, *own, *low))
-        # Neither operator has a derivative.
-        native = None if gradients or x.device.type != "cpu" else self.operator("cpu_experts")
-        if native is not None and (rounding := self.native_rounding(native)) is not None:
+        if (native := self.native(x, gradients)) is not None:
             return native(x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low,
-                          *self.numbers, **rounding)  # fmt: skip
+                          *self.numbers, **self.native_rounding())  # fmt: skip
         if not gradients and shared.activation is None:
             return self.operator("experts_site")(
                 x, ids, slots, perm, signs, shared.block, shared.skip, down, down_scale, *own, *low, *self.numbers

@@ -50,8 +50,8 @@ class PackedNames:
         renamed = {}
         for stored, name in names.items():
             if stored != name:
-                renamed |= zip(_forms(model, stored), _forms(model, name), strict=True)
-        tensors = (form for name in (*names, *names.values()) for form in _forms(model, name))
+                renamed |= zip(forms(model, stored), forms(model, name), strict=True)
+        tensors = (form for name in (*names, *names.values()) for form in forms(model, name))
         return cls(renamed, frozenset(tensors))
 
     def conversions(self, known: Iterable[Any]) -> list[Any]:
@@ -76,7 +76,7 @@ def names_in_files(name: str, module: PackedModule) -> dict[str, str]:
     return names
 
 
-def _forms(model: Any, name: str) -> tuple[str, str, str]:
+def forms(model: Any, name: str) -> tuple[str, str, str]:
     """A name with and without the prefix of the base model, since files may hold either."""
     prefix = f"{model.base_model_prefix}."
     return name, prefix + name, name.removeprefix(prefix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from itertools import chain
@@ -12,15 +11,16 @@ from typing import Any
 
 from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.huggingface import layout
+from lopro_fx.huggingface.listing import REPORT, list_files, written
 from lopro_fx.huggingface.replace import replace_modules, tied_embeddings, untie
 from lopro_fx.huggingface.unpacked import beside_packed, put_weights, without_others
 from lopro_fx.huggingface.versions import require_transformers
 from lopro_fx.kernels.activation.delivery import DEFAULT
 from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
-from lopro_fx.store.files import replacing, require_writable, write_json
+from lopro_fx.store.files import recover, replacing, require_writable, write_json
+from lopro_fx.store.reading import entry, read_json
 
-REPORT = "lopro_fx_report.json"
 _CONFIG = "config.json"
 
 
@@ -59,12 +59,12 @@ def save_pretrained(
     """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once `lopro_fx` is imported.
 
     It holds `config.json` with the quantisation's configuration, `generation_config.json`, weights in safetensors
-    shards with an index, the tokenizer's files, and the report of each layer in `lopro_fx_report.json`. Unquantised
-    tensors keep their dtype; tied weights stay tied.
+    shards with an index, the tokenizer's files, and `lopro_fx_report.json`: the report of each layer, and the size and
+    SHA-256 of every other file. Unquantised tensors keep their dtype; tied weights stay tied.
 
     Args:
         model, state, activations: as in `pack_model`.
-        folder: new, empty, or a folder that this function wrote, which is then replaced.
+        folder: new, empty, or a folder that this function wrote. Its files are then replaced, others in it stay.
         tokenizer: written too, if given.
         max_shard_size: bytes, or a text such as "500MB" or "5GB".
 
@@ -77,11 +77,11 @@ def save_pretrained(
     size = shard_bytes(max_shard_size)
     require_replaceable(folder)
     packed, state = _pack(model, state, activations)
-    with replacing(folder) as temporary, quiet():
+    with replacing(folder, written) as temporary, quiet():
         packed.save_pretrained(temporary, max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        write_json(temporary / REPORT, _report(state))
+        write_json(temporary / REPORT, {**_report(state), "files": list_files(temporary)})
 
 
 def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantState]:
@@ -141,15 +141,14 @@ def require_replaceable(folder: Path) -> None:
     Raises:
         CheckpointError: it is one.
     """
+    recover(folder)
     require_writable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        ours = (
-            json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
-            == "lopro_fx"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_json(folder / _CONFIG, dict)
+        ours = entry(config, "quantization_config", dict, folder / _CONFIG).get("quant_method") == "lopro_fx"
+    except CheckpointError:
         ours = False
     if not ours:
         raise CheckpointError(f"{folder} exists and was not written by lopro_fx; name another folder or delete it")

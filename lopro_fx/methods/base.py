@@ -152,8 +152,8 @@ class Method:
             model's inputs throughout.
         act_bits: 8 or 4 rounds the activations that a packed weight multiplies, in the program and while calibrating
             later layers: to nearest, symmetric, one step per token and column group. 0 rounds nothing.
-        act_group: columns that share a step: 32, 64, 128, -1 for all of a token's, or 0 for the size that compiled
-            kernels take: 128 for a rotated input, else 32, limited by the weight's column groups.
+        act_group: columns that share a step: 32, 64, 128, -1 for all of a token's, or 0 for 128 of a
+            rotated input, else 32, limited by the weight's column groups.
         seed: seed of every random choice (signs, sketches).
         overrides: settings of some Linears, by fnmatch pattern on the fully qualified name, such as
             `{"*.down_proj": {"bits": 4}}`; of several patterns that match, the last one counts. Linears that read one

@@ -2,7 +2,7 @@
 
     data/aotinductor/prefill/…, data/aotinductor/decode/…   compiled programs
     data/weights/…                                          every tensor once, in torch.save's form
-    extra/lopro_fx.json                                     manifest
+    extra/lopro_fx.json                                     manifest, with the SHA-256 of every other member
     extra/tokenizer/…                                       the tokenizer's text files
 
 A process without lopro_fx reads it with `load_pt2(path, load_weights_from_disk=True)` of
@@ -11,12 +11,17 @@ A process without lopro_fx reads it with `load_pt2(path, load_weights_from_disk=
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 import tempfile
 import time
 import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +29,7 @@ from torch.export import ExportedProgram
 
 from lopro_fx.__about__ import __version__
 from lopro_fx.errors import CheckpointError, first_line
+from lopro_fx.generation.cache import BITS
 from lopro_fx.generation.generator import Generator
 from lopro_fx.generation.programs import DECODE, PREFILL, CacheSpec, GenerationPrograms
 from lopro_fx.kernels.activation.delivery import DEFAULT
@@ -44,6 +50,12 @@ _LARGE = 1 << 16
 
 # A package unpacks to no more than this many times its size, and this many bytes.
 _MOST_GROWTH, _LEAST_GROWTH = 20, 1 << 26
+_MOST_MANIFEST = 1 << 24
+_CHUNK = 1 << 20
+# What zipfile raises for damaged archives.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
+# Keys of the programs' metadata that older packages lack.
+_NEWER = ("vocabulary",)
 
 
 def package(
@@ -78,12 +90,10 @@ def package(
             name: compile_program(program, folder / name, apart=True, metadata=notes)
             for name, program in programs.items()
         }
-        manifest = _manifest(programs, device, activations, tokenizer)
-        extra = {_MANIFEST: json.dumps(manifest, indent=1), **_tokenizer_files(tokenizer)}
         try:
             whole = folder / "whole.pt2"
-            compat.write_package(str(whole), files, extra)
-            _compress(whole, temporary)
+            compat.write_package(str(whole), files, _tokenizer_files(tokenizer))
+            _compress(whole, temporary, _manifest(programs, device, activations, tokenizer))
         except RuntimeError as error:
             raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(programs.decode), time.monotonic() - started)
@@ -92,32 +102,41 @@ def package(
 def load_package(path: str | Path, *, device_index: int = -1) -> Generator:
     """Load a package, ready to generate; its tokenizer is `generator.tokenizer` if transformers is installed.
 
+    A package is native code, which runs with your rights: load only what you trust. The checks find damage and
+    mix-ups, not malice.
+
+    The weights are freed with the Generator. Its machine code stays mapped as long as the process runs, and each load
+    maps it anew: about a megabyte for a small model.
+
     Args:
         path: what `package` wrote.
         device_index: which GPU, for a package compiled for one.
 
     Raises:
-        CheckpointError: the file is missing, truncated, damaged, not a package of ours or of another version, or was
-            compiled for another processor or device.
+        CheckpointError: the file is missing, truncated, damaged, not a package of ours or of another version, was
+            compiled for another processor or device, or its manifest describes other programs.
     """
     path = Path(path)
     manifest = read_manifest(path)
     device = _require_device(path, manifest, device_index)
     try:
         programs = compat.load_package(str(path), device_index)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, LookupError, TypeError, OverflowError, UnpicklingError, *_UNREADABLE) as error:
         raise CheckpointError(
             f"{path}, written by torch {manifest['torch']}, can't be loaded by torch {torch.__version__}: "
             f"{first_line(error)}"
         ) from error
     cache = CacheSpec.from_dict(manifest["cache"])
+    _require_described(path, {**_flat(cache), "AOTI_DEVICE_KEY": manifest["device"]}, programs)
     return Generator(
         programs[PREFILL], programs[DECODE], cache, tokenizer=lambda: _tokenizer(path), device=device, info=manifest
     )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a package's manifest, after checking that every byte of the package is as it was written.
+    """Read a package's manifest, after checking its types and that every byte of the package is as it was written.
+
+    Packages of before manifests had hashes are checked by their CRC alone.
 
     Raises:
         CheckpointError: as `load_package`.
@@ -126,21 +145,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no file; a package is one")
     try:
         with zipfile.ZipFile(path) as archive:
-            _require_plain(path, archive)
-            damaged = archive.testzip()
-            names = {name.partition("/")[2]: name for name in archive.namelist()}
-            text = archive.read(names[_EXTRA + _MANIFEST]) if _EXTRA + _MANIFEST in names else None
+            members = _plain_members(path, archive)
+            manifest = _parsed(path, archive, members.pop(_EXTRA + _MANIFEST, None))
+            _require_whole(path, archive, members, manifest.get("members"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} is truncated, or no package ({first_line(error)}); write it again") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: {damaged} is not as it was written")
+    return manifest
+
+
+def _parsed(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo | None) -> dict[str, Any]:
+    """Read the manifest and check the type of what is read of it later.
+
+    Raises:
+        CheckpointError: it is none of ours, of another version, or an entry has another type.
+    """
+    if member is not None and member.file_size > _MOST_MANIFEST:
+        raise CheckpointError(
+            f"{path}: its manifest has {member.file_size:,} bytes, {_MOST_MANIFEST:,} at most are read"
+        )
     try:
-        manifest = json.loads(text) if text is not None else {}
-    except ValueError as error:
+        manifest = json.loads(archive.read(member)) if member is not None else {}
+    except (*_UNREADABLE, RecursionError) as error:
         raise CheckpointError(f"{path}: its manifest is damaged: {first_line(error)}") from error
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was not written by lopro_fx.package; torch._inductor.aoti_load_package loads a single program"
         )
@@ -149,14 +178,89 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('version')}, but lopro_fx {__version__} reads version {VERSION}: "
             f"use the lopro_fx that wrote it ({manifest.get('lopro_fx')})"
         )
+    wrong = _wrong_entry(manifest)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: its manifest is damaged: {wrong} is missing, or not what packages hold")
     return manifest
 
 
-def _require_plain(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse what would be written outside of the folder that torch unpacks to, and what grows without measure.
+def _wrong_entry(manifest: dict[str, Any]) -> str | None:
+    """Name an entry that `_manifest` would not write; None if there is none."""
+    cache, members, sets = manifest.get("cache"), manifest.get("members", {}), manifest.get("instruction_sets")
+    if not isinstance(cache, dict) or not set(cache) <= {field.name for field in fields(CacheSpec)}:
+        return "cache"
+    texts = ("lopro_fx", "torch", "device", "machine", "activations")
+    right = {name: isinstance(manifest.get(name), str) for name in texts}
+    right["instruction_sets"] = isinstance(sets, list) and all(isinstance(name, str) for name in sets)
+    right["decode_bytes"] = _is_count(manifest.get("decode_bytes"))
+    right["members"] = isinstance(members, dict) and all(isinstance(digest, str) for digest in members.values())
+    right |= {f"cache.{name}": _is_count(cache.get(name)) for name in ("batch_size", "max_cache_len", "vocabulary")}
+    right |= {f"cache.{name}": _are_sizes(cache.get(name)) for name in ("keys", "values")}
+    right["cache.dtype"] = isinstance(getattr(torch, str(cache.get("dtype")), None), torch.dtype)
+    right["cache.bits"] = type(cache.get("bits", 0)) is int and cache.get("bits", 0) in BITS
+    return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 63
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it is [[heads, head_dim], …]."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in value
+    )
+
+
+def _require_whole(
+    path: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], digests: Mapping[str, str] | None
+) -> None:
+    """Read every member once, for its CRC, and compare its SHA-256 if there are `digests`.
 
     Raises:
-        CheckpointError: names the member, or the size.
+        CheckpointError: names a member that is missing, changed or too many.
+    """
+    for name in sorted(members.keys() ^ digests.keys()) if digests is not None else ():
+        state = "is not one of those that were written" if name in members else "is missing"
+        raise CheckpointError(f"{path} is damaged: {name} {state}")
+    for name, member in members.items():
+        digest = hashlib.sha256()
+        try:
+            with archive.open(member) as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{path} is damaged: {name} can't be read: {first_line(error)}") from error
+        if digests is not None and digest.hexdigest() != digests[name]:
+            raise CheckpointError(f"{path} is damaged: {name} is not as it was written")
+
+
+def _require_described(
+    path: Path, described: Mapping[str, str], programs: Mapping[str, compat.CompiledProgram]
+) -> None:
+    """Refuse programs that were compiled for other inputs: they would read and write beyond what they are given.
+
+    Raises:
+        CheckpointError: names the program, and the key of its metadata.
+    """
+    for name in (PREFILL, DECODE):
+        if name not in programs:
+            raise CheckpointError(f"{path} holds no program '{name}'; write it again")
+        metadata = programs[name].metadata
+        for key, value in described.items():
+            found = metadata.get(key, value if key in _NEWER else None)
+            if found != value:
+                raise CheckpointError(
+                    f"{path}: its manifest has {key} {value!r}, but '{name}' was compiled for {found!r}; write it again"
+                )
+
+
+def _plain_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Members by their names inside the archive's folder.
+
+    Raises:
+        CheckpointError: one would be written outside of the folder that torch unpacks to, or is encrypted or packed
+            otherwise than in a package; two have one name; or they grow without measure.
     """
     members = archive.infolist()
     for member in members:
@@ -164,11 +268,20 @@ def _require_plain(path: Path, archive: zipfile.ZipFile) -> None:
         link = stat.S_ISLNK(member.external_attr >> 16)
         if link or name.is_absolute() or ".." in name.parts or set(member.filename) & set("\\:\0"):
             raise CheckpointError(f"{path}: its member {member.filename!r} is outside of the package; don't load it")
-    if len({member.filename for member in members}) < len(members):
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(f"{path}: its member {member.filename!r} is packed otherwise than in a package")
+    inner = {_inner(member): member for member in members}
+    if len(inner) < len(members):
         raise CheckpointError(f"{path} holds two members of one name; write it again")
     size = sum(member.file_size for member in members)
     if size > _MOST_GROWTH * path.stat().st_size + _LEAST_GROWTH:
         raise CheckpointError(f"{path} would unpack to {size:,} bytes, more than packages do; don't load it")
+    return inner
+
+
+def _inner(member: zipfile.ZipInfo) -> str:
+    """Name without the first folder, which is the archive's name."""
+    return member.filename.partition("/")[2]
 
 
 def _prepared(program: ExportedProgram, device: torch.device, activations: str) -> ExportedProgram:
@@ -193,18 +306,27 @@ def _manifest(programs: GenerationPrograms, device: torch.device, activations: s
     }
 
 
-def _compress(source: Path, target: Path) -> None:
-    """Copy the archive, compressing all but large tensors: torch reads compressed entries, but can't write them."""
+def _compress(source: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Copy the archive, compressing all but large tensors, and add the manifest with the hashes of all members.
+
+    torch reads compressed entries, but can't write them.
+    """
+    digests: dict[str, str] = {}
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as smaller:
-        for info in archive.infolist():
-            # The archive's name is its first folder.
-            inner = info.filename.partition("/")[2]
-            large = inner.startswith(_WEIGHTS) and info.file_size > _LARGE
-            method = zipfile.ZIP_STORED if large else zipfile.ZIP_DEFLATED
+
+        def write(inner: str, content: bytes | str, method: int) -> None:
             # Without the time: the same files make the same bytes.
             plain = zipfile.ZipInfo(f"{target.stem}/{inner}")
             plain.external_attr = 0o600 << 16
-            smaller.writestr(plain, archive.read(info), method)
+            smaller.writestr(plain, content, method)
+
+        for info in archive.infolist():
+            inner, content = _inner(info), archive.read(info)
+            large = inner.startswith(_WEIGHTS) and info.file_size > _LARGE
+            write(inner, content, zipfile.ZIP_STORED if large else zipfile.ZIP_DEFLATED)
+            digests[inner] = hashlib.sha256(content).hexdigest()
+        text = json.dumps({**manifest, "members": digests}, indent=1)
+        write(_EXTRA + _MANIFEST, text, zipfile.ZIP_DEFLATED)
 
 
 def _flat(cache: CacheSpec) -> dict[str, str]:
@@ -215,6 +337,7 @@ def _flat(cache: CacheSpec) -> dict[str, str]:
         "max_cache_len": str(cache.max_cache_len),
         "cache_dtype": str(cache.stored_dtype).removeprefix("torch."),
         "cache_heads": " ".join(shapes),
+        "vocabulary": str(cache.vocabulary),
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from lopro_fx.passes.weights import parameter_fqns
 from lopro_fx.state import QuantState
 from lopro_fx.store import inputs, records, tensors
 from lopro_fx.store.files import replacing, write_tensors
-from lopro_fx.store.manifest import read_manifest, require_ours, write_manifest
+from lopro_fx.store.manifest import read_manifest, require_ours, write_manifest, written
+from lopro_fx.store.reading import interpreting, read_json
 from lopro_fx.store.vetting import foreign_operators, vet, vet_code
 
 TENSORS, PROGRAM, RECORD = "tensors.safetensors", "program.json", "record.json"
@@ -43,10 +44,11 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
     """Write a program, quantised or not, so that `load` gives it back with its record, dynamic shapes and ties.
 
     A non-persistent buffer that the graph writes (a KV cache) is stored as zeros. The program itself is not changed.
+    Equal programs are stored as equal bytes: the seconds that a run took are left out.
 
     Args:
         program: what to save.
-        folder: a new or empty folder, or one that lopro_fx wrote, which is then replaced.
+        folder: a new or empty folder, or one that lopro_fx wrote. Its files are then replaced, others in it stay.
 
     Raises:
         CheckpointError: the folder holds something else or can't be written (nothing is left half-written), or the
@@ -68,10 +70,10 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
         "state_dict": list(program.state_dict),
         "constants": list(program.constants),
         "example_inputs": examples,
-        "program": record_of(program, "save") if is_quantised(program) else None,
+        "program": _timeless(record_of(program, "save")) if is_quantised(program) else None,
         "nodes": marks_of(program),
     }
-    with replacing(folder) as temporary:
+    with replacing(folder, written) as temporary:
         temporary.mkdir()
         write_tensors(temporary / TENSORS, unique, {"format": "pt"})
         _write(temporary / PROGRAM, graph)
@@ -96,18 +98,20 @@ def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
 
     folder = Path(folder)
     manifest = read_manifest(folder, "program", _PROGRAM_FILES)
-    graph, record = _read(folder / PROGRAM), _read(folder / RECORD)
-    vet(graph, str(folder / PROGRAM), trust)
-    try:
-        values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
-        state = {name: values[name] for name in record["state_dict"]}
-        prefix = _prefix(state)
-        constants = {name: values[prefix + name] for name in record["constants"]}
-        examples = record["example_inputs"] and inputs.decode(record["example_inputs"], values)
-    except KeyError as error:
-        raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the program again") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder / TENSORS}: a tensor can't be placed: {first_line(error)}") from error
+    graph, record = read_json(folder / PROGRAM, dict), read_json(folder / RECORD, dict)
+    with interpreting(folder / PROGRAM):
+        vet(graph, str(folder / PROGRAM), trust)
+    with interpreting(folder / RECORD):
+        try:
+            values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
+            state = {name: values[name] for name in record["state_dict"]}
+            prefix = _prefix(state)
+            constants = {name: values[prefix + name] for name in record["constants"]}
+            examples = record["example_inputs"] and inputs.decode(record["example_inputs"], values)
+        except KeyError as error:
+            raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the program again") from error
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / TENSORS}: a tensor can't be placed: {first_line(error)}") from error
     try:
         program = serde.program_from_json(graph, state, constants, examples)
     except Exception as error:  # torch's reader raises anything on a schema that it doesn't know
@@ -115,12 +119,13 @@ def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
             f"{folder / PROGRAM}, written by torch {manifest['torch']}, can't be read by torch {torch.__version__} "
             f"({first_line(error)})"
         ) from error
-    restore(program, record["program"], record["nodes"])
-    fqns = parameter_fqns(program)
-    for node in program.graph.nodes:
-        perm = operands(node).named.get("perm") if is_ours(node) else None
-        if perm is not None and perm.name in fqns:
-            records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
+    with interpreting(folder / RECORD):
+        restore(program, record["program"], record["nodes"])
+        fqns = parameter_fqns(program)
+        for node in program.graph.nodes:
+            perm = operands(node).named.get("perm") if is_ours(node) else None
+            if perm is not None and perm.name in fqns:
+                records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
     return program
 
 
@@ -138,10 +143,10 @@ def save_state(state: QuantState, folder: str | Path) -> None:
         "layout": layout,
         "config": state.config,
         "skipped": state.skipped,
-        "info": state.info,
-        **records.describe(inputs, layers),
+        "info": _timeless(state.info),
+        **_timeless(records.describe(inputs, layers)),
     }
-    with replacing(folder) as temporary:
+    with replacing(folder, written) as temporary:
         temporary.mkdir()
         write_tensors(temporary / TENSORS, unique, {"format": "pt"})
         _write(temporary / RECORD, record)
@@ -157,16 +162,17 @@ def load_state(folder: str | Path) -> QuantState:
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "state", _STATE_FILES)
-    record = _read(folder / RECORD)
-    if manifest["version"] == 2:
-        record = {**records.from_version_2(record), "skipped": record["left"]}
-    try:
-        values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
-        inputs, layers = records.restore(record, records.among(values))
-    except KeyError as error:
-        raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the state again") from error
-    skipped = [(name, reason) for name, reason in record["skipped"]]
-    return QuantState(record["config"], inputs, layers, skipped, record["info"])
+    record = read_json(folder / RECORD, dict)
+    with interpreting(folder / RECORD):
+        if manifest["version"] == 2:
+            record = {**records.from_version_2(record), "skipped": record["left"]}
+        try:
+            values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
+            inputs, layers = records.restore(record, records.among(values))
+        except KeyError as error:
+            raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the state again") from error
+        skipped = [(name, reason) for name, reason in record["skipped"]]
+        return QuantState(record["config"], inputs, layers, skipped, record["info"])
 
 
 def _values(program: ExportedProgram) -> dict[str, Tensor]:
@@ -183,6 +189,13 @@ def _values(program: ExportedProgram) -> dict[str, Tensor]:
     return values
 
 
+def _timeless(record: Any) -> Any:
+    """The record without the seconds that steps took: the same run writes the same bytes."""
+    if isinstance(record, Mapping):
+        return {key: _timeless(value) for key, value in record.items() if key != "seconds"}
+    return record
+
+
 def _prefix(state: Iterable[str]) -> str:
     """Return a prefix for constants' names that no parameter's or buffer's name has."""
     prefix = _CONSTANT
@@ -193,10 +206,3 @@ def _prefix(state: Iterable[str]) -> str:
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error

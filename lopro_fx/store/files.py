@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,8 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lopro_fx.errors import CheckpointError, first_line
+from lopro_fx.store.exchange import (
+    NEW,
+    Owned,
+    exchange_beside,
+    exchange_inside,
+    finish_dead,
+    make_scratch,
+    sync,
+    sync_folder,
+)
 
-_PREFIX = ".lopro_fx-"
 # Errors of renaming a mount point, and of making a file in a folder that isn't writable.
 _FIXED = (errno.EBUSY, errno.EXDEV)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -34,8 +42,12 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, owned: Owned = lambda folder: None) -> Iterator[Path]:  # noqa: ARG005
     """Yield a temporary path; the file or folder there replaces `path` when the block ends without an error.
+
+    What is new is on the disk before it replaces the old. Of a folder that exists by then, what `owned` doesn't name
+    stays: files of the user's, also such as appeared meanwhile. One whose name is needed is renamed, with a warning.
+    What a process that was killed has left beside `path` is finished or deleted first.
 
     Links are resolved: a link stays, and its target is replaced. Mode and owner are kept, and new files have the mode
     that the umask allows. A file that can't be exchanged is written through: a device, a FIFO, standard output, a file
@@ -50,16 +62,20 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         target = _resolved(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
         scratch = _scratch(target)
         # In a folder of its own: the user's name for it may be one that is used here.
-        (scratch / "new").mkdir()
-        temporary = scratch / "new" / target.name
+        (scratch / NEW).mkdir()
+        temporary = scratch / NEW / target.name
         yield temporary
         _set_mode(temporary, scratch)
+        sync(temporary)
         if temporary.is_dir() and target.is_dir():
-            _exchange_folder(target, temporary, scratch)
+            _hand_on(target, temporary)
+            (exchange_inside if scratch.parent == target else exchange_beside)(target, temporary, scratch, owned)
         else:
             _exchange_file(target, temporary, scratch)
+        sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left half-written") from error
     finally:
@@ -90,6 +106,13 @@ def require_writable(path: Path) -> None:
         raise CheckpointError(f"{path} can't be written: {reason_of(error)}") from error
 
 
+def recover(path: Path) -> None:
+    """Finish what processes that were killed have left of `path`, beside it or in it."""
+    for place in (path.parent, path):
+        if place.is_dir():
+            finish_dead(place)
+
+
 def same_place(one: Path, other: Path) -> bool:
     """Whether two paths stand for one file or folder, which need not exist."""
     return _resolved(one) == _resolved(other)
@@ -107,15 +130,15 @@ def _resolved(path: Path) -> Path:
 def _scratch(target: Path) -> Path:
     """Make a new folder, on the target's file system where possible."""
     if target.is_dir() and os.path.ismount(target):
-        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+        return make_scratch(target)
     if target.exists() and not target.is_file() and not target.is_dir():
-        return Path(tempfile.mkdtemp(prefix=_PREFIX))
+        return make_scratch(None)
     try:
-        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
+        return make_scratch(target.parent)
     except OSError as error:
         if error.errno not in _CLOSED or not os.access(target, os.W_OK):
             raise
-        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target if target.is_dir() else None))
+        return make_scratch(target if target.is_dir() else None)
 
 
 def _set_mode(new: Path, scratch: Path) -> None:
@@ -167,28 +190,6 @@ def _own(target: Path) -> int | None:
                 stream.flush()
                 return descriptor
     return None
-
-
-def _exchange_folder(folder: Path, new: Path, scratch: Path) -> None:
-    """Put the new folder, or its contents, in the place of the old; the old one comes back if anything fails."""
-    # A rename can't replace a folder that holds files, so the old one moves away first.
-    old = scratch / "old"
-    _hand_on(folder, new)
-    if scratch.parent != folder:
-        moves = [(folder, old), (new, folder)]
-    else:
-        old.mkdir()
-        moves = [(entry, old / entry.name) for entry in folder.iterdir() if entry != scratch]
-        moves += [(entry, folder / entry.name) for entry in new.iterdir()]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for move in moves:
-            os.replace(*move)
-            done.append(move)
-    except BaseException:
-        for source, destination in reversed(done):
-            os.replace(destination, source)
-        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lopro_fx.errors import CheckpointError
 from lopro_fx.methods.base import Method, Solved
 from lopro_fx.passes.fingerprint import Digest
 from lopro_fx.store.files import replacing, write_json, write_tensors
+from lopro_fx.store.reading import read_json
 from lopro_fx.store.records import among, describe, restore, tensors_of
 
 _LONGEST = 100
@@ -33,11 +35,35 @@ _PLAN, _MARKER = "plan.json", "run.json"
 _PLAIN = re.compile(rf"[a-z0-9._]{{1,{_LONGEST}}}")
 
 
+def require_journal(folder: Path) -> None:
+    """Refuse a folder that holds something else than a journal.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}, for finished layers, exists and is no folder; rename it")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if entries and not (folder / _MARKER).is_file():
+        raise CheckpointError(f"{folder}, for finished layers, exists and was not written by lopro_fx; rename it")
+    # Results would be written into it, and a FIFO waits for its reader.
+    if strange := [path for path in entries if path.suffix in (".safetensors", ".json") and not path.is_file()]:
+        raise CheckpointError(f"{strange[0]} is no regular file; delete it")
+
+
+def delete_journal(folder: Path) -> None:
+    """Delete a journal's files, and its folder if nothing else is in it."""
+    with suppress(OSError):
+        for path in (*folder.glob("*.safetensors"), folder / _PLAN, folder / _MARKER):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 class Journal:
     """Folder with one safetensors file per finished unit.
 
     Raises:
-        CheckpointError: the folder belongs to another run, or can't be written.
+        CheckpointError: the folder belongs to another run, holds something else, or can't be written.
     """
 
     def __init__(
@@ -51,11 +77,12 @@ class Journal:
         self._folder = Path(folder)
         self._run = _fingerprint(program, config, batches, budget)
         marker = self._folder / _MARKER
+        require_journal(self._folder)
         if marker.exists():
             try:
-                found = json.loads(marker.read_text(encoding="utf-8"))["fingerprint"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{marker} can't be read; delete {self._folder} and start again") from error
+                found = read_json(marker, dict).get("fingerprint")
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; delete {self._folder} and start again") from error
             if found != self._run:
                 raise CheckpointError(
                     f"{self._folder} holds a run of another model, calibration, setting or version; delete it or name "
@@ -68,7 +95,7 @@ class Journal:
     def read(self, name: str) -> Solved | None:
         """Read a finished unit, or None; a damaged file, or one of another unit or run, counts as unfinished."""
         path = self._path(name)
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -98,8 +125,8 @@ class Journal:
     def read_plan(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
         """Read the overrides of a plan and its figures, or None; a damaged file counts as no plan."""
         try:
-            overrides, figures, seal = json.loads((self._folder / _PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, RecursionError):
+            overrides, figures, seal = read_json(self._folder / _PLAN, list)
+        except (CheckpointError, ValueError):
             return None
         return (overrides, figures) if seal == self._seal(_PLAN, _text(overrides, figures), {}) else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from lopro_fx.__about__ import __version__
-from lopro_fx.errors import CheckpointError, first_line
-from lopro_fx.store.files import require_writable, write_json
+from lopro_fx.errors import CheckpointError
+from lopro_fx.store.files import recover, require_writable, write_json
+from lopro_fx.store.reading import read_json, require_file
 
 MANIFEST = "lopro_fx.json"
 JOURNAL = ".partial"  # of an unfinished run, inside a folder whose parent isn't writable
@@ -20,6 +20,9 @@ FORMAT = "lopro_fx checkpoint"
 VERSION = 3
 # Versions that are read: a program is the same in both.
 _READ = (2, VERSION)
+# Files of tokenizers, configurations and reports beside a program.
+_COMPANIONS = ("report.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+               "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "*.model")  # fmt: skip
 
 
 def write_manifest(folder: Path, kind: str, files: Sequence[str]) -> None:
@@ -41,14 +44,7 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder" if not folder.exists() else f"{folder} is not a folder")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} was not written by lopro_fx: it has no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {first_line(error)}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} was not written by lopro_fx: its {MANIFEST} does not name the format")
+    manifest = _parsed(folder)
     if manifest.get("version") not in _READ:
         raise CheckpointError(
             f"{folder} has format version {manifest.get('version')}, but lopro_fx {__version__} reads version "
@@ -61,8 +57,33 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
     return manifest
 
 
+def add_companions(folder: Path) -> None:
+    """List the other files of `folder` in its manifest, as written by us too; they are not checked."""
+    manifest = _parsed(folder)
+    listed = {MANIFEST, *manifest["files"]}
+    others = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    write_json(folder / MANIFEST, {**manifest, "companions": sorted(set(others) - listed)})
+
+
+def written(folder: Path) -> set[str]:
+    """Names of the files in `folder` that its manifest lists; none without one."""
+    try:
+        manifest = _parsed(folder)
+    except CheckpointError:
+        return set()
+    companions = manifest.get("companions")
+    if not isinstance(companions, list):  # before 0.1.0's manifests listed them
+        companions = companions_in(folder)
+    return {MANIFEST, *manifest["files"], *map(str, companions)}
+
+
+def companions_in(folder: Path) -> set[str]:
+    """Names that files of tokenizers and configurations have, of those in `folder`."""
+    return {path.name for path in folder.iterdir() if any(path.match(pattern) for pattern in _COMPANIONS)}
+
+
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` may be replaced: it is absent, empty but for a journal, or was written by lopro_fx."""
+    """Whether `folder` may be written: it is absent, empty but for a journal, or holds what lopro_fx wrote."""
     if not folder.is_dir():
         return not folder.exists()
     return (folder / MANIFEST).is_file() or all(path.name == JOURNAL for path in folder.iterdir())
@@ -74,6 +95,7 @@ def require_ours(folder: Path) -> None:
     Raises:
         CheckpointError: `folder` is a file, holds something else, or can't be written.
     """
+    recover(folder)
     if not is_ours(folder):
         raise CheckpointError(f"{folder} exists and was not written by lopro_fx; name another folder or delete it")
     require_writable(folder)
@@ -88,15 +110,24 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _parsed(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{folder} was not written by lopro_fx: it has no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST, dict)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder} was not written by lopro_fx: its {MANIFEST} does not name the format")
+    return manifest
+
+
 def _check(path: Path, manifest: dict[str, Any]) -> None:
     try:
         entry = manifest["files"][path.name]
         size, digest = entry["bytes"], entry["sha256"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path.with_name(MANIFEST)} is damaged: it does not describe {path.name}") from error
+    if (found := require_file(path)) != size:
+        raise CheckpointError(f"{path} is truncated or changed: {found} bytes, {size} were written")
     try:
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path} is truncated or changed: {path.stat().st_size} bytes, {size} were written")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written")
     except OSError as error:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from lopro_fx.errors import CheckpointError
 from lopro_fx.passes.ties import identity
 
+# A tensor with gaps may span this many times its bytes, and this many bytes.
+_MOST_SPREAD, _LEAST_SPREAD = 16, 1 << 28
+
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split tensors into those to write and the layout from which `join` rebuilds the originals.
@@ -86,6 +89,13 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def _restored(name: str, tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
     if name in layout["strides"]:
-        strided = torch.empty_strided(tensor.shape, layout["strides"][name], dtype=tensor.dtype, device="cpu")
+        strides = layout["strides"][name]
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+        if span * tensor.element_size() > max(_MOST_SPREAD * tensor.nbytes, _LEAST_SPREAD):
+            raise CheckpointError(f"'{name}' of {tensor.nbytes:,} bytes is said to span {span:,} elements")
+        strided = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu")
         tensor = strided.copy_(tensor)
-    return tensor.to(layout["devices"].get(name, "cpu"))
+    device = layout["devices"].get(name, "cpu")
+    if torch.device(device).type == "meta":
+        raise CheckpointError(f"'{name}' is said to lie on the device 'meta', which holds no values")
+    return tensor.to(device)

@@ -12,6 +12,14 @@ import torch
 from lopro_fx.packages.package import FORMAT, VERSION
 
 
+def _manifest(slots, **entries):
+    """A manifest of the right types, of a package whose cache has `slots`."""
+    cache = {"batch_size": 1, "max_cache_len": slots, "keys": [], "values": [], "dtype": "float32", "vocabulary": 50}
+    entries = {"device": "cpu", "machine": "", "instruction_sets": [], "activations": "float", **entries}
+    versions = {"format": FORMAT, "version": VERSION, "lopro_fx": "0.1.0", "torch": "2.13.0"}
+    return json.dumps({**versions, "decode_bytes": 9, "cache": cache, **entries})
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler: none is here")
 def test_bench_of_a_quantised_folder(run, quantized_folder, tmp_path):
     code, out, err = run("bench", quantized_folder, "--prompt-tokens", "6", "--new-tokens", "4", "--repeats", "3",
@@ -51,8 +59,7 @@ def _refused(result, *words):
 def test_errors(run, quantized_folder, tmp_path):
     package = tmp_path / "model.pt2"
     with zipfile.ZipFile(package, "w") as archive:
-        manifest = {"format": FORMAT, "version": VERSION, "cache": {"max_cache_len": 16}}
-        archive.writestr("model/extra/lopro_fx.json", json.dumps(manifest))
+        archive.writestr("model/extra/lopro_fx.json", _manifest(16))
     _refused(run("bench", package), "32 + 64", "16")
     _refused(run("bench", package, "--batch-size", "2"), "--batch-size", "folder")
     _refused(run("bench", package, "--repeats", "0"), "at least 1")
@@ -69,8 +76,7 @@ def test_error_of_the_process_that_measures(run, tmp_path):
     """What passes the first look and can't be loaded: the child's line comes through."""
     package = tmp_path / "model.pt2"
     with zipfile.ZipFile(package, "w") as archive:
-        manifest = {"format": FORMAT, "version": VERSION, "cache": {"max_cache_len": 99}, "device": "cuda"}
-        archive.writestr("model/extra/lopro_fx.json", json.dumps(manifest))
+        archive.writestr("model/extra/lopro_fx.json", _manifest(99, device="cuda"))
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     _refused(run("bench", package), "cuda", str(package))

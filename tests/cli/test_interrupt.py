@@ -22,18 +22,21 @@ def _start(model_folder, out):
 
 def test_interrupted_run_continues_and_ends_in_the_same_bytes(run, model_folder, quantized_folder, tmp_path):
     out, journal = tmp_path / "out", tmp_path / "out.partial"
-    process = _start(model_folder, out)
-    while not list(journal.glob("model.*.safetensors")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
-    # A slow machine gets lines of progress before.
-    last = err.splitlines()[-1]
-    assert last.startswith("lopro-fx: interrupted")
-    assert str(journal) in last
-    assert not out.exists()
+    # Ctrl-C, and what ends services and batch jobs.
+    for sent, code, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
+        before = len(list(journal.glob("model.*.safetensors")))
+        process = _start(model_folder, out)
+        while len(list(journal.glob("model.*.safetensors"))) == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == code, err
+        # A slow machine gets lines of progress before.
+        last = err.splitlines()[-1]
+        assert last.startswith(f"lopro-fx: {word}")
+        assert str(journal) in last
+        assert not out.exists()
     finished = {path.name: path.stat().st_mtime_ns for path in journal.glob("model.*.safetensors")}
     assert 0 < len(finished) < 8, "stopped too late to show anything"
 

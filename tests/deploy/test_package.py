@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.models import export_causal_lm
 from lopro_fx.packages import processor
+from lopro_fx.packages.aoti import compile_program
+from lopro_fx.packages.package import read_manifest
+from lopro_fx.passes import compat
 from tests.deploy.models import full_disk, names
 from tests.helpers import assert_close, generator
+from tests.hostile.child import outcome
+from tests.hostile.mutate import ACCIDENTS, mutant
 from tests.models.test_generation import greedy
 
 VOCAB, NEW, CACHE = 500, 64, 96
+MANIFEST = "extra/lopro_fx.json"
 PROMPT = [17, 301, 44, 9, 260, 78, 3]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 # What someone writes who has torch and the package, and nothing of ours.
@@ -193,6 +205,217 @@ def test_changed_byte(packaged, tmp_path):
     (tmp_path / "changed.pt2").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"changed\.pt2"):
         lopro_fx.load_package(tmp_path / "changed.pt2")
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    """Members of a package, by their names inside its folder."""
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def _write(path: Path, contents: Mapping[str, bytes], manifest: Any = None) -> Path:
+    """Write a package whose CRCs are right, with another manifest if one is given."""
+    text = {} if manifest is None else {MANIFEST: json.dumps(manifest).encode()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**contents, **text}.items():
+            archive.writestr(f"model/{name}", content)
+    return path
+
+
+def _sealed(path: Path, contents: Mapping[str, bytes]) -> Path:
+    """Write a package whose hashes are right too."""
+    members = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name != MANIFEST}
+    return _write(path, contents, {**json.loads(contents[MANIFEST]), "members": members})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and limits a child's memory")
+def test_accidents(packaged, expected, tmp_path):
+    """A clear error or the same tokens, in a child whose time and memory are limited."""
+    (tmp_path / "good").mkdir()
+    shutil.copy(packaged.path, tmp_path / "good" / "model.pt2")
+    rng = random.Random(7)
+
+    def read(folder: Path) -> list[int]:
+        loaded = lopro_fx.load_package(folder / "model.pt2")
+        return greedy(loaded, torch.tensor([PROMPT]), None, 4)[0].tolist()
+
+    assert outcome(lambda: read(tmp_path / "good")).what == expected[:4]
+    for number in range(3 * len(ACCIDENTS)):
+        mutate = ACCIDENTS[number % len(ACCIDENTS)]
+        folder = mutant(tmp_path / "good", tmp_path / "mutant", "model.pt2", mutate, rng.randrange(1 << 30))
+        found = outcome(lambda folder=folder: read(folder))
+        assert found.kind == "refused" or found.what == expected[:4], (number, found)
+
+
+def test_manifest_holds_the_hash_of_every_other_member(packaged):
+    contents = _contents(packaged.path)
+    manifest = json.loads(contents.pop(MANIFEST))
+    assert manifest["members"] == {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+
+
+@pytest.mark.parametrize("kind", ["changed", "cut", "removed", "added"])
+@pytest.mark.parametrize("end", [".so", "weight_0", "weights_config.json", "byteorder"])
+def test_members_that_are_not_those_written(packaged, tmp_path, kind, end):
+    contents = _contents(packaged.path)
+    name = next(name for name in contents if name.endswith(end))
+    data = contents[name]
+    if kind == "removed":
+        del contents[name]
+    elif kind == "added":
+        name = f"{name}.new"
+        contents[name] = data
+    else:
+        contents[name] = data[: len(data) // 2] if kind == "cut" else bytes([data[0] ^ 1]) + data[1:]
+    with pytest.raises(CheckpointError, match=rf"other\.pt2 is damaged: {re.escape(name)} is"):
+        lopro_fx.load_package(_write(tmp_path / "other.pt2", contents))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "key"),
+    [
+        ("keys", lambda old: [[64 * heads, width] for heads, width in old], "cache_heads"),
+        ("values", lambda old: [[heads, width // 2] for heads, width in old], "cache_heads"),
+        ("keys", lambda old: old[:1], "cache_heads"),
+        ("keys", lambda old: [], "cache_heads"),
+        ("max_cache_len", lambda old: 4 * old, "max_cache_len"),
+        ("max_cache_len", lambda old: 1 << 60, "max_cache_len"),
+        ("batch_size", lambda old: 2, "batch_size"),
+        ("bits", lambda old: 4 if old == 8 else 8, "cache_dtype|cache_heads"),
+        ("vocabulary", lambda old: 10 * old, "vocabulary"),
+    ],
+)
+def test_manifest_of_another_cache(packaged, tmp_path, entry, value, key):
+    contents = _contents(packaged.path)
+    manifest = json.loads(contents[MANIFEST])
+    manifest["cache"][entry] = value(manifest["cache"][entry])
+    with pytest.raises(CheckpointError, match=rf"other\.pt2: its manifest has ({key}) "):
+        lopro_fx.load_package(_write(tmp_path / "other.pt2", contents, manifest))
+
+
+GOOD = {
+    "format": "lopro_fx package", "version": 1, "lopro_fx": "0.1.0", "torch": "2.13.0", "device": "cpu",
+    "machine": "x86_64 linux", "instruction_sets": ["avx2"], "activations": "int8", "decode_bytes": 9, "members": {},
+    "cache": {"batch_size": 1, "max_cache_len": 8, "keys": [[2, 16]], "values": [[2, 16]], "dtype": "float32",
+              "vocabulary": 50, "bits": 0},
+}  # fmt: skip
+
+
+def test_manifest_of_right_types(tmp_path):
+    assert read_manifest(_write(tmp_path / "model.pt2", {}, GOOD)) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ("lopro_fx", [None, 1, []]),
+        ("torch", [None, 2.13, {}]),
+        ("device", [None, 0, ["cpu"]]),
+        ("machine", [None, 5, {}]),
+        ("instruction_sets", [None, "avx2", 3, [1], [["avx2"]], {"avx2": 1}]),
+        ("activations", [None, 8]),
+        ("decode_bytes", [None, "9", 9.5, -1, True]),
+        ("members", [None, [], "x", {"byteorder": 1}, {"byteorder": None}]),
+        ("cache", [None, [], "x", {}, {**GOOD["cache"], "unknown": 1}]),
+        ("cache.batch_size", [None, "1", 0, -1, 1.0, True, 1 << 70]),
+        ("cache.max_cache_len", [None, [8], 0, -8]),
+        ("cache.vocabulary", [None, "50", 0]),
+        ("cache.keys", [None, 2, {}, [2, 16], [[2]], [[2, 16, 1]], [["2", 16]], [[2, -16]], ["ab"], [None]]),
+        ("cache.values", [None, "ab", [[2.0, 16]], [[0, 16]]]),
+        ("cache.dtype", [None, 32, "nn", "float33", ["float32"], {}]),
+        ("cache.bits", [None, 3, "8", True, 8.0, []]),
+    ],
+)
+def test_manifest_of_wrong_types(tmp_path, entry, values):
+    first, _, second = entry.partition(".")
+    for value in values:
+        manifest = {**GOOD, first: {**GOOD[first], second: value} if second else value}
+        with pytest.raises(CheckpointError, match=rf"other\.pt2: its manifest is damaged: {entry}"):
+            lopro_fx.load_package(_write(tmp_path / "other.pt2", {}, manifest))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[]", "not written by"),
+        (b"null", "not written by"),
+        (b'"lopro_fx package"', "not written by"),
+        (b'{"format": ["lopro_fx package"]}', "not written by"),
+        (b'{"format": "lopro_fx package", "version": [1]}', "version"),
+        (b"[" * 1_000_000, "manifest is damaged"),
+        (b'{"config": ' * 100_000, "manifest is damaged"),
+        (b"9" * 10_000, "manifest is damaged|not written by"),
+        (b"\xff\xfe{", "manifest is damaged"),
+        (b"{", "manifest is damaged"),
+        (b" " * (16 << 20) + b"{}", "16,777,218 bytes"),
+    ],
+)
+def test_manifest_that_is_none(tmp_path, text, reason):
+    with pytest.raises(CheckpointError, match=rf"other\.pt2.*({reason})"):
+        lopro_fx.load_package(_write(tmp_path / "other.pt2", {MANIFEST: text}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file, shape, stride, offset: [file, shape, stride, -1],
+        lambda file, shape, stride, offset: [file, shape, stride, 1],
+        lambda file, shape, stride, offset: [file, shape, stride, 1 << 70],
+        lambda file, shape, stride, offset: [file, [2 * shape[0], *shape[1:]], stride, offset],
+        lambda file, shape, stride, offset: [file, shape, [-1, *stride[1:]], offset],
+        lambda file, shape, stride, offset: [file, shape, stride[1:], offset],
+        lambda file, shape, stride, offset: [file, [True, *shape[1:]], stride, offset],
+        lambda file, shape, stride, offset: [file, shape, stride],
+        lambda file, shape, stride, offset: ["weight_999", shape, stride, offset],
+        lambda file, shape, stride, offset: [None, shape, 5, offset],
+        lambda file, shape, stride, offset: None,
+    ],
+)
+def test_weights_beyond_their_file(packaged, tmp_path, change):
+    contents = _contents(packaged.path)
+    name = "data/aotinductor/decode/weights_config.json"
+    config = json.loads(contents[name])
+    first = next(iter(config))
+    contents[name] = json.dumps({**config, first: change(*config[first])}).encode()
+    with pytest.raises(CheckpointError, match=r"other\.pt2.*can't be loaded"):
+        lopro_fx.load_package(_sealed(tmp_path / "other.pt2", contents))
+
+
+def test_package_without_hashes(packaged, expected, tmp_path):
+    """As written before manifests had them, and before metadata had the vocabulary."""
+    contents = _contents(packaged.path)
+    manifest = json.loads(contents[MANIFEST])
+    del manifest["members"]
+    for name in [name for name in contents if name.endswith("_metadata.json")]:
+        metadata = json.loads(contents[name])
+        assert metadata.pop("vocabulary") == str(VOCAB)
+        contents[name] = json.dumps(metadata).encode()
+    run = lopro_fx.load_package(_write(tmp_path / "older.pt2", contents, manifest))
+    assert greedy(run, torch.tensor([PROMPT]), None, NEW)[0].tolist() == expected
+
+
+def test_weights_are_freed_with_the_program(tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux' count of resident pages")
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    table = nn.Embedding(1 << 16, 256)
+    size = table.weight.numel() * 4
+    ids = torch.tensor([3, 4])
+    program = torch.export.export(table, (ids,))
+    compat.write_package(str(tmp_path / "m.pt2"), {"model": compile_program(program, tmp_path / "build", apart=True)})
+    expected = table(ids)
+    levels = []
+    for _ in range(5):
+        run = compat.load_package(str(tmp_path / "m.pt2"), -1)["model"]
+        torch.testing.assert_close(run(ids), expected)
+        loaded = resident()
+        del run
+        levels.append(resident())
+        assert loaded - levels[-1] > 0.9 * size
+    assert levels[-1] - levels[0] < 0.5 * size
 
 
 def test_package_for_another_processor(packaged, monkeypatch):

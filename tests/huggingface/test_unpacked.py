@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lopro_fx
-from lopro_fx.huggingface.save import REPORT
+from lopro_fx.huggingface.listing import REPORT
 from lopro_fx.layer import dense_weight
 from lopro_fx.models import export_causal_lm
 from tests.helpers import assert_close, generator

@@ -112,7 +112,7 @@ def compare(format: str, x: Tensor, ids: Tensor, slots: int, named: Operands, ac
     assert_close(f"{tuple(x.shape)}", expected, got, max(SPREAD[act_bits], 2 * TOLERANCE[x.dtype]))
 
 
-def each_alone(format: str, x: Tensor, ids: Tensor, slots: int, named: Operands, act_bits: int) -> Tensor:
+def each_alone(format: str, x: Tensor, ids: Tensor, slots: int, named: Operands, **rounding: int) -> Tensor:
     """The operator for one weight, on the rows of each expert."""
     site = OPERATORS[format][1]
     y = x.new_empty(len(ids), named["scales"].shape[1])
@@ -126,7 +126,7 @@ def each_alone(format: str, x: Tensor, ids: Tensor, slots: int, named: Operands,
                 factor = factor.unflatten(0, (-1, named["up"].shape[2])) if name.startswith("down") else factor
                 own[name] = factor[place]
         rows = (ids == expert).nonzero().flatten()
-        y[rows] = site(x=x[rows // slots], bias=None, act_bits=act_bits, **own)
+        y[rows] = site(x=x[rows // slots], bias=None, **rounding, **own)
     return y
 
 
@@ -194,9 +194,10 @@ def test_any_shape(compiled: None, data: st.DataObject) -> None:
     with native.forced(data.draw(st.sampled_from(native.PATHS), "path")):
         compare(format, x, ids, slots, named, 0)
         if not rank or not cored:
-            for act_bits in (0, 8):
-                got = OPERATORS[format][0](x=x, ids=ids, slots=slots, act_bits=act_bits, **named)
-                assert torch.equal(got, each_alone(format, x, ids, slots, named, act_bits))
+            for act_bits, act_group in ((0, 0), (8, 0), (8, -1), (4, 64)):
+                rounding = {"act_bits": act_bits, "act_group": act_group}
+                got = OPERATORS[format][0](x=x, ids=ids, slots=slots, **rounding, **named)
+                assert torch.equal(got, each_alone(format, x, ids, slots, named, **rounding))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -220,7 +221,7 @@ def test_many_experts_of_few_rows(path: str, format: str) -> None:
     named = {**weights(format, 64, 33, 96, **SPECS[format][0]), **rotation(96, 32), **branches(64, 33, 96, 3, (4, 16))}
     x, ids = heavy_tailed(96, 96), route(96, 3, 64)
     assert torch.equal(OPERATORS[format][0](x=x, ids=ids, slots=3, act_bits=8, **named),
-                       each_alone(format, x, ids, 3, named, 8))  # fmt: skip
+                       each_alone(format, x, ids, 3, named, act_bits=8))  # fmt: skip
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -319,7 +320,8 @@ def test_opcheck(format: str) -> None:
     operator = OPERATORS[format][0]
     for factors in (branches(3, 20, 96, 4, (2, 2), cored=True), branches(3, 20, 96)):
         named = {**weights(format, 3, 20, 96, **SPECS[format][0]), **rotation(96, 32), **factors,
-                 "x": torch.ones(2, 96), "ids": torch.tensor([0, 1, 0, 2]), "slots": 2, "act_bits": 8}  # fmt: skip
+                 "x": torch.ones(2, 96), "ids": torch.tensor([0, 1, 0, 2]), "slots": 2, "act_bits": 8,
+                 "act_group": 64}  # fmt: skip
         torch.library.opcheck(operator, tuple(named[argument.name] for argument in operator._schema.arguments))
 
 

@@ -128,9 +128,10 @@ def test_numbers_do_not_depend_on_the_number_of_tokens(path: str, bits: int, act
         assert_close(f"{count} tokens", alone[:count], cpu_site(x[:count], *site, act_bits), 2e-6)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("tokens", "out"), [(1, 300), (1, 3001), (5, 300), (30, 300)])
-def test_threads_agree(path: str, tokens: int, out: int) -> None:
-    x, site = heavy_tailed(tokens, 512), operands(out, 512, 4, 128, rank=4, block=64)
+def test_threads_agree(path: str, tokens: int, out: int, bits: int) -> None:
+    x, site = heavy_tailed(tokens, 512), operands(out, 512, bits, 128, rank=4, block=64)
     results = []
     before = torch.get_num_threads()
     try:

@@ -282,8 +282,9 @@ void decode(const AffineSite& s, const Plan& p, int thread, int threads, Token* 
   if (s.tokens == 1) {
     // Every thread prepares the one token for itself: waiting for another thread would take longer.
     Token own = take_token(scratch, s, p);
-    // A thread may lose its core, and all would wait for it: the last tenth of the rows goes to free threads.
-    int64_t fixed = threads > 1 ? s.out * 9 / 10 : s.out, unit = ceil_div(65536, p.row_bytes * run) * run;
+    // A thread may lose its core, and all would wait for it: the last tenth of the rows goes to free threads. In fours,
+    // as with one thread: sums of four rows are added up in another order than those of one.
+    int64_t fixed = threads > 1 ? s.out * 9 / 40 * 4 : s.out, unit = ceil_div(65536, p.row_bytes * run) * run;
     int64_t from = first_row(fixed, thread, threads), to = first_row(fixed, thread + 1, threads);
     fetch<V>(reinterpret_cast<const uint8_t*>(s.codes) + from * p.row_bytes, ahead(p, R));
     fetch_rows<V>(s, from, run);
