@@ -37,9 +37,10 @@ def learned(result: str) -> str:
             spread = f" ± {(max(found) - min(found)) / 2:.{digits}f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.{digits}f}{spread}")
         numbers = rows[0]["learned_numbers"] / rows[0]["weights"]
-        seconds = statistics.mean(row["seconds"] for row in rows)
+        # None: the run was held up.
+        seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
         lines.append((_name(name), f"{rows[0]['bits_per_weight']:.3f}", *cells,
-                      f"{numbers:.2f}" if numbers else "", f"{seconds:.0f} s"))  # fmt: skip
+                      f"{numbers:.2f}" if numbers else "", f"{statistics.mean(seconds):.0f} s" if seconds else ""))  # fmt: skip
     return table(("", "bits per weight", "perplexity", "KL", "learned numbers a weight", "time"), lines)
 
 

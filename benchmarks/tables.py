@@ -241,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "chosen-ranks": accuracy.chosen_ranks,
     "zero-shot": accuracy.zero_shot,
     "stories": accuracy.stories,
+    "learned": lambda: learned_tables.learned("learned"),
     "learned-stories": lambda: learned_tables.learned("learned_stories"),
     "cache": learned_tables.cache,
 }

@@ -71,7 +71,8 @@ def _built() -> Path:
     torch_build = torch.__version__, str(torch.version.git_version), str(_INCLUDES[0])
     for part in (compiler, _version(compiler), *torch_build, sys.platform, *platform.libc_ver(), platform.machine()):
         key.update(part.encode() + b"\0")
-    # The flags are in this file.
+    key.update(" ".join(_flags()).encode() + b"\0")
+    # The other flags are in this file.
     sources = (file for folder in (*_SHARED, *_KERNELS) for file in sorted((_ROOT / folder).glob("*.*")))
     for file in (*(file for file in sources if file.suffix in (".cpp", ".h")), Path(__file__)):
         key.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes())
@@ -148,7 +149,10 @@ def _jobs(local: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
 
 def _flags() -> tuple[str, ...]:
     # Inductor's code links GNU's OpenMP library by name, which torch has loaded: one pool of threads for all.
-    return (*_FLAGS, "-fopenmp") if sys.platform == "linux" else _FLAGS
+    flags = (*_FLAGS, "-fopenmp") if sys.platform == "linux" else _FLAGS
+    # Such as "address", for tests of the kernels (CONTRIBUTING.md).
+    sanitizer = os.environ.get("LOPRO_FX_SANITIZE")
+    return (*flags, f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-g1") if sanitizer else flags
 
 
 def _compiler() -> str:

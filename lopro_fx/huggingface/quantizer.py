@@ -85,7 +85,8 @@ class LoProConfig(QuantizationConfigMixin):
                 f"the model has format version {format}, but lopro_fx {__version__} reads version "
                 f"{' and '.join(map(str, _READ))}: use the lopro_fx that wrote it ({lopro_fx})"
             )
-        if activations is not None and activations not in ACTIVATIONS:
+        # Of a file, they may be of any type.
+        if activations is not None and activations not in tuple(ACTIVATIONS):
             raise ConfigError(f"LoProConfig(activations={activations!r}): allowed are {', '.join(ACTIVATIONS)}")
         self.quant_method: Any = quant_method
         self.activations, self.method = activations or DEFAULT, method

@@ -44,6 +44,9 @@ _SYMPY = re.compile(
     r"|RoundDecimal|ToFloat|Identity"
 )
 _GUARD = re.compile(r"L|max|min|abs|IsNonOverlappingAndDenseIndicator")
+# Functions of these grow without measure: a tower of powers takes for ever.
+_POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
+_MOST_POWER, _LONGEST = 64, 1000
 _GUARD_METHOD = re.compile(r"size|stride|storage_offset|dim")
 
 
@@ -193,11 +196,34 @@ def _expression(value: str, what: str, syntax: tuple[type[ast.AST], ...], names:
         elif isinstance(node, ast.Attribute):
             fine = what == "guard" and _GUARD_METHOD.fullmatch(node.attr)
         elif isinstance(node, ast.Constant):
-            fine = _WORDS.fullmatch(str(node.value))
+            fine = _WORDS.fullmatch(str(node.value)) and len(str(node.value)) <= _LONGEST
         else:
-            fine = isinstance(node, syntax)
+            fine = isinstance(node, syntax) and _is_small(node)
         if not fine:
             raise _Refused(f"the {what} {value[:80]!r}")
+
+
+def _is_small(node: ast.AST) -> bool:
+    """Whether it is no power, or one that can be computed: of no other power, by a small number."""
+    power = _power(node)
+    if power is None:
+        return True
+    base, exponent = power
+    numbers = [part.value for part in ast.walk(exponent) if isinstance(part, ast.Constant)]
+    if len(numbers) != 1 or type(numbers[0]) is not int or numbers[0] > _MOST_POWER:
+        return False
+    others = (part for side in power for part in ast.walk(side))
+    return not any(_power(part) for part in others) and not any(isinstance(part, ast.Name) and part.id == "Symbol"
+                                                                for part in ast.walk(exponent))  # fmt: skip
+
+
+def _power(node: ast.AST) -> tuple[ast.AST, ast.AST] | None:
+    """Base and exponent of a power or a left shift."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
+        return node.left, node.right
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POWERS:
+        return (node.args[0], node.args[1]) if len(node.args) == 2 else (node, node)
+    return None
 
 
 def _structure(value: str) -> None:
