@@ -39,8 +39,9 @@ def learned(result: str) -> str:
         numbers = rows[0]["learned_numbers"] / rows[0]["weights"]
         # None: the run was held up.
         seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
+        taken = f"{statistics.mean(seconds):.0f} s" if seconds else ""
         lines.append((_name(name), f"{rows[0]['bits_per_weight']:.3f}", *cells,
-                      f"{numbers:.2f}" if numbers else "", f"{statistics.mean(seconds):.0f} s" if seconds else ""))  # fmt: skip
+                      f"{numbers:.2f}" if numbers else "", taken))  # fmt: skip
     return table(("", "bits per weight", "perplexity", "KL", "learned numbers a weight", "time"), lines)
 
 

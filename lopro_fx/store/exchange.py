@@ -22,9 +22,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PREFIX = ".lopro_fx-"
 NEW = "new"  # in a scratch folder, holds what is made there under the target's name
 _OLD, _NOTE = "old", "note.json"
+# Descriptors that lock this process's scratch folders.
+_LOCKS: dict[Path, int] = {}
 # The call isn't there, or this file system hasn't got it.
 _MISSING = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -34,19 +41,34 @@ Owned = Callable[[Path], "Iterable[str] | None"]
 
 
 def make_scratch(place: Path | None) -> Path:
-    """Make a scratch folder in `place`, by default among temporary files; its name says whose it is."""
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_host()}-{os.getpid()}-", dir=place))
+    """Make a scratch folder in `place`, by default among temporary files; its name and its lock say whose it is."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{_host()}-{os.getpid()}-", dir=place))
+    if (lock := _lock(scratch)) is not None:
+        _LOCKS[scratch] = lock
+    return scratch
+
+
+def drop_scratch(scratch: Path) -> None:
+    """Delete a scratch folder with all in it."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    if (lock := _LOCKS.pop(scratch, None)) is not None:
+        os.close(lock)
 
 
 def finish_dead(place: Path) -> None:
     """Finish the exchanges in `place` of processes of this machine that died, and delete their scratch folders."""
+    if fcntl is None:
+        return
     mine = f"{PREFIX}{_host()}-"
     for scratch in list(place.glob(f"{mine}*")):
         pid = scratch.name.removeprefix(mine).partition("-")[0]
         # Another process may be doing it, or the note be of another version: then it stays.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if pid.isdecimal() and not _lives(int(pid)):
-                _finish(scratch)
+            if pid.isdecimal() and not _lives(int(pid)) and (lock := _lock(scratch)) is not None:
+                try:
+                    _finish(scratch)
+                finally:
+                    os.close(lock)
 
 
 def sync(path: Path) -> None:
@@ -63,6 +85,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if fcntl is None:  # folders can't be opened there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,6 +232,24 @@ def _exchanged(one: Path, other: Path) -> bool:
     if code in _MISSING:
         return False
     raise OSError(code, os.strerror(code), str(one))
+
+
+def _lock(scratch: Path) -> int | None:
+    """Descriptor that locks a folder until it is closed; None if another process holds the lock.
+
+    A container shares the disk with others, and perhaps the host's name, but not the numbers of processes.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 @cache

@@ -21,6 +21,7 @@ from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.store.exchange import (
     NEW,
     Owned,
+    drop_scratch,
     exchange_beside,
     exchange_inside,
     finish_dead,
@@ -80,7 +81,7 @@ def replacing(path: Path, owned: Owned = lambda folder: None) -> Iterator[Path]:
         raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left half-written") from error
     finally:
         if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            drop_scratch(scratch)
 
 
 def require_writable(path: Path) -> None:
@@ -101,7 +102,7 @@ def require_writable(path: Path) -> None:
         # Missing folders are made at the end, in the first one that exists.
         while not target.exists() and not target.parent.exists():
             target = target.parent
-        _scratch(target).rmdir()
+        drop_scratch(_scratch(target))
     except OSError as error:
         raise CheckpointError(f"{path} can't be written: {reason_of(error)}") from error
 

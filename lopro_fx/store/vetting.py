@@ -208,7 +208,7 @@ def _is_small(node: ast.AST) -> bool:
     power = _power(node)
     if power is None:
         return True
-    base, exponent = power
+    _, exponent = power
     numbers = [part.value for part in ast.walk(exponent) if isinstance(part, ast.Constant)]
     if len(numbers) != 1 or type(numbers[0]) is not int or numbers[0] > _MOST_POWER:
         return False

@@ -3,6 +3,7 @@ with the bytes of a run that nobody killed, without leftovers."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -176,8 +177,18 @@ def test_random_times_of_a_run_that_is_resumed(tmp_path) -> None:
 
 def test_a_folder_of_another_process_that_lives_stays(tmp_path, state) -> None:
     scratch = exchange.make_scratch(tmp_path)
+    # Of another container, whose processes this one can't see.
+    other = tmp_path / f"{scratch.name.rpartition('-')[0].rpartition('-')[0]}-999999999-x"
+    other.mkdir()
+    lock = os.open(other, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     save_state(state, tmp_path / "target")
     assert scratch.is_dir()
+    assert other.is_dir()
+    os.close(lock)
+    save_state(state, tmp_path / "target")
+    assert not other.exists()
+    exchange.drop_scratch(scratch)
 
 
 def test_files_of_the_user_stay(tmp_path, state) -> None:
