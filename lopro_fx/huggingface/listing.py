@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lopro_fx.errors import CheckpointError
-from lopro_fx.store.manifest import companions_in, sha256
+from lopro_fx.store.manifest import companions_in, sha256, unchanged
 from lopro_fx.store.reading import entry, read_json, require_file
 
 REPORT = "lopro_fx_report.json"
@@ -21,9 +21,12 @@ def list_files(folder: Path) -> dict[str, Any]:
 
 
 def written(folder: Path) -> set[str]:
-    """Names of a folder's files that the report lists, or that saving writes where an older one lists none."""
+    """Names of a folder's files that the report lists, without edited ones; without a list, what saving writes."""
     try:
-        listed = set(entry(read_json(folder / REPORT, dict), "files", dict, folder / REPORT))
+        files = entry(read_json(folder / REPORT, dict), "files", dict, folder / REPORT)
+        shards = {name for name in files if name.endswith(".safetensors")}
+        digests = {name: own.get("sha256") for name, own in files.items() if isinstance(own, dict)}
+        listed = shards | unchanged(folder, {name: digests[name] for name in digests.keys() - shards})
     except CheckpointError:
         shards = {path.name for path in folder.glob("model*.safetensors*")}
         listed = companions_in(folder) | shards if (folder / REPORT).exists() else set()

@@ -20,6 +20,7 @@ from lopro_fx.models.quiet import quiet
 from lopro_fx.state import QuantState
 from lopro_fx.store.files import recover, replacing, require_writable, write_json
 from lopro_fx.store.reading import entry, read_json
+from lopro_fx.store.records import timeless
 
 _CONFIG = "config.json"
 
@@ -113,8 +114,8 @@ def _pack(model: Any, state: QuantState, activations: str) -> tuple[Any, QuantSt
 def _report(state: QuantState) -> dict[str, Any]:
     return {
         "config": state.config,
-        "info": state.info,
-        "layers": [{"name": name, **layer.metrics} for name, layer in state.layers.items()],
+        "info": timeless(state.info),
+        "layers": [{"name": name, **timeless(layer.metrics)} for name, layer in state.layers.items()],
         "skipped": [list(item) for item in state.skipped],
         "weights": state.weights,
         "packed_bytes": state.packed_bytes,

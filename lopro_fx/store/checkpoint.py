@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from lopro_fx.errors import CheckpointError, first_line
 from lopro_fx.passes import compat
@@ -70,7 +71,7 @@ def save(program: ExportedProgram, folder: str | Path) -> None:
         "state_dict": list(program.state_dict),
         "constants": list(program.constants),
         "example_inputs": examples,
-        "program": _timeless(record_of(program, "save")) if is_quantised(program) else None,
+        "program": records.timeless(record_of(program, "save")) if is_quantised(program) else None,
         "nodes": marks_of(program),
     }
     with replacing(folder, written) as temporary:
@@ -120,13 +121,28 @@ def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
             f"({first_line(error)})"
         ) from error
     with interpreting(folder / RECORD):
+        for row in (record["program"] or {}).get("sites", {}).values():
+            torch.Size(row.get("shape", ()))
         restore(program, record["program"], record["nodes"])
         fqns = parameter_fqns(program)
         for node in program.graph.nodes:
+            _require_traced(node, fqns, values)
             perm = operands(node).named.get("perm") if is_ours(node) else None
             if perm is not None and perm.name in fqns:
                 records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
     return program
+
+
+def _require_traced(node: Node, fqns: Mapping[str, str], values: Mapping[str, Tensor]) -> None:
+    """Require that a weight has the dtype and shape that the program was traced with."""
+    traced, value = node.meta.get("val"), values.get(fqns.get(node.name, ""))
+    if node.op != "placeholder" or value is None or not isinstance(traced, Tensor):
+        return
+    if (value.dtype, tuple(value.shape)) != (traced.dtype, tuple(traced.shape)):
+        raise CheckpointError(
+            f"'{fqns[node.name]}' is {value.dtype} {tuple(value.shape)}, but the program reads {traced.dtype} "
+            f"{tuple(traced.shape)}; save the program again"
+        )
 
 
 def save_state(state: QuantState, folder: str | Path) -> None:
@@ -143,8 +159,8 @@ def save_state(state: QuantState, folder: str | Path) -> None:
         "layout": layout,
         "config": state.config,
         "skipped": state.skipped,
-        "info": _timeless(state.info),
-        **_timeless(records.describe(inputs, layers)),
+        "info": records.timeless(state.info),
+        **records.timeless(records.describe(inputs, layers)),
     }
     with replacing(folder, written) as temporary:
         temporary.mkdir()
@@ -187,13 +203,6 @@ def _values(program: ExportedProgram) -> dict[str, Tensor]:
         if compat.is_fake(value):
             raise CheckpointError(f"'{name}' holds no data (fake or meta tensor); export the model with real weights")
     return values
-
-
-def _timeless(record: Any) -> Any:
-    """The record without the seconds that steps took: the same run writes the same bytes."""
-    if isinstance(record, Mapping):
-        return {key: _timeless(value) for key, value in record.items() if key != "seconds"}
-    return record
 
 
 def _prefix(state: Iterable[str]) -> str:

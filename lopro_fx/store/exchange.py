@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from lopro_fx.errors import CheckpointError
 
 try:
     import fcntl
@@ -64,7 +67,9 @@ def finish_dead(place: Path) -> None:
         pid = scratch.name.removeprefix(mine).partition("-")[0]
         # Another process may be doing it, or the note be of another version: then it stays.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if pid.isdecimal() and not _lives(int(pid)) and (lock := _lock(scratch)) is not None:
+            if not pid.isdecimal() or _lives(int(pid)) or not _is_own(scratch):
+                continue
+            if (lock := _lock(scratch)) is not None:
                 try:
                     _finish(scratch)
                 finally:
@@ -110,7 +115,17 @@ def exchange_beside(folder: Path, new: Path, scratch: Path, owned: Owned) -> Non
         except BaseException:
             os.replace(old, folder)
             raise
-    _keep(old, folder, ours)
+    try:
+        _keep(old, folder, ours)
+    except BaseException as error:
+        # The scratch folder will be deleted.
+        rest = _free(folder.with_name(f"{folder.name}.old"))
+        os.rename(old, rest)
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(
+            f"{folder} was written, but not all that was in it could be moved there ({error.strerror}): see {rest}"
+        ) from error
 
 
 def exchange_inside(folder: Path, new: Path, scratch: Path, owned: Owned) -> None:
@@ -120,7 +135,7 @@ def exchange_inside(folder: Path, new: Path, scratch: Path, owned: Owned) -> Non
     _note(scratch, {"made": files})
     try:
         for name in ours:
-            if (folder / name).is_file():
+            if (folder / name).is_file() and not (folder / name).is_symlink():
                 _move(folder / name, scratch / _OLD / name)
         for name in files:
             if os.path.lexists(folder / name):
@@ -183,7 +198,8 @@ def _foreign(folder: Path, ours: set[str], below: str = "") -> Iterator[str]:
     """Names of files, links and folders that hold none of ours."""
     for entry in sorted(os.scandir(folder / below), key=lambda entry: entry.name):
         name = f"{below}{entry.name}"
-        if name in ours:
+        # We write no links, and a folder of that name isn't the file.
+        if name in ours and entry.is_file(follow_symlinks=False):
             continue
         if entry.is_dir(follow_symlinks=False) and any(own.startswith(f"{name}/") for own in ours):
             yield from _foreign(folder, ours, f"{name}/")
@@ -264,6 +280,12 @@ def _renameat2() -> Callable[..., int] | None:
 def _host() -> str:
     """This machine, in few characters: others may share the disk."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _is_own(scratch: Path) -> bool:
+    """Whether it is a folder of this user: a note of another's could name any file."""
+    found = scratch.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _lives(pid: int) -> bool:

@@ -26,7 +26,8 @@ from lopro_fx.budget import Budget
 from lopro_fx.errors import CheckpointError
 from lopro_fx.methods.base import Method, Solved
 from lopro_fx.passes.fingerprint import Digest
-from lopro_fx.store.files import replacing, write_json, write_tensors
+from lopro_fx.store.exchange import PREFIX
+from lopro_fx.store.files import recover, replacing, write_json, write_tensors
 from lopro_fx.store.reading import read_json
 from lopro_fx.store.records import among, describe, restore, tensors_of
 
@@ -43,7 +44,8 @@ def require_journal(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}, for finished layers, exists and is no folder; rename it")
-    entries = list(folder.iterdir()) if folder.is_dir() else []
+    recover(folder)
+    entries = [path for path in folder.iterdir() if not path.name.startswith(PREFIX)] if folder.is_dir() else []
     if entries and not (folder / _MARKER).is_file():
         raise CheckpointError(f"{folder}, for finished layers, exists and was not written by lopro_fx; rename it")
     # Results would be written into it, and a FIFO waits for its reader.

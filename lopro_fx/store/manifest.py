@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +58,27 @@ def read_manifest(folder: Path, kind: str, files: Sequence[str]) -> dict[str, An
 
 
 def add_companions(folder: Path) -> None:
-    """List the other files of `folder` in its manifest, as written by us too; they are not checked."""
+    """List the other files of `folder` in its manifest, as written by us too: the user may edit them."""
     manifest = _parsed(folder)
-    listed = {MANIFEST, *manifest["files"]}
-    others = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    write_json(folder / MANIFEST, {**manifest, "companions": sorted(set(others) - listed)})
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    others = names - {MANIFEST, *manifest["files"]}
+    write_json(folder / MANIFEST, {**manifest, "companions": {name: sha256(folder / name) for name in others}})
 
 
 def written(folder: Path) -> set[str]:
-    """Names of the files in `folder` that its manifest lists; none without one."""
+    """Names of the files in `folder` that its manifest lists, without edited companions; none without a manifest."""
     try:
         manifest = _parsed(folder)
     except CheckpointError:
         return set()
     companions = manifest.get("companions")
-    if not isinstance(companions, list):  # before 0.1.0's manifests listed them
-        companions = companions_in(folder)
-    return {MANIFEST, *manifest["files"], *map(str, companions)}
+    return {MANIFEST, *manifest["files"], *(unchanged(folder, companions) if isinstance(companions, dict) else ())}
+
+
+def unchanged(folder: Path, digests: Mapping[str, Any]) -> set[str]:
+    """Names of the files that still have their SHA-256."""
+    inside = (name for name in digests if not Path(name).is_absolute() and ".." not in Path(name).parts)
+    return {name for name in inside if (folder / name).is_file() and sha256(folder / name) == digests[name]}
 
 
 def companions_in(folder: Path) -> set[str]:

@@ -60,6 +60,13 @@ def describe(inputs: Iterable[Input], layers: Iterable[Layer]) -> dict[str, Any]
     }
 
 
+def timeless(record: Any) -> Any:
+    """The record without the seconds that steps took: the same run writes the same bytes."""
+    if isinstance(record, Mapping):
+        return {key: timeless(value) for key, value in record.items() if key != "seconds"}
+    return record
+
+
 def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], dict[str, Layer]]:
     """Inverse of `describe`, with tensors from `find`.
 

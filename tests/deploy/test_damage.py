@@ -100,6 +100,22 @@ def test_missing_tensor(copied):
     _refused(copied, r"'blocks\.0\.gate\.codes'")
 
 
+def test_a_weight_of_another_shape_than_was_traced(copied):
+    tensors = load_file(copied / "tensors.safetensors")
+    tensors["blocks.0.gate.scales"] = tensors["blocks.0.gate.scales"].unsqueeze(-1)
+    save_file(tensors, copied / "tensors.safetensors")
+    _resign(copied, "tensors.safetensors")
+    _refused(copied, r"'blocks\.0\.gate\.scales' is .*, but the program reads")
+
+
+def test_a_row_of_the_report_of_other_types(copied):
+    record = json.loads((copied / "record.json").read_text())
+    record["program"]["sites"]["blocks.0.gate"]["shape"][0] = 1e308
+    (copied / "record.json").write_text(json.dumps(record))
+    _resign(copied, "record.json")
+    _refused(copied, r"record\.json is damaged")
+
+
 @pytest.mark.parametrize(("place", "value"), [(0, -1), (3, 10_000), (5, None)])
 def test_a_permutation_that_is_none(quantized, copied, tmp_path, place, value):
     """Kernels gather by it, and would read memory of others."""
@@ -130,9 +146,11 @@ def test_folder_of_another_owner_is_not_replaced(quantized, tmp_path):
 
 
 def test_own_folder_is_replaced(quantized, copied):
-    (copied / "report.json").write_text("of the last run")
+    (copied / "notes").write_text("mine")
+    before = (copied / "program.json").stat().st_ino
     lopro_fx.save(quantized, copied)
-    assert names(copied) == sorted(FILES)
+    assert (copied / "program.json").stat().st_ino != before
+    assert names(copied) == sorted((*FILES, "notes"))
     assert names(copied.parent) == ["copy"]
 
 

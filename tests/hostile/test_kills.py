@@ -19,7 +19,7 @@ from lopro_fx.errors import CheckpointError
 from lopro_fx.store import exchange
 from lopro_fx.store.checkpoint import load, load_state, save, save_state
 from lopro_fx.store.files import replacing
-from lopro_fx.store.manifest import written
+from lopro_fx.store.manifest import add_companions, written
 from tests.deploy.models import LanguageModel, export_lm
 from tests.hostile.child import killed
 
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def _first(path: Path) -> None:
     with replacing(path, written) as new:
         new.mkdir()
-        (new / "lopro_fx.json").write_text('{"format": "lopro_fx checkpoint", "files": {"a": 1}, "companions": []}')
+        (new / "lopro_fx.json").write_text('{"format": "lopro_fx checkpoint", "files": {"a": 1}, "companions": {}}')
         (new / "a").write_text("old")
 
 
@@ -196,7 +196,14 @@ def test_files_of_the_user_stay(tmp_path, state) -> None:
     (tmp_path / "target" / "notes" / "deep").mkdir(parents=True)
     (tmp_path / "target" / "notes" / "deep" / "file").write_text("mine")
     (tmp_path / "target" / "link").symlink_to("nowhere")
-    save_state(state, tmp_path / "target")
+    # Under names of ours.
+    (tmp_path / "target" / "record.json").unlink()
+    (tmp_path / "target" / "record.json").mkdir()
+    (tmp_path / "target" / "record.json" / "inner").write_text("mine")
+    with pytest.warns(UserWarning, match=r"record\.json was not written by lopro_fx"):
+        save_state(state, tmp_path / "target")
+    assert (tmp_path / "target" / "record.json.kept" / "inner").read_text() == "mine"
+    load_state(tmp_path / "target")
     assert (tmp_path / "target" / "notes" / "deep" / "file").read_text() == "mine"
     assert (tmp_path / "target" / "link").is_symlink()
     other = tmp_path / "other"
@@ -213,6 +220,51 @@ def test_files_of_the_user_stay(tmp_path, state) -> None:
     with pytest.warns(UserWarning, match=r"is now lopro_fx\.json\.kept"):
         meanwhile()
     assert content(other) == {"lopro_fx.json": b"new", "lopro_fx.json.kept": b"mine", "data": b"mine"}
+
+
+def test_an_edited_companion_is_kept(tmp_path, state) -> None:
+    for text in ("first", "second"):
+        with replacing(tmp_path / "target", written) as new:
+            save_state(state, new)
+            (new / "tokenizer.json").write_text(text)
+            add_companions(new)
+        assert (tmp_path / "target" / "tokenizer.json").read_text() == text
+    (tmp_path / "target" / "tokenizer.json").write_text("edited")
+    with (
+        pytest.warns(UserWarning, match=r"it is now tokenizer\.json\.kept"),
+        replacing(tmp_path / "target", written) as new,
+    ):
+        save_state(state, new), (new / "tokenizer.json").write_text("third"), add_companions(new)
+    assert (tmp_path / "target" / "tokenizer.json.kept").read_text() == "edited"
+
+
+def test_what_could_not_be_moved_is_not_lost(tmp_path, state, monkeypatch) -> None:
+    save_state(state, tmp_path / "target")
+    (tmp_path / "target" / "mine").write_text("x")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(exchange, "_move", refuse)
+    with pytest.raises(CheckpointError, match=r"target was written, but .*Permission denied.*target\.old"):
+        save_state(state, tmp_path / "target")
+    assert (tmp_path / "target.old" / "mine").read_text() == "x"
+    load_state(tmp_path / "target")
+
+
+def test_a_scratch_folder_of_another_user_is_left_alone(tmp_path, state) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only the superuser can make a folder of another user")
+    made = exchange.make_scratch(tmp_path)
+    stranger = tmp_path / f"{made.name.rpartition('-')[0].rpartition('-')[0]}-999999999-x"
+    exchange.drop_scratch(made)
+    (stranger / "new" / "x").mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine")
+    (stranger / "note.json").write_text('{"name": "x", "made": ["victim"]}')
+    os.chown(stranger, 65534, 65534)
+    save_state(state, tmp_path / "target")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert stranger.exists()
 
 
 def test_a_folder_with_the_name_of_a_journal_is_refused(tmp_path) -> None:

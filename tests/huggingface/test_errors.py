@@ -145,7 +145,9 @@ def test_folder_of_something_else_is_not_replaced(tmp_path):
 
 
 def test_own_folder_is_replaced(copied):
-    (copied / "left.over").write_text("old")
-    lopro_fx.save_pretrained(case("tied").model, case("tied").state, copied)
-    assert not (copied / "left.over").exists()
+    (copied / "README.md").write_text("mine")
+    (copied / "generation_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"it is now generation_config\.json\.kept"):
+        lopro_fx.save_pretrained(case("tied").model, case("tied").state, copied)
+    assert (copied / "README.md").read_text() == "mine"
     AutoModelForCausalLM.from_pretrained(copied)
