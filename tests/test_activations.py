@@ -13,14 +13,16 @@ from lopro_fx.commands import bench, export
 
 def test_every_function_with_the_choice_makes_the_same() -> None:
     functions = [value for name in lopro_fx.__all__ if inspect.isfunction(value := getattr(lopro_fx, name))]
-    functions.append(lopro_fx.LoProConfig)
     defaults = {
         function.__name__: signature.parameters["activations"].default
         for function in functions
         if "activations" in (signature := inspect.signature(function)).parameters
     }
-    assert defaults.keys() >= {"optimize", "package", "pack_model", "save_pretrained", "LoProConfig"}
+    assert defaults.keys() >= {"optimize", "package", "pack_model", "save_pretrained"}
     assert set(defaults.values()) == {"int8"}
+    # None is what the folder says, else the same.
+    assert inspect.signature(lopro_fx.LoProConfig).parameters["activations"].default is None
+    assert lopro_fx.LoProConfig().activations == "int8"
 
 
 def test_the_command_line_takes_what_the_functions_take() -> None:
