@@ -217,6 +217,7 @@ struct Vector {
     __m256i own = _mm256_shuffle_epi8(_mm256_set1_epi64x(bits), load_half(steps_of<STEP>.bytes));
     return _mm256_srlv_epi32(own, load_half(steps_of<STEP>.shifts));
   }
+  static __m256i load_32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m256i load_half(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
   // 64 rows at once, without a shuffle for each eight: lane k of vector r holds row 8k + r until `unmix`. `Mixed` are
   // the bits from row 8k on, and from 16 bits behind it. Reads up to 34 bytes, or 28 for 3 bits a lane.
@@ -227,7 +228,8 @@ struct Vector {
   };
   template <int STEP>
   static Mixed load_mixed(const uint8_t* p) {
-    if (STEP == 4) return {load_i(p).a, load_i(p + 2).a};
+    // Not by `load_i`, whose second half reaches beyond the codes.
+    if (STEP == 4) return {load_32(p), load_32(p + 2)};
     __m256i own = _mm256_inserti128_si256(_mm256_castsi128_si256(half(p)), half(p + 12), 1);
     __m256i every = _mm256_setr_epi8(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8,
                                      9, 9, 10, 11, 12);

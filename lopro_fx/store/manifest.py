@@ -77,8 +77,16 @@ def written(folder: Path) -> set[str]:
 
 def unchanged(folder: Path, digests: Mapping[str, Any]) -> set[str]:
     """Names of the files that still have their SHA-256."""
-    inside = (name for name in digests if not Path(name).is_absolute() and ".." not in Path(name).parts)
-    return {name for name in inside if (folder / name).is_file() and sha256(folder / name) == digests[name]}
+    return {name for name, digest in digests.items() if _has(folder, name, digest)}
+
+
+def _has(folder: Path, name: str, digest: Any) -> bool:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    try:
+        return (folder / name).is_file() and sha256(folder / name) == digest
+    except (OSError, ValueError):  # no name of a file, or one that can't be read
+        return False
 
 
 def companions_in(folder: Path) -> set[str]:

@@ -19,7 +19,7 @@ from lopro_fx.errors import CheckpointError
 from lopro_fx.store import exchange
 from lopro_fx.store.checkpoint import load, load_state, save, save_state
 from lopro_fx.store.files import replacing
-from lopro_fx.store.manifest import add_companions, written
+from lopro_fx.store.manifest import add_companions, unchanged, written
 from tests.deploy.models import LanguageModel, export_lm
 from tests.hostile.child import killed
 
@@ -236,6 +236,7 @@ def test_an_edited_companion_is_kept(tmp_path, state) -> None:
     ):
         save_state(state, new), (new / "tokenizer.json").write_text("third"), add_companions(new)
     assert (tmp_path / "target" / "tokenizer.json.kept").read_text() == "edited"
+    assert unchanged(tmp_path, {"../x": "", "/x": "", "a" * 5000: "", "a\0b": ""}) == set()
 
 
 def test_what_could_not_be_moved_is_not_lost(tmp_path, state, monkeypatch) -> None:
