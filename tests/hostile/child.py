@@ -31,12 +31,7 @@ class Outcome:
 
 def outcome(task: Callable[[], Any], seconds: float = 30.0, more_bytes: int = 1 << 30) -> Outcome:
     """Run `task` in a child that may take so much time and memory beyond this process's."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _limited(task, writer, more_bytes)
-    os.close(writer)
+    child, reader = _forked(lambda writer: _limited(task, writer, more_bytes))
     received, deadline = b"", time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()
@@ -62,12 +57,7 @@ def killed(task: Callable[[], Any], at: int | None = None, after: float | None =
     Returns:
         The number of its calls to the file system, if it came to its end.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _counted(task, writer, at)
-    os.close(writer)
+    child, reader = _forked(lambda writer: _counted(task, writer, at))
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -76,6 +66,17 @@ def killed(task: Callable[[], Any], at: int | None = None, after: float | None =
     os.waitpid(child, 0)
     assert received == "" or received.isdecimal(), received
     return int(received) if received else None
+
+
+def _forked(body: Callable[[int], None]) -> tuple[int, int]:
+    """Start a child that runs `body` with the end of a pipe to write to; return its number and the other end."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        body(writer)
+    os.close(writer)
+    return child, reader
 
 
 def _limited(task: Callable[[], Any], writer: int, more_bytes: int) -> None:
