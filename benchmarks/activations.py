@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import DATA, RESULTS, save_result
+from benchmarks.common import DATA, RESULTS, save_result, solver
 from lopro_fx import GPTQ, LRC, RTN, LoPRo, Method, apply, calibrate, optimize
 from lopro_fx.evaluation.divergence import divergence
 from lopro_fx.evaluation.text import read_text, token_windows
@@ -55,6 +55,7 @@ ROWS: dict[str, Method] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"any of {', '.join(ROWS)}; default all")
+    parser.add_argument("--device", help="where to measure and solve; default the CPU, which runs the result")
     args = parser.parse_args()
     loaded = load_model("smollm2-135m", torch.float32)
     program = export_causal_lm(loaded.model)
@@ -62,8 +63,8 @@ def main() -> None:
     windows = token_windows(loaded.tokenizer, read_text(DATA / "wikitext2_test.txt"), 512, 24)
     for name in args.rows or ROWS:
         started = time.perf_counter()
-        state = calibrate(program, list(calibration.split(1)), ROWS[name])
-        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started}
+        state = calibrate(program, list(calibration.split(1)), ROWS[name], device=args.device)
+        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started, "solved_on": solver(args.device)}
         found = divergence(optimize(apply(program, state), target="cpu", activations="float").module(),
                            program.module(), windows)  # fmt: skip
         row |= {"bits_per_weight": state.bits_per_weight, "perplexity": found.program.ppl}

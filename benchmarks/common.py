@@ -16,6 +16,11 @@ DATA = ROOT.parent / "shared" / "data"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def solver(device: str | None) -> str:
+    """Name of the device that weights are solved on, for a row's `solved_on`."""
+    return torch.cuda.get_device_name(device) if device and torch.device(device).type == "cuda" else "CPU"
+
+
 def save_result(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Write `benchmarks/results/<name>.json` with date, device and versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

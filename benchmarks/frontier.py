@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import TRELLIS, dense_program, tasks
-from benchmarks.common import DATA, RESULTS, save_result
+from benchmarks.common import DATA, RESULTS, save_result, solver
 from lopro_fx import FLRQ, Budget, LoPRo, QuantState, apply, calibrate, optimize
 from lopro_fx.evaluation.divergence import divergence
 from lopro_fx.evaluation.text import read_text, token_windows
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help=f"any of {', '.join(ROWS)}; default all")
     parser.add_argument("--model", choices=SETUPS, default="smollm2-135m")
     parser.add_argument("--items", type=int, default=0, help="of each zero-shot task; 0 runs none")
+    parser.add_argument("--device", help="where to measure and solve; default the CPU, which runs the result")
     args = parser.parse_args()
     setup = SETUPS[args.model]
     loaded = load_model(setup.model, torch.float32)
@@ -100,8 +101,8 @@ def main() -> None:
     for name in args.rows or ROWS:
         method, budget = ROWS[name]
         started = time.perf_counter()
-        state = calibrate(program, list(calibration.split(1)), method, budget=budget)
-        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started}
+        state = calibrate(program, list(calibration.split(1)), method, budget=budget, device=args.device)
+        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started, "solved_on": solver(args.device)}
         row |= {"bits_per_weight": state.bits_per_weight, "packed_bytes": state.packed_bytes}
         quantised = optimize(apply(program, state), target="cpu", activations="float")
         found = divergence(quantised.module(), program.module(), windows)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, save_result
+from benchmarks.common import RESULTS, save_result, solver
 from benchmarks.frontier import SETUPS
 from lopro_fx import GPTQ, LRQ, RTN, LoPRo, Method, apply, calibrate, optimize
 from lopro_fx.evaluation.divergence import divergence
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"any of {', '.join(ROWS)}; default all")
     parser.add_argument("--model", choices=SETUPS, default="smollm2-135m")
+    parser.add_argument("--device", help="where to measure and solve; default the CPU, which runs the result")
     args = parser.parse_args()
     setup = SETUPS[args.model]
     result = setup.result.replace("frontier", "learned")
@@ -54,8 +55,8 @@ def main() -> None:
     calibration, windows = setup.text(loaded.tokenizer)
     for name in args.rows or ROWS:
         started = time.perf_counter()
-        state = calibrate(program, list(calibration.split(1)), ROWS[name])
-        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started}
+        state = calibrate(program, list(calibration.split(1)), ROWS[name], device=args.device)
+        row: dict[str, Any] = {"row": name, "seconds": time.perf_counter() - started, "solved_on": solver(args.device)}
         found = divergence(optimize(apply(program, state), target="cpu", activations="float").module(),
                            program.module(), windows)  # fmt: skip
         metrics = [layer.metrics for layer in state.layers.values()]
