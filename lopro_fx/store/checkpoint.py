@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from lopro_fx.errors import CheckpointError, first_line
+from lopro_fx.errors import CheckpointError, GraphError, first_line
 from lopro_fx.passes import compat
 from lopro_fx.passes.calls import is_ours
+from lopro_fx.passes.fit import require_fit
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.operands import operands
 from lopro_fx.passes.record import is_quantised, marks_of, record_of, restore
@@ -127,10 +128,29 @@ def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
         fqns = parameter_fqns(program)
         for node in program.graph.nodes:
             _require_traced(node, fqns, values)
-            perm = operands(node).named.get("perm") if is_ours(node) else None
-            if perm is not None and perm.name in fqns:
-                records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
+            if is_ours(node):
+                _require_fit(node, fqns, values)
     return program
+
+
+def _require_fit(node: Node, fqns: Mapping[str, str], values: Mapping[str, Tensor]) -> None:
+    """Require operands of one of our operators that fit each other, and indices that are some."""
+    try:
+        require_fit(node)
+    except GraphError as error:
+        raise CheckpointError(f"{error}; save the program again") from error
+    named = operands(node).named
+
+    def stored(name: str) -> tuple[Tensor, str] | None:
+        fqn = fqns.get(getattr(named.get(name), "name", ""))
+        return None if fqn is None else (values[fqn], fqn)
+
+    if perm := stored("perm"):
+        records.require_permutation(*perm)
+    if cells := stored("cells"):
+        columns, _, rank = named["up"].meta["val"].shape
+        lows = named["down"].meta["val"].shape[0] if named.get("down") else named["latent"].meta["val"].shape[-1]
+        records.require_cells(cells[0], lows // rank, columns, cells[1])
 
 
 def _require_traced(node: Node, fqns: Mapping[str, str], values: Mapping[str, Tensor]) -> None:
@@ -180,10 +200,10 @@ def load_state(folder: str | Path) -> QuantState:
     manifest = read_manifest(folder, "state", _STATE_FILES)
     record = read_json(folder / RECORD, dict)
     with interpreting(folder / RECORD):
-        if manifest["version"] == 2:
-            record = {**records.from_version_2(record), "skipped": record["left"]}
         try:
             values = tensors.join(tensors.read(folder / TENSORS), record["layout"])
+            if manifest["version"] == 2:
+                record = {**records.from_version_2(record, values), "skipped": record["left"]}
             inputs, layers = records.restore(record, records.among(values))
         except KeyError as error:
             raise CheckpointError(f"{folder / TENSORS} lacks the tensor {error}; save the state again") from error

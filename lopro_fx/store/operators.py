@@ -1,8 +1,9 @@
 """Operators that a program from a file may call without being trusted.
 
-Allowed is what a model is computed with: operators of this package, and functions of ATen that are core, or decompose
-into those, or are composed of others, with their in-place forms. What is left out has effects elsewhere (`from_file`
-maps any file for writing), takes a tensor's memory away (`set_`, `resize_`), or trusts its operands (`_sparse_*`).
+Allowed is what a model is computed with: operators that passes of this package write, and functions of ATen that are
+core, or decompose into those, or are composed of others, with their in-place forms. What is left out has effects
+elsewhere (`from_file` maps any file for writing), takes a tensor's memory away (`set_`, `resize_`), or trusts its
+operands (`_sparse_*`, launches of kernels).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+
+from lopro_fx.kernels.formats.registry import OPERATORS
 
 # Checks, and functions that are neither core nor decomposed.
 _MORE = re.compile(
@@ -22,6 +25,8 @@ _MORE = re.compile(
     r"|_(fft|upsample|adaptive|scaled_dot_product|native|embedding|weight_norm|nested_tensor_from_mask)\w*"
 )
 _NEVER = re.compile(r"set|resize\w*|from_file|_sparse\w*|sparse_\w*unsafe\w*|_\w+_unsafe|data|_backward|\w*_out")
+# Operators of programs beside those of formats. What launches a kernel of a GPU reads where its operands say.
+_OURS = ("rotate", "project", "round_activation", "routed_linear")
 _HIGHER_ORDER = frozenset({
     "cond", "while_loop", "scan", "associative_scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast",
     "invoke_subgraph", "flex_attention", "out_dtype",
@@ -33,7 +38,7 @@ def is_allowed(operator: OpOverload | HigherOrderOperator) -> bool:
     if isinstance(operator, HigherOrderOperator):
         return operator.name() in _HIGHER_ORDER
     if operator.namespace == "lopro":
-        return True
+        return operator in OPERATORS or operator._opname in _OURS or operator._opname.endswith("_experts_loop")
     return operator.namespace in ("aten", "prims") and _computes(operator)
 
 

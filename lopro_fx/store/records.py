@@ -81,8 +81,18 @@ def restore(record: Mapping[str, Any], find: Find) -> tuple[dict[str, Input], di
 
 
 def among(tensors: Mapping[str, Tensor]) -> Find:
-    """Return a `Find` that looks tensors up by the names of `tensors_of`."""
-    return lambda owner, key, shape, dtype: tensors[f"{owner}.{key}"]  # noqa: ARG005
+    """Return a `Find` that looks tensors up by the names of `tensors_of`, and wants them as the record says."""
+
+    def find(owner: str, key: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        found = tensors[f"{owner}.{key}"]
+        if (tuple(found.shape), found.dtype) != (shape, getattr(torch, dtype)):
+            raise CheckpointError(
+                f"'{owner}.{key}' is {found.dtype} {tuple(found.shape)}, but its layer has torch.{dtype} {shape}; "
+                "save the model again"
+            )
+        return found
+
+    return find
 
 
 def on_meta(owner: str, key: str, shape: tuple[int, ...], dtype: str) -> Tensor:  # noqa: ARG001
@@ -104,16 +114,33 @@ def require_permutation(perm: Tensor, name: str) -> None:
         raise CheckpointError(f"'{name}' is no permutation of {perm.numel()} columns; save the model again")
 
 
-def from_version_2(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the record of a state that lopro_fx 0.1 wrote, whose weights are all "affine"."""
+def require_cells(cells: Tensor, rows: int, columns: int, name: str) -> None:
+    """Require that a tensor that was read, `name` in the error, holds places of a grid; one on meta is not looked at.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if cells.is_meta or not cells.numel():
+        return
+    most = cells.amax(0).tolist()
+    if cells.amin() < 0 or most[0] >= rows or most[1] >= columns:
+        raise CheckpointError(f"'{name}' has places outside of a grid of {rows} x {columns}; save the model again")
+
+
+def from_version_2(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Convert the record of a state that lopro_fx 0.1 wrote: "affine" weights, ranks and dtypes of the tensors."""
+
+    def stored(entry: Mapping[str, Any]) -> dict[str, str]:
+        return _dtypes({key: tensors[f"{entry['name']}.{key}"] for key in entry["tensors"]})
+
     groups = {
         entry["name"]: {
             "readers": entry["members"],
             "in_features": entry["in_features"],
             "block": entry["block"],
             "skip": entry["skip"],
-            "rank": 0,
-            "tensors": dict.fromkeys(entry["tensors"], ""),
+            "rank": tensors[f"{entry['name']}.down"].shape[0] if "down" in entry["tensors"] else 0,
+            "tensors": stored(entry),
         }
         for entry in record["groups"]
     }
@@ -123,7 +150,7 @@ def from_version_2(record: Mapping[str, Any]) -> dict[str, Any]:
             "format": "affine",
             "shape": [entry["out_features"], entry["in_features"]],
             "spec": {"bits": entry["bits"], "group_size": entry["group_size"]},
-            "tensors": dict.fromkeys(entry["tensors"], ""),
+            "tensors": stored(entry),
             "metrics": entry["row"],
             "embedding": entry["embedding"],
         }
@@ -161,6 +188,8 @@ def _layer(name: str, entry: Mapping[str, Any], inputs: Mapping[str, Any], find:
     weight = Packed(entry["format"], shape, spec, {key: own[key] for key in unfilled.tensors})
     up, metrics = factor_of("up", own, -1 if experts else 1), entry.get("metrics", {})
     others = {key: own[key] for key in ("cells", "core") if key in own}
+    if up is not None and "cells" in own:
+        require_cells(own["cells"], inputs[entry["input"]]["rank"] // rank, columns, f"{name}.cells")
     return Layer(name, entry["input"], weight, up, metrics, bool(entry["embedding"]), **others)
 
 

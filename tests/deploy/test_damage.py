@@ -17,6 +17,8 @@ from lopro_fx.errors import CheckpointError
 from lopro_fx.state import state_of
 from lopro_fx.store.manifest import VERSION, sha256
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names
+from tests.mixtures import MixtureDecoder
+from tests.programs import export, ids, seeded
 
 FILES = ("lopro_fx.json", "program.json", "record.json", "tensors.safetensors")
 
@@ -127,6 +129,43 @@ def test_a_permutation_that_is_none(quantized, copied, tmp_path, place, value):
         save_file(tensors, folder / "tensors.safetensors")
         _resign(folder, "tensors.safetensors")
         _refused(folder, f"'{re.escape(name)}' is no permutation of", load)
+
+
+@pytest.mark.parametrize(("operand", "value"), [("bits", 8), ("group_size", 16), ("codes", "scales"), ("up", "codes")])
+def test_operands_that_do_not_fit_each_other(copied, operand, value):
+    """Kernels of GPUs take sizes from one operand and addresses from another."""
+    graph = json.loads((copied / "program.json").read_text())
+    node = next(node for node in graph["graph_module"]["graph"]["nodes"] if "packed_linear" in node["target"])
+    named = {entry["name"]: entry for entry in node["inputs"]}
+    named[operand]["arg"] = {"as_int": value} if isinstance(value, int) else named[value]["arg"]
+    (copied / "program.json").write_text(json.dumps(graph))
+    _resign(copied, "program.json")
+    _refused(copied, r"calls lopro\.packed_linear\.default with")
+
+
+@pytest.mark.parametrize("value", [-1, 1000])
+def test_places_outside_of_the_grid_of_experts(tmp_path, value):
+    program = export(seeded(MixtureDecoder()), ids(2, 9), dynamic=True)
+    config = lopro_fx.TileQ(bits=4, group_size=32, tile_rank=4)
+    state = lopro_fx.calibrate(program, [ids(4, 16)], config)
+    lopro_fx.save_state(state, tmp_path / "state")
+    lopro_fx.save(lopro_fx.apply(program, state), tmp_path / "program")
+    for folder, load in ((tmp_path / "state", lopro_fx.load_state), (tmp_path / "program", lopro_fx.load)):
+        tensors = load_file(folder / "tensors.safetensors")
+        name = next(name for name in tensors if name.endswith("cells"))
+        tensors[name][0, 1] = value
+        save_file(tensors, folder / "tensors.safetensors")
+        _resign(folder, "tensors.safetensors")
+        _refused(folder, f"'{re.escape(name)}' has places outside of a grid of", load)
+
+
+def test_a_tensor_of_a_state_of_another_shape(quantized, tmp_path):
+    lopro_fx.save_state(state_of(quantized), tmp_path)
+    tensors = load_file(tmp_path / "tensors.safetensors")
+    tensors["blocks.0.gate.codes"] = tensors["blocks.0.gate.codes"][:-1].contiguous()
+    save_file(tensors, tmp_path / "tensors.safetensors")
+    _resign(tmp_path, "tensors.safetensors")
+    _refused(tmp_path, r"'blocks\.0\.gate\.codes' is .*, but its layer has", lopro_fx.load_state)
 
 
 def test_program_of_another_schema(copied):

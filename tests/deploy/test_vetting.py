@@ -101,6 +101,7 @@ ATTACKS = {
     "extension": (_target, "#ns:op"),
     "operator that maps a file": (_target, "torch.ops.aten.from_file.default"),
     "operator that trusts its operands": (_target, "torch.ops.aten._sparse_coo_tensor_unsafe.default"),
+    "launch of a kernel": (_target, "torch.ops.lopro.dequantize_device.default"),
     "node name": (_node_name, "x; import os"),
     "argument name": (_argument_name, "x=1, y"),
     "input name": (_input_name, "x=" + SYSTEM),
