@@ -37,9 +37,41 @@ def plain_place(*first: Path) -> Path:
 
 @contextmanager
 def compiler_folder(beside: Path) -> Iterator[Path]:
-    """A temporary folder whose path needs no quotes, inside `beside` if possible. Raises: as `plain_place`."""
-    with tempfile.TemporaryDirectory(dir=plain_place(beside), prefix="lopro_fx-") as folder:
+    """A temporary folder whose path needs no quotes, inside `beside` if possible.
+
+    Compilers write paths into libraries: it is reached by a name that is the same each time, unless two are used at
+    once, so that the same input gives the same bytes.
+
+    Raises: as `plain_place`.
+    """
+    with tempfile.TemporaryDirectory(dir=plain_place(beside), prefix="lopro_fx-") as folder, _link(folder) as link:
+        yield link
+
+
+@contextmanager
+def _link(folder: str) -> Iterator[Path]:
+    """A lasting name of a folder, in the cache; the folder itself where there can be none, or it is in use."""
+    link = cache_dir() / "compiling"
+    lock = filelock.FileLock(link.with_suffix(".lock"), timeout=0)
+    try:
+        if not is_plain(link):
+            raise OSError("the name needs quotes")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, filelock.Timeout, NotImplementedError):
         yield Path(folder)
+        return
+    try:
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder, target_is_directory=True)
+        except OSError:
+            link = Path(folder)
+        yield link
+    finally:
+        if link != Path(folder):
+            link.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

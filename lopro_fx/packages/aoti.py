@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 import warnings
@@ -76,8 +77,10 @@ def export_aoti(program: ExportedProgram, path: str | Path) -> AotiResult:
     with replacing(path) as temporary, compiler_folder(temporary.parent) as folder:
         files = compile_program(program, folder / "build")
         try:
-            compat.write_package(str(temporary), {"model": files})
-        except RuntimeError as error:
+            # The archive holds its own first name.
+            compat.write_package(str(folder / "model.pt2"), {"model": files})
+            shutil.move(folder / "model.pt2", temporary)
+        except (OSError, RuntimeError) as error:
             raise CheckpointError(f"could not write {path}: {reason_of(error)}; nothing was left of it") from error
     return AotiResult(path, path.stat().st_size, size_bound(program), time.monotonic() - started)
 

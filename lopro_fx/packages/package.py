@@ -44,6 +44,7 @@ from lopro_fx.store.files import reason_of, replacing
 
 FORMAT, VERSION = "lopro_fx package", 1
 _MANIFEST, _TOKENIZER = "lopro_fx.json", "tokenizer/"
+_ROOT = "package"
 _EXTRA, _WEIGHTS = "extra/", "data/weights/"
 # Bytes above which a tensor is not compressed: packed codes don't shrink, and trying takes time.
 _LARGE = 1 << 16
@@ -315,8 +316,8 @@ def _compress(source: Path, target: Path, manifest: dict[str, Any]) -> None:
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as smaller:
 
         def write(inner: str, content: bytes | str, method: int) -> None:
-            # Without the time: the same files make the same bytes.
-            plain = zipfile.ZipInfo(f"{target.stem}/{inner}")
+            # Without the time and the name of the file: the same input makes the same bytes.
+            plain = zipfile.ZipInfo(f"{_ROOT}/{inner}")
             plain.external_attr = 0o600 << 16
             smaller.writestr(plain, content, method)
 

@@ -11,9 +11,11 @@ from torch import nn
 
 import lopro_fx
 from lopro_fx.errors import CheckpointError, GraphError
+from lopro_fx.kernels import scratch
 from lopro_fx.packages.aoti import size_bound
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names, quantized_lm, token_ids
 from tests.helpers import assert_close
+from tests.huggingface.models import case
 
 # Enough weight that a second copy of the embedding (4 MB), or one dense Linear (1 MB) a layer, would show in the size.
 SIZES = {"width": 512, "depth": 2, "vocab": 2000}
@@ -142,3 +144,19 @@ def test_what_can_not_be_compiled_leaves_nothing(tmp_path):
         lopro_fx.export_aoti(program, tmp_path / "model.pt2")
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
+    """The compiler writes the path of what it compiles into libraries and their names."""
+    # Another process that compiles has the usual name, and this one would have none.
+    monkeypatch.setattr(scratch, "cache_dir", lambda: tmp_path)
+    program, tied = lopro_fx.optimize(quantized_lm(depth=1)), case("tied")
+    programs = lopro_fx.export_for_generation(tied.model, max_cache_len=16)
+    found = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        one = lopro_fx.export_aoti(program, tmp_path / place / f"{place}.pt2")
+        two = lopro_fx.package(programs.map(lambda each: lopro_fx.apply(each, tied.state)), tmp_path / f"{place}.pt2")
+        found.append((one.path.read_bytes(), two.path.read_bytes()))
+    assert found[0] == found[1]
+    assert sorted(names(tmp_path)) == ["a", "a.pt2", "b", "b.pt2", "compiling.lock"]
