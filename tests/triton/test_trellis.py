@@ -165,7 +165,16 @@ def test_sums_of_a_group_fit_an_integer(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "skip", "around"),
-    [(1, 0, "norm"), (1, 32, ""), (3, 0, "norm"), (3, 32, "gate"), (dispatch.NORM_TOKENS + 1, 0, "norm"), (2, 0, "")],
+    [
+        (1, 0, "norm"),
+        (1, 32, ""),
+        (3, 0, "norm"),
+        (4, 32, "gate"),
+        (dispatch.NORM_TOKENS + 1, 0, "norm"),
+        (2, 0, ""),
+        (5, 0, "gate"),
+        (6, 32, "norm"),
+    ],
 )
 def test_operators_agree_with_their_definitions(device: torch.device, tokens: int, skip: int, around: str) -> None:
     p = problem(tokens, 64, 40, 2, 32, rank=4, block=32, skip=skip, permuted=True, biased=True, parts=2)
@@ -185,7 +194,7 @@ def test_operators_agree_with_their_definitions(device: torch.device, tokens: in
     assert_close("site", expected, got.cpu(), 5e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_linear_takes_a_latent_of_its_own(device: torch.device, tokens: int) -> None:
     p = problem(tokens, 32, 40, 2, 32, rank=4, biased=True)
     x, latent = p.x.view(1, tokens, 32), torch.randn(1, tokens, 4, generator=generator(2))

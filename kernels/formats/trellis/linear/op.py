@@ -9,6 +9,14 @@ from torch.nn import functional
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.project.reference import dense_factor
 
+# Writing the weight out takes as long as four to six tokens by themselves (H100, 28672x8192).
+_ONE_BY_ONE = 4
+
+
+def one_by_one(tokens: int | torch.SymInt) -> bool:
+    """Whether tokens, more than one, are multiplied one after the other."""
+    return isinstance(tokens, int) and dispatch.DECODE_TOKENS < tokens <= _ONE_BY_ONE
+
 
 def trellis_linear(
     x: Tensor, scales: Tensor, codes: Tensor, bias: Tensor | None, latent: Tensor | None, up: Tensor | None,
@@ -34,6 +42,12 @@ def product(
     from lopro_fx.kernels.formats.trellis.packing.device import trellis_dequantize
 
     (m, k), step = x.shape, round(bits * columns)
+    if one_by_one(m):
+        lows = [None] * m if latent is None else [part.contiguous() for part in latent.split(1, 1)]
+        added = [None] * m if residual is None else residual.split(1)
+        rest = (up, up_scale, bits, columns, window, strip)
+        return torch.cat([product(row, scales, codes, bias, low, *rest, more)
+                          for row, low, more in zip(x.split(1), lows, added, strict=True)])  # fmt: skip
     if dispatch.at_most(m, dispatch.DECODE_TOKENS):
         words, steps, empty = prepare(x, None, None, 1, None)
         parts = empty if latent is None else latent.to(torch.float32)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lopro_fx.kernels import dispatch
 from lopro_fx.kernels.formats.affine.site.op import contiguous_rows
-from lopro_fx.kernels.formats.trellis.linear.op import product
+from lopro_fx.kernels.formats.trellis.linear.op import one_by_one, product
 from lopro_fx.kernels.project.reference import project
 from lopro_fx.kernels.prologue.reference import prologue
 
@@ -18,10 +19,16 @@ def trellis_site(
     up_scale: Tensor | None, bits: float, columns: int, window: int, strip: int, norm: Tensor | None = None,
     eps: float = 0.0, gate: Tensor | None = None, activation: str = "", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`definition.site`: two launches for one token, else rotation, dequantisation and a gemm of ATen."""
+    """`definition.site`: two launches a token for a few, else rotation, dequantisation and a gemm of ATen."""
     shape, step = (*x.shape[:-1], scales.shape[0]), round(bits * columns)
     rows = contiguous_rows(x)
     gate, residual = (None if value is None else contiguous_rows(value) for value in (gate, residual))
+    if one_by_one(rows.shape[0]):
+        gates, added = ([None] * len(rows) if value is None else value.split(1) for value in (gate, residual))
+        inner = (perm, signs, block, skip, down, down_scale, scales, codes, bias, up, up_scale)
+        spec = (bits, columns, window, strip)
+        return torch.cat([trellis_site(row, *inner, *spec, norm, eps, own, activation, more)
+                          for row, own, more in zip(rows.split(1), gates, added, strict=True)]).view(shape)  # fmt: skip
     one = dispatch.at_most(rows.shape[0], dispatch.DECODE_TOKENS)
     # Unrotated columns shift the Hadamard blocks against the groups: the rotation then has a launch of its own.
     decodes, rotates = one and not skip, perm is not None or block > 1
