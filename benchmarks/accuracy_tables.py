@@ -76,6 +76,7 @@ _ACTIVATIONS = {
     "rotated-32-best": "LoPRo, importance and asymmetry, groups of 32 for both",
     "lrc-0-best": "LRC, importance and asymmetry, no branch",
     "lrc-10-best": "LRC, importance and asymmetry, a tenth",
+    "lrc-10-best-5": "LRC, importance and asymmetry, a tenth, `iterations=5`",
     "lrc-10-32-best": "LRC, importance and asymmetry, a tenth, groups of 32 for both",
     "lrc-20-best": "LRC, importance and asymmetry, two tenths",
     "lrc-30-best": "LRC, importance and asymmetry, three tenths",

@@ -47,6 +47,7 @@ ROWS: dict[str, Method] = {
     "lrc-10-deflated": LRC(**_PLAIN, deflated=True),
     **{f"lrc-{share}": LRC(**_PLAIN, deflated=False, factor_share=share / 100) for share in (10, 20, 30)},
     **{f"lrc-{share}-best": LRC(**_BEST, factor_share=share / 100) for share in (0, 10, 20, 30)},
+    "lrc-10-best-5": LRC(**_BEST, iterations=5),
     "w4a16": LoPRo(**{**_BEST, "act_bits": 0}),
     "w4a8": LoPRo(**{**_BEST, "act_bits": 8}),
 }
