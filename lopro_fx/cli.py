@@ -17,6 +17,7 @@ import lopro_fx
 import lopro_fx.passes
 from lopro_fx import streams
 from lopro_fx.errors import LoProError
+from lopro_fx.memory import keep_freed_memory
 
 _OK, _INTERNAL, _ERROR, _INTERRUPTED, _TERMINATED = 0, 1, 2, 130, 143
 # Command: (module, what it does). Only the module of the given command is imported.
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoProError as error:
         return _fail(_ERROR, f"error: {error}", "--debug" in arguments)
     try:
+        keep_freed_memory()
         with _quiet(args.debug), _ending():
             args.run(args)
     except _TerminatedError:
