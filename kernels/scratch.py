@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -69,8 +69,9 @@ def _link(folder: str) -> Iterator[Path]:
             link = Path(folder)
         yield link
     finally:
-        if link != Path(folder):
-            link.unlink(missing_ok=True)
+        with suppress(OSError):
+            if link != Path(folder):
+                link.unlink(missing_ok=True)
         lock.release()
 
 

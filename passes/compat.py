@@ -164,6 +164,13 @@ def aot_compile(
     return files
 
 
+def all_nodes(root: GraphModule) -> Iterator[Node]:
+    """Nodes of a graph and of those inside it."""
+    for module in root.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
 @contextmanager
 def plain_paths(folder: Path) -> Iterator[None]:
     """Keep paths that need quotes out of Inductor's command lines, which don't quote all of them.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lopro_fx.kernels.errors import ConfigError, GraphError
+from lopro_fx.kernels.errors import GraphError
 from lopro_fx.kernels.formats.base import Format
 from lopro_fx.kernels.formats.registry import OPERATORS, empty
 from lopro_fx.passes.operands import operands
@@ -41,16 +41,25 @@ def require_fit(node: Node) -> None:
     named = {name: value.meta.get("val") if isinstance(value, Node) else value
              for name, value in operands(node).named.items()}  # fmt: skip
     owner = OPERATORS.get(node.target)  # pyright: ignore[reportArgumentType]
+    require_operands(f"'{node.name}' calls {node.target}", named, None if owner is None else owner[0])
+
+
+def require_operands(what: str, named: Mapping[str, Any], format: Format | None = None) -> None:
+    """Require that operands by name, of an operator of `format` or of one that is none of a format's, fit each other.
+
+    Raises:
+        GraphError: says which one of `what` doesn't, and what would.
+    """
     try:
-        for name, reason in _misfits(named, None if owner is None else owner[0]):
+        for name, reason in _misfits(named, format):
             given = named[name]
             found = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-            raise GraphError(f"'{node.name}' calls {node.target} with {name} {found}, not {reason}")
+            raise GraphError(f"{what} with {name} {found}, not {reason}")
+    except GraphError:
+        raise
     # A format's own code, given numbers that are none of its.
-    except (ArithmeticError, LookupError, AttributeError, TypeError, ConfigError, RuntimeError) as error:
-        if isinstance(error, GraphError):
-            raise
-        raise GraphError(f"'{node.name}' calls {node.target} with operands that don't fit it: {error}") from error
+    except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise GraphError(f"{what} with operands that don't fit it: {error}") from error
 
 
 def _misfits(named: Mapping[str, Any], format: Format | None) -> Iterator[tuple[str, str]]:
@@ -119,6 +128,10 @@ def _branch(named: Mapping[str, Any], lead: tuple[int, ...], width: int) -> dict
 def _numbers(named: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     """Numbers and dtypes that fit no size."""
     block, skip, slots = named.get("block", 1), named.get("skip", 0), named.get("slots", 1)
+    for name in ("block", "skip", "slots"):
+        if type(named.get(name, 1)) is not int:
+            yield name, "a whole number"
+            return
     if not 0 <= skip <= width:
         yield "skip", f"a number of {width} columns"
     if block < 1 or block & (block - 1) or (width - skip) % block:

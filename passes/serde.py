@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
@@ -18,7 +18,6 @@ from urllib.parse import unquote
 from torch._export.serde import schema, serialize
 from torch._export.serde.union import _Union as TaggedUnion
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
 
 from lopro_fx.passes import compat
 
@@ -44,7 +43,7 @@ def program_from_json(
     serialized = _from_json(schema.ExportedProgram, value)
     reader = serialize.ExportedProgramDeserializer()
     program = reader.deserialize(serialized, dict(state_dict), dict(constants), example_inputs)
-    for node in _nodes(program.graph_module):
+    for node in compat.all_nodes(program.graph_module):
         if "nn_module_stack" in node.meta:
             node.meta["nn_module_stack"] = _renamed(node.meta["nn_module_stack"], unquote)
     return program
@@ -56,21 +55,15 @@ def _with_stacks(program: ExportedProgram, rename: Callable[[str], str]) -> Expo
     torch joins module names by commas and semicolons, and counts brackets to split them again. Quotes, backslashes and
     line ends are replaced too: names in a file should hold none.
     """
-    stacks = [node.meta.get("nn_module_stack", {}) for node in _nodes(program.graph_module)]
+    stacks = [node.meta.get("nn_module_stack", {}) for node in compat.all_nodes(program.graph_module)]
     if all(_renamed(stack, rename) == stack for stack in stacks):
         return program
     graph_module = compat.copied(program.graph_module)
-    for node in _nodes(graph_module):
+    for node in compat.all_nodes(graph_module):
         if "nn_module_stack" in node.meta:
             node.meta["nn_module_stack"] = _renamed(node.meta["nn_module_stack"], rename)
     signature, state, constants = program.graph_signature, program.state_dict, program.constants
     return compat.rebuild(program, graph_module, signature, state, constants)
-
-
-def _nodes(root: GraphModule) -> Iterator[Node]:
-    for module in root.modules():
-        if isinstance(module, GraphModule):
-            yield from module.graph.nodes
 
 
 def _renamed(stack: Mapping[str, tuple[str, Any]], rename: Callable[[str], str]) -> dict[str, tuple[str, Any]]:

@@ -24,6 +24,7 @@ from torch.fx import Node
 from lopro_fx.errors import CheckpointError, GraphError, first_line
 from lopro_fx.passes import compat
 from lopro_fx.passes.calls import is_ours
+from lopro_fx.passes.experts import ROUTED
 from lopro_fx.passes.fit import require_fit
 from lopro_fx.passes.mutation import clean_constants
 from lopro_fx.passes.operands import operands
@@ -128,29 +129,34 @@ def load(folder: str | Path, *, trust: Collection[str] = ()) -> ExportedProgram:
         fqns = parameter_fqns(program)
         for node in program.graph.nodes:
             _require_traced(node, fqns, values)
+        for node in compat.all_nodes(program.graph_module):
             if is_ours(node):
-                _require_fit(node, fqns, values)
+                _require_fit(node, fqns if node.graph is program.graph else None, values)
     return program
 
 
-def _require_fit(node: Node, fqns: Mapping[str, str], values: Mapping[str, Tensor]) -> None:
-    """Require operands of one of our operators that fit each other, and indices that are some."""
+def _require_fit(node: Node, fqns: Mapping[str, str] | None, values: Mapping[str, Tensor]) -> None:
+    """Require operands of one of our operators that fit each other, and indices that are some.
+
+    `fqns`: names of stored tensors by their placeholders; None in a subgraph, whose placeholders are what it is given.
+    """
     try:
         require_fit(node)
     except GraphError as error:
         raise CheckpointError(f"{error}; save the program again") from error
-    named = operands(node).named
-
-    def stored(name: str) -> tuple[Tensor, str] | None:
-        fqn = fqns.get(getattr(named.get(name), "name", ""))
-        return None if fqn is None else (values[fqn], fqn)
-
-    if perm := stored("perm"):
-        records.require_permutation(*perm)
-    if cells := stored("cells"):
-        columns, _, rank = named["up"].meta["val"].shape
-        lows = named["down"].meta["val"].shape[0] if named.get("down") else named["latent"].meta["val"].shape[-1]
-        records.require_cells(cells[0], lows // rank, columns, cells[1])
+    call = operands(node)
+    for name, operand in call.weights.items() if node.target is not ROUTED else ():
+        # What is computed has the shape that the file says.
+        if operand.op != "placeholder" or (fqns is not None and operand.name not in fqns):
+            raise CheckpointError(f"'{node.name}' calls {node.target} with {name} that is computed, not stored")
+    if fqns is None:
+        return
+    if (perm := call.weights.get("perm")) is not None:
+        records.require_permutation(values[fqns[perm.name]], fqns[perm.name])
+    if (cells := call.weights.get("cells")) is not None:
+        columns, _, rank = call.up.meta["val"].shape
+        lows = call.latent.meta["val"].shape[-1] if call.named.get("down") is None else call.down.meta["val"].shape[0]
+        records.require_cells(values[fqns[cells.name]], lows // rank, columns, fqns[cells.name])
 
 
 def _require_traced(node: Node, fqns: Mapping[str, str], values: Mapping[str, Tensor]) -> None:

@@ -15,16 +15,26 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from lopro_fx.kernels.formats.registry import OPERATORS
 
-# Checks, and functions that are neither core nor decomposed.
+# Functions that are neither core nor decomposed.
 _MORE = re.compile(
-    r"_assert_(async|scalar|tensor_metadata)|sym_constrain_range(_for_size)?|lift_fresh_copy|detach"
-    r"|sort|searchsorted|bincount|histc|median|nanmedian|mode|kthvalue|unique_(dim|consecutive|dim_consecutive)|_unique2?"
-    r"|repeat_interleave|masked_select|bernoulli|multinomial|_grouped_mm|_scaled_(grouped_)?mm|_fused_rms_norm"
-    r"|linalg_\w+|segment_reduce|polar|complex|view_as_(complex|real)|_cdist_forward"
-    r"|(log_)?normal|cauchy|exponential|geometric|random"
-    r"|_(fft|upsample|adaptive|scaled_dot_product|native|embedding|weight_norm|nested_tensor_from_mask)\w*"
+    r"sym_constrain_range(_for_size)?|lift_fresh_copy|detach|view|scatter|angle|addbmm|b?mm"
+    r"|sort|searchsorted|bincount|histc|median|nanmedian|mode|kthvalue|unique_(dim|consecutive|dim_consecutive)"
+    r"|max|min|aminmax|cummax|cummin|logcumsumexp|index_reduce|nonzero_static"
+    r"|repeat_interleave|masked_select|bernoulli|multinomial|rand(n|int)?(_like)?"
+    r"|linalg_\w+|fft_\w+|polar|complex|view_as_(complex|real)|triangular_solve|cholesky_solve|polygamma"
+    r"|(log_)?normal|cauchy|exponential|geometric|random|poisson|\w+_window"
 )
-_NEVER = re.compile(r"set|resize\w*|from_file|_sparse\w*|sparse_\w*unsafe\w*|_\w+_unsafe|data|_backward|\w*_out")
+# Names with an underscore are torch's own, and check less: of those, only what models and their decompositions call.
+_PRIVATE = re.compile(
+    r"_assert_(async|scalar|tensor_metadata)|_to_copy|_(log_)?softmax|_unsafe_(view|index|index_put)|_conj(_physical)?"
+    r"|_neg_view|_local_scalar_dense|_shape_as_tensor|_unique2?|_weight_norm(_interface)?|_adaptive_avg_pool[23]d"
+    r"|_upsample_\w+|_grouped_mm|_scaled_(grouped_)?mm|_fused_rms_norm|_scaled_dot_product_\w+|_cdist_forward"
+    r"|_native_multi_head_attention|_nested_tensor_from_mask\w*|__(l|r)shift__|__(and|or|xor)__"
+)
+# What has effects elsewhere, or believes indices, strides or lengths that it is given.
+_NEVER = re.compile(
+    r"set|resize\w*|from_file|\w*sparse\w*|\w+_unsafe|data|\w*_backward|\w*_out|segment_reduce|as_strided_\w+"
+)
 # Operators of programs beside those of formats. What launches a kernel of a GPU reads where its operands say.
 _OURS = ("rotate", "project", "round_activation", "routed_linear")
 _HIGHER_ORDER = frozenset({
@@ -51,7 +61,14 @@ def _computes(operator: OpOverload) -> bool:
         return plain is not None and any(_computes(getattr(plain, each)) for each in plain.overloads())
     if operator._schema.is_mutable or _NEVER.fullmatch(name):
         return False
-    if _MORE.fullmatch(name) or torch.Tag.core in operator.tags or operator in decomposition_table:
+    if name.startswith("_") and not _PRIVATE.fullmatch(name):
+        return False
+    if (
+        _MORE.fullmatch(name)
+        or _PRIVATE.fullmatch(name)
+        or torch.Tag.core in operator.tags
+        or operator in decomposition_table
+    ):
         return True
     composed = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
     return bool(operator._schema.returns) and (composed or operator.namespace == "prims")

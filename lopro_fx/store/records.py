@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, GraphError
 from lopro_fx.kernels.formats.base import Packed
 from lopro_fx.kernels.formats.registry import empty, known_format
 from lopro_fx.layer import Activation, Input, Layer, Transform, factor_of
+from lopro_fx.passes.fit import require_operands
 
 # (owner's name, tensor's name, shape, dtype's name in torch) to the tensor.
 Find = Callable[[str, str, tuple[int, ...], str], Tensor]
@@ -123,7 +124,7 @@ def require_cells(cells: Tensor, rows: int, columns: int, name: str) -> None:
     if cells.is_meta or not cells.numel():
         return
     most = cells.amax(0).tolist()
-    if cells.amin() < 0 or most[0] >= rows or most[1] >= columns:
+    if cells.dtype != torch.int32 or cells.amin() < 0 or most[0] >= rows or most[1] >= columns:
         raise CheckpointError(f"'{name}' has places outside of a grid of {rows} x {columns}; save the model again")
 
 
@@ -165,6 +166,11 @@ def _input(name: str, entry: Mapping[str, Any], find: Find) -> Input:
     own = {key: find(name, key, shapes[key], dtype) for key, dtype in entry["tensors"].items()}
     if "perm" in own:
         require_permutation(own["perm"], f"{name}.perm")
+    around = {"x": torch.empty(1, width, dtype=torch.float32, device="meta"), "block": entry["block"], **own}
+    try:
+        require_operands(f"the input of '{name}' is stored", {**around, "skip": entry["skip"]})
+    except GraphError as error:
+        raise CheckpointError(f"{error}; save the model again") from error
     transform = Transform(own.get("perm"), own.get("signs"), entry["block"], entry["skip"])
     rounded = entry.get("activation")
     activation = None if rounded is None else Activation(**rounded)

@@ -47,6 +47,8 @@ _GUARD = re.compile(r"L|max|min|abs|IsNonOverlappingAndDenseIndicator")
 # Functions of these grow without measure: a tower of powers takes for ever.
 _POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
 _MOST_POWER, _LONGEST = 64, 1000
+# Operations of an expression, and those of them that torch compares with each other for minutes.
+_MOST_OPERATIONS, _MOST_EXTREMES = 200, 6
 _GUARD_METHOD = re.compile(r"size|stride|storage_offset|dim")
 
 
@@ -190,6 +192,10 @@ def _expression(value: str, what: str, syntax: tuple[type[ast.AST], ...], names:
         nodes = list(ast.walk(ast.parse(value, mode="eval")))
     except (SyntaxError, ValueError, MemoryError) as error:
         raise _Refused(f"the {what} {value[:80]!r}") from error
+    calls = [node for node in nodes if isinstance(node, (ast.Call, ast.BinOp, ast.BoolOp, ast.Compare))]
+    extremes = [node for node in nodes if isinstance(node, ast.Name) and node.id in ("Max", "Min")]
+    if len(calls) > _MOST_OPERATIONS or len(extremes) > _MOST_EXTREMES:
+        raise _Refused(f"the {what} {value[:80]!r} of {len(calls)} operations")
     for node in nodes:
         if isinstance(node, ast.Name):
             fine = names.fullmatch(node.id)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lopro_fx
-from lopro_fx.errors import CheckpointError
+from lopro_fx.errors import CheckpointError, ConfigError
 from lopro_fx.state import state_of
 from lopro_fx.store.manifest import VERSION, sha256
 from tests.deploy.models import LanguageModel, export_lm, full_disk, names
@@ -141,6 +141,85 @@ def test_operands_that_do_not_fit_each_other(copied, operand, value):
     (copied / "program.json").write_text(json.dumps(graph))
     _resign(copied, "program.json")
     _refused(copied, r"calls lopro\.packed_linear\.default with")
+
+
+@pytest.mark.parametrize(("key", "value"), [("skip", 1 << 20), ("skip", -1), ("skip", 0.5), ("block", 3), ("block", 0)])
+def test_a_rotation_of_a_state_that_does_not_fit(quantized, tmp_path, key, value):
+    lopro_fx.save_state(state_of(quantized), tmp_path)
+    record = json.loads((tmp_path / "record.json").read_text())
+    next(iter(record["inputs"].values()))[key] = value
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    _resign(tmp_path, "record.json")
+    _refused(tmp_path, f"with {key} {value}, not", lopro_fx.load_state)
+
+
+@pytest.mark.parametrize(("rows", "strip"), [(1 << 40, 32), (1 << 31, 1), (64, 0)])
+def test_a_trellis_that_no_memory_holds(tmp_path, rows, strip):
+    """Strips are counted, not listed."""
+    config = lopro_fx.RTN(bits=2, format="trellis", window=12, strip=32)
+    lopro_fx.save_state(lopro_fx.calibrate(export_lm(LanguageModel(depth=1)), None, config), tmp_path)
+    record = json.loads((tmp_path / "record.json").read_text())
+    layer = next(iter(record["layers"].values()))
+    layer["shape"][0], layer["spec"]["strip"] = rows, strip
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    _resign(tmp_path, "record.json")
+    with pytest.raises((CheckpointError, ConfigError), match=r"strip=|but its layer has"):
+        lopro_fx.load_state(tmp_path)
+
+
+def test_an_index_that_is_computed(tmp_path):
+    """It has the shape that the file says, and no values to check."""
+    program = export_lm(LanguageModel(depth=1))
+    quantised = lopro_fx.quantize(
+        program, None, lopro_fx.LoPRo(bits=4, group_size=32, transforms=("partial",), salient=8)
+    )
+    node = next(node for node in quantised.graph.nodes if node.target is torch.ops.lopro.rotate.default)
+    perm = node.args[1]
+    with quantised.graph.inserting_before(node):
+        moved = quantised.graph.call_function(torch.ops.aten.add.Tensor, (perm, 1000))
+    moved.meta["val"] = perm.meta["val"]
+    node.update_arg(1, moved)
+    quantised.graph_module.recompile()
+    lopro_fx.save(quantised, tmp_path)
+    _refused(tmp_path, r"calls lopro\.rotate\.default with perm that is computed")
+
+
+class _Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        y = torch.cond(
+            x.sum() > 0, lambda x: torch.ops.lopro.rotate(x, None, None, 32, 0).sum(), lambda x: x.sum(), (x,)
+        )
+        return self.linear(x) + y
+
+
+@pytest.mark.parametrize("skip", [0, 1000])
+def test_operators_of_a_branch(tmp_path, skip):
+    program = torch.export.export(_Branches().eval(), (torch.randn(4, 64),))
+    lopro_fx.save(lopro_fx.quantize(program, None, lopro_fx.RTN(bits=4, group_size=32)), tmp_path)
+    graph = json.loads((tmp_path / "program.json").read_text())
+    node = _holder(graph, "torch.ops.lopro.rotate.default")
+    next(entry for entry in node["inputs"] if entry["name"] == "skip")["arg"]["as_int"] = skip
+    (tmp_path / "program.json").write_text(json.dumps(graph))
+    _resign(tmp_path, "program.json")
+    if skip:
+        _refused(tmp_path, r"calls lopro\.rotate\.default with skip 1000")
+    else:
+        lopro_fx.load(tmp_path)
+
+
+def _holder(value, target):
+    """The node that calls `target`, in a graph or one inside it."""
+    if isinstance(value, dict):
+        if value.get("target") == target:
+            return value
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((found for item in value if (found := _holder(item, target)) is not None), None)
+    return None
 
 
 @pytest.mark.parametrize("value", [-1, 1000])

@@ -89,6 +89,11 @@ ATTACKS = {
     "shift": (_expression, "1 << 1000000000"),
     "power by a size": (_expression, "2**Symbol('s')"),
     "power without operands": (_expression, "Pow(x=1)"),
+    "comparisons of many": (
+        _expression,
+        "Max(" + ", ".join(f"Min(Symbol('s{i}'), Symbol('t'))" for i in range(20)) + ")",
+    ),
+    "long product": (_expression, "Mul(" + ", ".join(f"Add(Symbol('s'), Integer({i}))" for i in range(400)) + ")"),
     "guard": (_guard, SYSTEM),
     "guard that closes the call": (_guard, "True, ''), " + SYSTEM + ", (1"),
     "guard on torch": (_guard, "torch.load('{marker}')"),
@@ -173,7 +178,34 @@ FOREIGN = {
     "aten.set_.source_Tensor": lambda x: torch.ops.aten.set_(x.clone(), x.clone()),
     "aten.resize_.default": lambda x: x.clone().resize_(4, 64),
     "vetting_test.shift.default": torch.ops.vetting_test.shift,
+    # They believe strides, lengths and indices, and end the process.
+    "aten._reshape_alias.default": lambda x: torch.ops.aten._reshape_alias(x, [4, 64], [64, 1]),
+    "aten.segment_reduce.default": lambda x: torch.ops.aten.segment_reduce(
+        x, "sum", lengths=torch.ones(4, dtype=torch.int64), axis=0, unsafe=True
+    ),
+    "aten.embedding_dense_backward.default": lambda x: torch.ops.aten.embedding_dense_backward(
+        x, (x[:, 0] * 0).to(torch.int64), 4, -1, True
+    ),
 }
+ORDINARY = {
+    "max": lambda x: x / x.max(),
+    "min": lambda x: x - x.min(),
+    "randn_like": torch.randn_like,
+    "view as integers": lambda x: x.view(torch.int32).to(torch.float32),
+    "shift": lambda x: ((x.int() << 2) >> 1).float(),
+    "cummax": lambda x: x.cummax(0).values,
+    "logcumsumexp": lambda x: x.logcumsumexp(1),
+    "fft": lambda x: torch.fft.rfft(x).abs().sum(1, keepdim=True),
+    "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0],
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_operators_that_models_are_computed_with_need_no_trust(name, tmp_path):
+    program = torch.export.export(_Calls(ORDINARY[name]).eval(), (torch.randn(4, 64),))
+    quantised = lopro_fx.quantize(program, config=lopro_fx.RTN(bits=4, group_size=32))
+    lopro_fx.save(quantised, tmp_path)
+    lopro_fx.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

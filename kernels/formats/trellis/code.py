@@ -24,6 +24,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lopro_fx.kernels.errors import ConfigError
+
 MULTIPLIER = 0x83DCD12D
 # Values are integers of this unit; a power of two, so that fp32 holds them without error.
 UNIT = 1 / 128
@@ -33,8 +35,14 @@ MAX_WINDOW = 16
 
 def strip_rows(rows: int, strip: int) -> list[int]:
     """Rows of each strip of a weight; `strip` -1 makes one."""
-    count = 1 if strip == -1 else max(1, (rows + strip // 2) // strip)
+    count = _strips(rows, strip)
     return [*[strip] * (count - 1), rows - (count - 1) * strip] if count > 1 else [rows]
+
+
+def _strips(rows: int, strip: int) -> int:
+    if strip != -1 and (strip < WORD or strip % WORD):
+        raise ConfigError(f"strip={strip}: give a multiple of {WORD} rows, or -1 for all")
+    return 1 if strip == -1 else max(1, (rows + strip // 2) // strip)
 
 
 def padded(rows: int) -> int:
@@ -44,9 +52,9 @@ def padded(rows: int) -> int:
 
 def code_words(shape: tuple[int, ...], step: int, columns: int, strip: int) -> int:
     """Number of int32 words that hold a weight's codes."""
-    (rows, width), steps = shape, strip_rows(shape[0], strip)
-    assert sum(steps) == rows
-    return sum(padded(part) for part in steps) // WORD * step * -(-width // columns)
+    (rows, width), whole = shape, _strips(shape[0], strip) - 1
+    words = (whole * padded(strip) + padded(rows - whole * strip)) // WORD
+    return words * step * -(-width // columns)
 
 
 @cache
