@@ -28,12 +28,13 @@ _MORE = re.compile(
 _PRIVATE = re.compile(
     r"_assert_(async|scalar|tensor_metadata)|_to_copy|_(log_)?softmax|_unsafe_(view|index|index_put)|_conj(_physical)?"
     r"|_neg_view|_local_scalar_dense|_shape_as_tensor|_unique2?|_weight_norm(_interface)?|_adaptive_avg_pool[23]d"
-    r"|_upsample_\w+|_grouped_mm|_scaled_(grouped_)?mm|_fused_rms_norm|_scaled_dot_product_\w+|_cdist_forward"
+    r"|_upsample_\w+|_grouped_mm|_scaled_(grouped_)?mm|_fused_rms_norm|_cdist_forward"
     r"|_native_multi_head_attention|_nested_tensor_from_mask\w*|__(l|r)shift__|__(and|or|xor)__"
 )
 # What has effects elsewhere, or believes indices, strides or lengths that it is given.
 _NEVER = re.compile(
     r"set|resize\w*|from_file|\w*sparse\w*|\w+_unsafe|data|\w*_backward|\w*_out|segment_reduce|as_strided_\w+"
+    r"|(native|cudnn|miopen)_batch_norm"
 )
 # Operators of programs beside those of formats. What launches a kernel of a GPU reads where its operands say.
 _OURS = ("rotate", "project", "round_activation", "routed_linear")
@@ -61,14 +62,9 @@ def _computes(operator: OpOverload) -> bool:
         return plain is not None and any(_computes(getattr(plain, each)) for each in plain.overloads())
     if operator._schema.is_mutable or _NEVER.fullmatch(name):
         return False
-    if name.startswith("_") and not _PRIVATE.fullmatch(name):
-        return False
-    if (
-        _MORE.fullmatch(name)
-        or _PRIVATE.fullmatch(name)
-        or torch.Tag.core in operator.tags
-        or operator in decomposition_table
-    ):
+    if name.startswith("_"):
+        return _PRIVATE.fullmatch(name) is not None
+    if _MORE.fullmatch(name) or torch.Tag.core in operator.tags or operator in decomposition_table:
         return True
     composed = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
     return bool(operator._schema.returns) and (composed or operator.namespace == "prims")

@@ -13,6 +13,7 @@ import torch
 import lopro_fx
 from lopro_fx.errors import CheckpointError
 from lopro_fx.store.manifest import sha256
+from lopro_fx.store.operators import is_allowed
 
 
 def _first(value, key):
@@ -198,6 +199,11 @@ ORDINARY = {
     "fft": lambda x: torch.fft.rfft(x).abs().sum(1, keepdim=True),
     "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0],
 }
+
+
+@pytest.mark.parametrize("name", ["native_batch_norm", "_scaled_dot_product_flash_attention_for_cpu", "_fft_c2c"])
+def test_operators_that_compute_with_operands_that_do_not_fit_need_trust(name):
+    assert not is_allowed(getattr(torch.ops.aten, name).default)
 
 
 @pytest.mark.parametrize("name", ORDINARY)
